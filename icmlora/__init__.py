@@ -7,8 +7,8 @@
     fleet.train(device="cuda")
     fleet.materialize("dog-detection", "adapter")
 
-Everything under `__all__` is public and documented; other names may change. Importing this package loads neither torch
-nor SQLAlchemy: a name brings in what it needs when it is first used.
+Everything in `__all__` is public and documented; other names may change. Importing this package loads neither torch nor
+SQLAlchemy: names are imported on first use.
 """
 
 from __future__ import annotations

@@ -1,32 +1,32 @@
-"""All errors that `icmlora` raises on purpose. Each states a fact, the path it is about, and what to do next.
+"""All errors that `icmlora` raises on purpose. Each has a message, the path concerned, and a hint.
 
-registry.errors.IcmError     message, path, hint; catch it to catch everything that icm raises on purpose
+registry.errors.IcmError     base class of everything that icm raises on purpose: message, path, hint
 ├── registry.errors.RegistryError    errors of the store, drawn in that file
 └── IcmLoraError
-    ├── AdapterRefused       an adapter that could not be given back exactly (kind: "dora", "bias", "shape", ...)
-    │   └── UnsafeInput      input that is refused for safety (kind: "pickle", "symlink", "limits", ...)
+    ├── AdapterRefused       icm could not reproduce the adapter exactly (kind: "dora", "bias", "shape", ...)
+    │   └── UnsafeInput      input refused for safety (kind: "pickle", "symlink", "limits", ...)
     ├── OutputExists         the output folder or file exists already
     ├── BaseModelNotFound    no local copy of the base model that an adapter names
     ├── BaseModelMismatch    the base model lacks a module of the adapter, or has it in another shape
-    ├── BaseModelUnsuited    a base model of a kind that icm cannot run, such as an encoder
+    ├── BaseModelUnsuited    icm cannot run this kind of base model, such as an encoder
     ├── DeviceUnavailable    the machine does not have the device
-    ├── OutOfMemory          the memory of a card or of this machine ran out
-    ├── GeneratorError       a generator that cannot be made, read or used as asked
+    ├── OutOfMemory          a GPU or the host ran out of memory
+    ├── GeneratorError       a generator cannot be created, read or used as requested
     │   └── NotCovered       an adapter with a module, layer or rank that the generator does not cover
-    ├── CodeError            a code that is damaged or belongs to another generator
-    ├── OtherFormat          a file in a format that another version of icm reads, and this one does not
-    ├── BundleError          a bundle that is damaged, cut short or of another format
-    ├── DataError            samples or held-out text that cannot be used
-    │   └── OptionsConflict  options that contradict each other
-    ├── NotRecognized        samples that belong to none of the known tasks
-    ├── InvalidShard         text that is not a shard such as 1/8
+    ├── CodeError            a code is damaged or belongs to another generator
+    ├── OtherFormat          a file format that only another version of icm reads
+    ├── BundleError          a bundle is damaged, truncated or of another format
+    ├── DataError            samples or held-out text cannot be used
+    │   └── OptionsConflict  options contradict each other
+    ├── NotRecognized        samples match none of the known tasks
+    ├── InvalidShard         not a shard such as 1/8
     ├── InvalidWorkers       neither a number nor an address of workers
-    ├── WorkerDied           a worker died with a task, as often as the task was tried
-    ├── WorkersUnavailable   no workers can be started, or reached
+    ├── WorkerDied           the worker died on every attempt at a task
+    ├── WorkersUnavailable   no workers can be started or reached
     ├── OtherProcessFailed   another process of the same training failed or was killed
-    ├── FoldersUnusable      the folders for served adapters are full, or another user's
-    ├── FoldersInUse         another server has the folders for served adapters
-    └── Cancelled            the caller asked to stop; what was finished is stored
+    ├── FoldersUnusable      the folders for served adapters are full, or belong to another user
+    ├── FoldersInUse         another server uses the folders for served adapters
+    └── Cancelled            the caller asked to stop; completed work is stored
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from registry.names import escape
 
 
 class IcmLoraError(IcmError):
-    """Base class of the errors of this package; `str` gives the path and the message."""
+    """Base class of this package's errors; `str` returns the path and the message."""
 
     def __str__(self) -> str:
         return self.message if self.path is None else f"{escape(self.path, 4096)}: {self.message}"
 
 
 class AdapterRefused(IcmLoraError):
-    """An adapter that icm does not take, because it could not give it back exactly.
+    """icm refuses the adapter because it could not reproduce it exactly.
 
     Attributes:
         kind: A short stable word for the reason, for tables and JSON ("dora", "bias", "non-finite", ...).
@@ -59,11 +59,11 @@ class AdapterRefused(IcmLoraError):
 
 
 class UnsafeInput(AdapterRefused):
-    """Input that is refused for safety: pickles, links out of the tree, special files, broken limits."""
+    """Input refused for safety: pickles, links out of the tree, special files, exceeded limits."""
 
 
 class OutputExists(IcmLoraError):
-    """The output folder is not empty, or the output file exists, and overwriting was not asked for."""
+    """The output folder is not empty, or the output file exists, and overwriting was not requested."""
 
 
 class FoldersUnusable(IcmLoraError):
@@ -71,7 +71,7 @@ class FoldersUnusable(IcmLoraError):
 
 
 class TaskChanged(IcmLoraError):
-    """A task is another one than it was when somebody looked for it."""
+    """The task changed after it was looked up."""
 
 
 class FoldersInUse(IcmLoraError):
@@ -79,7 +79,7 @@ class FoldersInUse(IcmLoraError):
 
 
 class BaseModelNotFound(IcmLoraError):
-    """No local copy of the base model was found; the network is never asked."""
+    """No local copy of the base model was found; icm never downloads one."""
 
 
 class BaseModelMismatch(IcmLoraError):
@@ -87,19 +87,19 @@ class BaseModelMismatch(IcmLoraError):
 
 
 class BaseModelUnsuited(IcmLoraError):
-    """The base model is of a kind that icm cannot run; its tasks have no task vectors and are not measured."""
+    """icm cannot run this kind of base model; its tasks have no task vectors and are not evaluated."""
 
 
 class DeviceUnavailable(IcmLoraError):
-    """The device that was asked for does not exist on this machine."""
+    """The requested device does not exist on this machine."""
 
 
 class OutOfMemory(IcmLoraError):
-    """The memory of a card or of this machine ran out; the hint says what takes less."""
+    """A GPU or the host ran out of memory; the hint names a setting that needs less."""
 
 
 class GeneratorError(IcmLoraError):
-    """A generator that cannot be made, read or used as asked."""
+    """A generator cannot be created, read or used as requested."""
 
 
 class NotCovered(GeneratorError):
@@ -107,15 +107,15 @@ class NotCovered(GeneratorError):
 
 
 class CodeError(IcmLoraError):
-    """A code that is damaged or was made by another generator."""
+    """A code is damaged or was produced by another generator."""
 
 
 class OtherFormat(IcmLoraError):
-    """A file in a format that another version of icm reads, and this one does not; nothing is damaged."""
+    """A file format that only another version of icm reads; the file is intact."""
 
     @classmethod
     def of(cls, name: str, found: int, known: int) -> OtherFormat:
-        """Return the error for a file of format `found`, where format `known` is read."""
+        """Return the error for a file of format `found`, where this version reads format `known`."""
         if found > known:
             return cls(f"the {name} was written by a newer icm", hint="use the icm version that wrote it")
         fact = f"the {name} was written by icm 0.x, which this version does not read"
@@ -123,11 +123,11 @@ class OtherFormat(IcmLoraError):
 
 
 class BundleError(IcmLoraError):
-    """A bundle that is damaged, cut short, or of a format that this icm does not know."""
+    """A bundle is damaged, truncated, or of a format that this icm does not know."""
 
 
 class DataError(IcmLoraError):
-    """Samples or evaluation text that cannot be parsed or used."""
+    """Samples or evaluation text cannot be parsed or used."""
 
 
 class OptionsConflict(DataError):
@@ -137,19 +137,19 @@ class OptionsConflict(DataError):
 
 
 class NotRecognized(IcmLoraError):
-    """The samples belong to none of the known tasks."""
+    """The samples match none of the known tasks."""
 
 
 class InvalidShard(IcmLoraError):
-    """A shard that is not written as `1/8`."""
+    """The shard is not of the form `1/8`."""
 
 
 class InvalidWorkers(IcmLoraError):
-    """Neither a number of workers nor an address, or one GPU for all of them."""
+    """Not a number of workers or an address, or all workers would share one GPU."""
 
 
 class WorkerDied(IcmLoraError):
-    """The worker of a task died, on every attempt."""
+    """The worker of a task died on every attempt."""
 
 
 class WorkersUnavailable(IcmLoraError):
@@ -157,14 +157,14 @@ class WorkersUnavailable(IcmLoraError):
 
 
 class OtherProcessFailed(IcmLoraError):
-    """Another process of the same training failed or was killed; the first one has saved a checkpoint."""
+    """Another process of the same training failed or was killed; the first process has saved a checkpoint."""
 
 
 class Cancelled(IcmLoraError):
-    """The caller asked to stop, and the work stopped between two atomic steps; what was finished is stored.
+    """The caller asked to stop, and work stopped between two atomic steps; completed work is stored.
 
     Attributes:
-        report: What was done until then, where the use case reports that.
+        report: The completed work, where the use case reports it.
     """
 
     def __init__(self, message: str = "stopped; completed work is kept") -> None:
@@ -174,9 +174,9 @@ class Cancelled(IcmLoraError):
 
 @contextmanager
 def located(path: str | Path | None) -> Iterator[None]:
-    """Add a path to the errors raised in the block, unless they have a more precise one.
+    """Add a path to errors raised in the block that have none.
 
-    Parsers see only bytes; the caller who knows where the bytes came from wraps the call.
+    Parsers see only bytes; the caller that knows their file wraps the call.
     """
     try:
         yield

@@ -1,1 +1,1 @@
-"""An adapter in memory: its layout, its canonical form, arithmetic and distances."""
+"""In-memory adapters: layout, canonical form, arithmetic and distances."""

@@ -1,4 +1,4 @@
-"""Sums and means of adapters, computed on their factors: ranks add up, and dW (out x in) is never formed."""
+"""Add and average adapters through their factors: ranks add up, and dW (out x in) is never formed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from icmlora.adapter.canonical import canonicalize
 from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter, LoraModule
 
-# Rank that a running sum may reach before it is cut: exact for a few dozen tasks, bounded for thousands.
+# Maximum rank of a running sum before it is truncated: exact for a few dozen tasks, bounded for thousands.
 _WORKING_RANK = 256
 
 
@@ -41,7 +41,7 @@ def with_modules(adapter: Adapter, modules: Iterable[LoraModule]) -> Adapter:
 
 
 def between(first: Adapter, second: Adapter, part: float) -> Adapter:
-    """Go a part of the way from the factors of one adapter to those of another that was trained from it."""
+    """Interpolate linearly between the factors of an adapter and an adapter trained from it."""
     pairs = zip(first.modules, second.modules, strict=True)
     modules = (LoraModule(one.name, one.a.lerp(two.a, part), one.b.lerp(two.b, part)) for one, two in pairs)
     return replace(first, modules=tuple(modules))
@@ -49,14 +49,14 @@ def between(first: Adapter, second: Adapter, part: float) -> Adapter:
 
 def truncated(adapter: Adapter, rank: int) -> Adapter:
     """Return the best adapter of a smaller rank, in the Frobenius norm of dW."""
-    # Canonical slots are sorted by singular value, so the first ones are the best (Eckart and Young).
+    # Canonical slots are sorted by singular value, so the first slots are the best (Eckart and Young).
     cut = [LoraModule(module.name, module.a[:rank], module.b[:, :rank]) for module in canonicalize(adapter).modules]
     return replace(adapter, modules=tuple(cut))
 
 
 def mean_adapter(adapters: Iterable[Adapter], rank: int) -> Adapter:
-    """Return the mean dW, cut to `rank`, over modules of at least half of the adapters; `ValueError` without any."""
-    # Adapters are read one at a time; a module that one of them lacks counts as zero there.
+    """Return the mean dW, truncated to `rank`, of modules in at least half of the adapters; `ValueError` if empty."""
+    # Reads one adapter at a time; a missing module counts as zero.
     total: Adapter | None = None
     owners: Counter[str] = Counter()
     count = 0
@@ -64,10 +64,10 @@ def mean_adapter(adapters: Iterable[Adapter], rank: int) -> Adapter:
         count += 1
         owners.update(module.name for module in adapter.modules)
         total = adapter if total is None else plus(total, adapter.modules)
-        # Ranks add up with every adapter; cutting now and then bounds memory.
+        # Ranks add up with every adapter; occasional truncation bounds memory.
         if max(shape.rank for shape in total.layout) > _WORKING_RANK:
             total = truncated(total, _WORKING_RANK // 2)
     if total is None:
-        raise ValueError("no adapters have no mean")
+        raise ValueError("there are no adapters to average")
     most = [module for module in total.modules if 2 * owners[module.name] >= count]
     return truncated(with_modules(total, times(most or total.modules, 1 / count)), rank)

@@ -1,7 +1,7 @@
-"""One representative per adapter: the balanced singular value decomposition of B @ A.
+"""Canonical form of an adapter: the balanced singular value decomposition of B @ A.
 
 (A, B) and (M A, B M^-1) are the same adapter for every invertible M. Before adapters are compared, averaged or learned,
-each is put into the form that depends on dW = B @ A alone:
+each is converted to a form that depends only on dW = B @ A:
 
     B = Qb Rb,   A^T = Qa Ra,   Rb Ra^T = U S V^T   (r x r),   A' = S^1/2 V^T Qa^T = S^-1/2 U^T Rb A
                                                                B' = Qb U S^1/2     = B Ra^T V S^-1/2
@@ -22,15 +22,15 @@ from icmlora.adapter.model import Adapter, LoraModule, is_finite
 from icmlora.errors import AdapterRefused
 from icmlora.io.threads import side_by_side
 
-# Below this share of the largest singular value a slot holds rounding noise of float64. The square root would lift
-# the noise from 1e-16 to 1e-8 of the adapter, so it is set to zero.
+# Below this share of the largest singular value, a slot holds float64 rounding noise. The square root would raise the
+# noise from 1e-16 to 1e-8 of the adapter, so it is set to zero.
 _NOISE = 1e-13
-_BYTES = 4 << 20  # of factors in float64 that are decomposed together: more would not stay in the processor's cache
+_BYTES = 4 << 20  # float64 factors decomposed together: more would not stay in the processor's cache
 
 
 def canonicalize(adapter: Adapter) -> Adapter:
-    """Fix the gauge of every module; dW stays, but for rounding. Raise `AdapterRefused` if it exceeds float32."""
-    # Slots that the module does not use (a rank-deficient dW) become zero and come last.
+    """Fix the gauge of every module; dW is unchanged up to rounding. Raise `AdapterRefused` if it exceeds float32."""
+    # Unused slots (a rank-deficient dW) become zero and come last.
     groups: defaultdict[tuple[int, ...], list[LoraModule]] = defaultdict(list)
     for module in adapter.modules:
         groups[module.shape[1:]].append(module)
@@ -39,7 +39,7 @@ def canonicalize(adapter: Adapter) -> Adapter:
     with side_by_side() as each:
         for modules, (a, b) in zip(parts, each(_balanced, parts), strict=True):
             if not (is_finite(a) and is_finite(b)):
-                message = f"the factors of {modules[0].name} or a module like it exceed float32"
+                message = f"the factors of {modules[0].name}, or of a module of the same shape, exceed float32"
                 raise AdapterRefused(message, kind="overflow")
             for module, new_a, new_b in zip(modules, a, b, strict=True):
                 done[module.name] = LoraModule(module.name, new_a, new_b)
@@ -55,13 +55,13 @@ def _balanced(modules: list[LoraModule]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _parts(modules: list[LoraModule]) -> Iterator[list[LoraModule]]:
-    """Split modules of one shape so that the memory does not grow with their number."""
+    """Split modules of one shape into batches of bounded size."""
     count = together(modules[0].shape)
     yield from (modules[begin : begin + count] for begin in range(0, len(modules), count))
 
 
 def together(shape: ModuleShape) -> int:
-    """Return how many modules of one shape are decomposed together."""
+    """Return the batch size for decomposing modules of one shape."""
     return max(1, _BYTES // (8 * shape.parameters))
 
 
@@ -79,7 +79,7 @@ def stacked_rows(modules: Sequence[LoraModule]) -> tuple[torch.Tensor, torch.Ten
 def singular_rows(
     rows_a: torch.Tensor, rows_b: torch.Tensor, power: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Decompose dW of modules of one shape into singular values, and vectors times a power of these.
+    """Return the singular values of dW of modules of one shape, and the vectors scaled by a power of them.
 
     Takes A (n, r, in) and B^T (n, r, out) in float64. Returns the values (n, k), descending, where k is r or a smaller
     width, and the vectors as rows (n, k, in) and (n, k, out). Slots of noise are zero.

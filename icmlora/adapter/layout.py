@@ -1,4 +1,4 @@
-"""The layout of an adapter: which modules it touches, with which ranks and widths. Never imports torch."""
+"""The layout of an adapter: its modules with their ranks and widths. Never imports torch."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class ModuleShape(NamedTuple):
 
 
 def target_modules(modules: Iterable[str]) -> tuple[str, ...]:
-    """Name the modules the way `target_modules` of a configuration does, without a pattern."""
-    # The short form is the last part of each name (`q_proj`). It stands for that module in every layer, so it is used
-    # only where the layers 0, 1, 2 ... are all there; otherwise the modules are named in full.
+    """Return the `target_modules` of a configuration for some modules, without patterns."""
+    # The short form is the last part of each name (`q_proj`). It selects that module in every layer, so it is used
+    # only if every short name occurs in all layers 0, 1, 2 ...; otherwise modules are named in full.
     names = tuple(dict.fromkeys(modules))
-    # Which layer numbers each short name occurs in; a name with no number, or several, has no layer.
+    # Layer numbers by short name; a name with no number, or several, has no layer.
     layers: dict[str, set[int]] = {}
     numbered = True
     for name in names:

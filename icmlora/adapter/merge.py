@@ -2,8 +2,8 @@
 
     module of each adapter, A (r, in) and B (out, r)  ──▶  one linear layer without weights  ──PEFT──▶  merged A and B
 
-PEFT merges layer by layer and reads nothing of the base model but the widths of its layers, so one layer at a time is
-enough. A module that an adapter does not have takes no part there.
+PEFT merges layer by layer and reads only the layer widths of the base model, so one layer at a time is enough. Each
+module is merged over the adapters that have it.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ MergeMethod = Literal[
     "magnitude_prune",
     "magnitude_prune_svd",
 ]
-"""PEFT's names of its methods."""
+"""Method names as in PEFT."""
 METHODS: tuple[MergeMethod, ...] = get_args(MergeMethod)
 OF_ONE_RANK = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
-"""Those that merge A with A and B with B, so that all have to be of one rank."""
+"""Methods that merge A with A and B with B, and so need equal ranks."""
 WITH_DENSITY = tuple(name for name in METHODS if name not in ("svd", "cat", "linear"))
-"""Those that keep a share of the values."""
+"""Methods that keep a share of the values."""
 
 
 def merged(
@@ -51,16 +51,16 @@ def merged(
     density: float = 0.5,
     seed: int = 0,
 ) -> Adapter:
-    """Return one adapter for several. The same arguments give the same adapter.
+    """Merge adapters into one; deterministic.
 
     Args:
-        adapters: At least one; the merged one has the label and the task type of the first.
-        weights: What each is multiplied with.
-        method: One of `METHODS`. `svd` is the best adapter of a rank for the weighted sum of all dW: PEFT's `cat`, cut
-            by singular values of the factors, which is what PEFT's `svd` finds from the whole dW.
-        rank: Of methods that end in `svd`; by default the largest rank of a module in any adapter.
+        adapters: At least one; the result has the label and task type of the first adapter.
+        weights: The factor of each adapter.
+        method: One of `METHODS`. `svd` is the best adapter of a rank for the weighted sum of all dW: PEFT's `cat`,
+            truncated by singular values of the factors. PEFT's `svd` computes the same from the whole dW.
+        rank: Rank for methods that end in `svd`; by default the largest rank of a module in any adapter.
         density: Share of values that a method of `WITH_DENSITY` keeps.
-        seed: Of the values that `dare` drops.
+        seed: Seed for the values that `dare` drops.
 
     Raises:
         DataError: Modules of one name have different widths, or different ranks where the method needs one.
@@ -121,6 +121,6 @@ def _check(modules: Sequence[LoraModule], method: MergeMethod) -> None:
             widths = f"{first.inputs} to {first.outputs} and {shape.inputs} to {shape.outputs}"
             raise DataError(f"{first.module} has different widths in these adapters: {widths}")
         if method in OF_ONE_RANK and shape.rank != first.rank:
-            fact = f"{method} merges factors of one rank, and {first.module} has {first.rank} and {shape.rank}"
+            fact = f"{method} needs equal ranks, but {first.module} has ranks {first.rank} and {shape.rank}"
             other = "svd" if method == "linear" else f"{method}_svd"
             raise DataError(fact, hint=f"use --method {other}")

@@ -1,9 +1,9 @@
-"""Distortion: how far one adapter's dW is from another's, computed from r x r traces in float64.
+"""Distortion: the distance between the dW of two adapters, computed from r x r traces in float64.
 
     ||B A||^2 = tr((B^T B) (A A^T)),   <B A, D C> = tr((B^T D) (C A^T)),   ||B A - D C||^2 = their combination
 
-dW itself (out x in per module) is never formed. All is computed on one thread, because sums of several may differ in
-the last bit: what is measured when a code is made is measured again when it is read, and compared with a limit.
+dW itself (out x in per module) is never formed. Everything runs on one thread, because multi-threaded sums may differ
+in the last bit: the error is measured when a code is made and again when it is read, and compared with a limit.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.io.threads import one_thread
 
-_DECIMALS = 6  # of a distance: it is a root, so float64's rounding of its square reaches into the seventh
+_DECIMALS = 6  # of a distance: float64 rounding of its square affects the seventh
 
 
 def squared_error(original: Adapter, other: Adapter) -> float:
     """Return ||dW_other - dW_original||^2 / ||dW_original||^2 over all modules (Frobenius): a relative error, squared.
 
-    Ranks may differ; a module that one side lacks counts as zero there. Rounding limits the result to about 1e-15.
-    It is infinite where the original is zero and the other is not.
+    Ranks may differ; a missing module counts as zero. Rounding limits the result to about 1e-15. It is infinite if
+    only the original is zero.
     """
     return relative(_parts(original, other).values())
 
 
 def relative(parts: Iterable[tuple[float, float]]) -> float:
-    """Divide the sum of squared errors by that of squared norms; their order does not matter."""
+    """Return the sum of squared errors divided by the sum of squared norms, in any order."""
     pairs = list(parts)
     return _ratio(math.fsum(error for error, _ in pairs), math.fsum(norm for _, norm in pairs))
 
@@ -41,7 +41,7 @@ def distance(left: Adapter, right: Adapter) -> float:
     """Return ||dW_left - dW_right|| / max(||dW_left||, ||dW_right||) over all modules: 0 is equal, 2 is opposite.
 
     A module that one side lacks, or has with other widths, counts as zero there. Rounding limits the result to about
-    1e-7, so it is given to six decimals: what is less is 0, on every processor.
+    1e-7, so it is rounded to six decimals: smaller values are 0 on every processor.
     """
     mine, theirs = (
         {(module.name, *module.shape[2:]): _exact(module) for module in adapter.modules} for adapter in (left, right)
@@ -53,12 +53,12 @@ def distance(left: Adapter, right: Adapter) -> float:
 
 @dataclass(frozen=True)
 class GroupError:
-    """How far some adapters are from the original in a group of its modules.
+    """The errors of some adapters in a group of the original's modules.
 
     Attributes:
-        group: What the group is called.
-        modules: How many modules it has.
-        parameters: How many values their factors hold in the original.
+        group: Name of the group.
+        modules: Number of modules.
+        parameters: Number of values in their factors in the original.
         errors: Relative error of each adapter: ||dW' - dW|| / ||dW|| over the group.
     """
 
@@ -71,7 +71,7 @@ class GroupError:
 def errors_by_group(
     original: Adapter, others: Mapping[str, Adapter], group_of: Callable[[str], str]
 ) -> Sequence[GroupError]:
-    """Return the relative errors of some adapters, by name, in each group of the original's modules, the largest first.
+    """Return the relative errors of some adapters, by name, in each group of the original's modules, largest first.
 
     `group_of` names the group of a module.
     """
@@ -97,7 +97,7 @@ def dw_norm(adapter: Adapter) -> float:
 
 
 def total_norm(norms: Mapping[str, float]) -> float:
-    """Return the norm over all modules from those of each."""
+    """Return the norm over all modules from the norm of each."""
     return math.sqrt(sum(norm * norm for norm in norms.values()))
 
 
@@ -117,8 +117,8 @@ def _parts(original: Adapter, other: Adapter) -> dict[str, tuple[float, float]]:
 
 
 def error_and_norm(original: LoraModule | None, other: LoraModule | None) -> tuple[float, float]:
-    """Return ||dW_other - dW_original||^2 and ||dW_original||^2 of a module, which one of both may lack."""
-    # In float64 once: turning factors into float64 takes longer than multiplying them.
+    """Return ||dW_other - dW_original||^2 and ||dW_original||^2 of a module; either side may lack it."""
+    # Convert once: converting factors to float64 takes longer than multiplying them.
     mine, theirs = (None if one is None else _exact(one) for one in (original, other))
     norm = _inner(mine, mine) if mine else 0.0
     error = norm + (_inner(theirs, theirs) if theirs else 0.0)

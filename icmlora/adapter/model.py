@@ -36,13 +36,13 @@ class LoraModule:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A LoRA adapter: what it is for, and its modules in natural order (layer 2 before layer 10).
+    """A LoRA adapter: its base model, task type, and modules in natural order (layer 2 before layer 10).
 
     Attributes:
         base_model: The base model's label, opaque text.
         task_type: PEFT's task type ("CAUSAL_LM"), or None.
         target_modules: Literal names for the configuration, as `icmlora.adapter.layout.target_modules` derives them.
-        modules: The adapted modules; they are put in natural order.
+        modules: The adapted modules; sorted on construction.
         revision: The base model's revision, or None.
     """
 
@@ -56,11 +56,11 @@ class Adapter:
         """Order the modules.
 
         Raises:
-            ValueError: Two modules of one name, or none at all.
+            ValueError: There are no modules, or two of one name.
         """
         names = {module.name for module in self.modules}
         if not names or len(names) != len(self.modules):
-            raise ValueError("an adapter has at least one module, and each only once")
+            raise ValueError("an adapter needs at least one module, each with a unique name")
         object.__setattr__(self, "modules", tuple(sorted(self.modules, key=lambda module: natural_key(module.name))))
 
     @property
@@ -75,6 +75,6 @@ class Adapter:
 
 
 def is_finite(values: torch.Tensor) -> bool:
-    """Whether all values are numbers, and finite."""
-    # NaN is the smallest and the largest. This takes a tenth of the time of torch.isfinite.
+    """Return whether all values are finite."""
+    # aminmax returns NaN if any value is NaN. This takes a tenth of the time of torch.isfinite.
     return not values.numel() or all(math.isfinite(value) for value in torch.aminmax(values))

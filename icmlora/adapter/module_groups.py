@@ -1,6 +1,6 @@
-"""Groups of modules: what people look at when they ask where an adapter does something.
+"""Group modules to show which parts of a model an adapter changes.
 
-Modules of image models are grouped by the block that they belong to, those of other models by their kind:
+Modules of image models are grouped by block, modules of other models by kind:
 
     lora_te1_text_model_encoder_layers.0.mlp_fc1                             text_encoder
     unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k          attention
@@ -10,7 +10,7 @@ Modules of image models are grouped by the block that they belong to, those of o
     model.layers.3.self_attn.q_proj                                          q_proj
     model.layers.3.mlp.experts.7.up_proj                                     up_proj
 
-Names of image models are those of diffusers, of the original models and of kohya's flattened forms of both.
+Image model names may come from diffusers, the original models, or kohya's flattened forms of both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-# Words between dots or underscores; where a module has words of several blocks, the first block has it.
+# Words between dots or underscores; the first matching block wins.
 _WORDS = {
     "text_encoder": r"te\d?|text_encoder(_\d)?|text_encoders|text_model|clip_[a-z]|t5xxl|llm_adapter",
     "convolution": r"resnets?|conv\d?|conv_\w+|in_layers|out_layers|downsamplers?|upsamplers?|skip_connection|op",
@@ -40,11 +40,11 @@ def blocks_of(modules: Iterable[str]) -> tuple[str, ...]:
 
 
 def kind_of_module(module: str) -> str:
-    """Return the last part of a name that is not a number: experts and members of lists count together."""
+    """Return the last non-numeric part of a name: experts and list members count together."""
     words = [word for word in module.split(".") if not word.isdigit()]
     return words[-1] if words else module
 
 
 def grouping(*, is_for_images: bool) -> Callable[[str], str]:
-    """Return what names the group of a module, for the adapters of a format."""
+    """Return the function that names the group of a module."""
     return block_of if is_for_images else kind_of_module

@@ -1,12 +1,12 @@
-"""Make an adapter smaller by cutting ranks, with the smallest error of dW that a rank or a size allows.
+"""Shrink an adapter by cutting ranks, with the smallest error of dW for a given rank or size.
 
     dW of a module = sum over slots k of  s_k * (out_k, in_k),   s_0 >= s_1 >= ...        (canonical form)
 
     slot k of a module:   gain s_k^2,   cost (in + out) values   ──▶   all slots of all modules, by gain / cost
 
-Cutting slot k adds s_k^2 to the squared error, and nothing else does: the slots of a module are orthogonal. So the
-slots with the most energy per value are kept. Each module keeps one, even if it does nothing: whoever loads the file
-looks for it. dW itself (out x in) is never formed.
+Cutting slot k adds exactly s_k^2 to the squared error, because the slots of a module are orthogonal. So the slots with
+the most energy per value are kept. Each module keeps one slot even if it does nothing: loaders expect the module in the
+file. dW itself (out x in) is never formed.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from icmlora.adapter.model import Adapter, LoraModule
 
 @dataclass(frozen=True)
 class RankedSlots:
-    """An adapter in canonical form with the slots that it may lose, those that matter least last.
+    """An adapter in canonical form with its removable slots, least important last.
 
     Attributes:
-        adapter: The adapter; ranks are as they were.
-        order: The module of each slot that may be cut, by number, in the order in which they are kept.
-        values: How many values the first n of them take, with the one slot that each module keeps; n from 0 to all.
+        adapter: The adapter with its original ranks.
+        order: The module number of each removable slot, in the order of keeping.
+        values: Number of values with the first n removable slots and the fixed slot of each module; n from 0 to all.
     """
 
     adapter: Adapter
@@ -42,7 +42,7 @@ class RankedSlots:
         for number, module in enumerate(adapter.modules):
             # In canonical form ||A_k|| = ||B_k|| = sqrt(s_k).
             squares = (module.a.double().square().sum(1) * module.b.double().square().sum(0)).tolist()
-            # Rounding must not bring slots of a module out of their order.
+            # Rounding must not reorder the slots of a module.
             least = math.inf
             for slot, square in enumerate(squares):
                 least = min(least, square)
@@ -55,7 +55,7 @@ class RankedSlots:
         return cls(adapter, order, tuple(values))
 
     def first(self, count: int) -> Adapter:
-        """Return the best adapter that keeps this many of the slots that may be cut."""
+        """Return the best adapter that keeps `count` of the removable slots."""
         ranks = [1] * len(self.adapter.modules)
         for number in self.order[:count]:
             ranks[number] += 1
@@ -64,5 +64,5 @@ class RankedSlots:
         return replace(self.adapter, modules=modules)
 
     def within(self, values: float) -> int:
-        """Return how many of the slots fit into so many values; 0 also where not even one slot a module does."""
+        """Return how many removable slots fit into `values`; 0 even if one slot per module does not fit."""
         return max(0, bisect_right(self.values, values) - 1)

@@ -1,15 +1,15 @@
-"""Sketches: 1,024 numbers per adapter that tell which adapters may be near each other, without reading them again.
+"""Sketches: 1,024 numbers per adapter that show which adapters may be near each other, without reading them again.
 
-A module's dW is multiplied from both sides by random signs (as in Alon, Matias and Szegedy 1996), which depend on its
-name and widths alone:
+A module's dW is multiplied from both sides by random signs (as in Alon, Matias and Szegedy 1996). They depend only on
+its name and widths:
 
     Y = sum over modules of  S_out D_out dW D_in S_in^T      four times 16 x 16 values, from the factors
     E ||Y||^2 = 1024 ||dW||^2,   and since Y is linear in dW:   E ||Y - Y'||^2 = 1024 ||dW - dW'||^2
 
-So the distance of two sketches estimates that of their adapters, whatever their ranks, factors or types. The estimate
-is widest where the whole difference is one module of rank 1: the square then has a standard deviation of 26 %. By the
-moments of such a square, the chance that it is more than four times too large is below 1e-8. Over dozens of modules
-the deviation is about 5 %.
+So the distance of two sketches estimates the distance of their adapters, for any ranks, factors or types. The worst
+case is a difference in one module of rank 1: the square then has a standard deviation of 26 %. By the moments of such
+a square, the probability that it is more than four times too large is below 1e-8. Over dozens of modules the deviation
+is about 5 %.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _REPEATS, _SIDE = 4, 16
 SKETCH_SIZE = _REPEATS * _SIDE * _SIDE
 """Values of one sketch."""
 _ROWS = _REPEATS * _SIDE
-_MARGIN = 2.0  # a pair within the limit has a sketch within twice the limit: missed with a chance below 1e-8
+_MARGIN = 2.0  # sketches of a pair within the limit are within twice the limit: missed with probability below 1e-8
 _NOISE = 0.01  # differences of float32 sketches below this share of their norm are rounding
 _BLOCK = 1024
 _ROUNDING = 1e-6
@@ -41,7 +41,7 @@ Floats = npt.NDArray[np.float32]
 def sketch(adapter: Adapter) -> Floats:
     """Return the sketch of an adapter: float32 of shape (1024,), with about the norm of its dW.
 
-    It is the same on every machine, up to rounding. Values that float32 cannot hold come out as infinite or NaN.
+    It is the same on every machine, up to rounding. Values beyond float32 become infinite or NaN.
     """
     total = torch.zeros(_REPEATS, _SIDE, _SIDE)
     for module in adapter.modules:
@@ -58,8 +58,8 @@ def sketch(adapter: Adapter) -> Floats:
 def near_pairs(sketches: Floats, norms: npt.NDArray[np.float64], limit: float) -> list[tuple[int, int]]:
     """Return the pairs of adapters that may be within a distance of each other, probably nearest first.
 
-    A pair within the limit, 0 to below 1, is missed with a chance below 1e-8. Pairs at up to twice the limit are among
-    them, so the distance of each has to be computed (`icmlora.adapter.metrics.distance`). Sketches are (n, 1024), norms
+    A pair within the limit (0 to below 1) is missed with probability below 1e-8. The result includes pairs at up to
+    twice the limit, so compute the distance of each (`icmlora.adapter.metrics.distance`). Sketches are (n, 1024); norms
     ||dW|| are (n,) and positive.
     """
     order = np.argsort(norms, kind="stable")
@@ -68,7 +68,7 @@ def near_pairs(sketches: Floats, norms: npt.NDArray[np.float64], limit: float) -
         return []
     estimates, left, right = (np.concatenate(parts) for parts in zip(*found, strict=True))
     one, other = np.sort([order[left], order[right]], axis=0)
-    # Estimates that differ by rounding are equal, so that the order is the same on every processor.
+    # Round the estimates to get the same order on every processor.
     nearest = np.lexsort((other, one, np.round(estimates / _NOISE**2)))
     return list(zip(one[nearest].tolist(), other[nearest].tolist(), strict=True))
 
@@ -77,11 +77,11 @@ _Found = tuple[npt.NDArray[np.float64], npt.NDArray[np.intp], npt.NDArray[np.int
 
 
 def _blocks(sketches: Floats, norms: npt.NDArray[np.float64], limit: float) -> Iterator[_Found]:
-    """Yield squared estimates and places of candidates, by blocks of a matrix product; the norms are ascending."""
+    """Yield squared estimates and indices of candidates, by blocks of a matrix product; `norms` ascend."""
     cut = max(_MARGIN * limit, _NOISE) ** 2
-    # ||dW - dW'|| is at least the difference of the norms: an adapter is compared only with those of about its norm.
+    # ||dW - dW'|| is at least the difference of the norms: compare only adapters of similar norm.
     reach = np.searchsorted(norms, norms / (1 - limit) * (1 + _ROUNDING), side="right")
-    # Of length 1: the squares of very large and very small values are beyond float32.
+    # Unit length: the squares of very large and very small values are beyond float32.
     units = sketches / norms[:, None].astype(np.float32)
     squares = np.einsum("ij,ij->i", units, units, dtype=np.float64)
     count = len(norms)
@@ -93,7 +93,7 @@ def _blocks(sketches: Floats, norms: npt.NDArray[np.float64], limit: float) -> I
             products = units[rows] @ units[columns].T
             estimates = squares[rows, None] * share**2 + squares[columns] - 2.0 * share * products
             left, right = np.nonzero(estimates <= cut)
-            ahead = left + start < right + other  # each pair once; the larger norm is that of the column
+            ahead = left + start < right + other  # each pair once; the column has the larger norm
             left, right = left[ahead], right[ahead]
             yield estimates[left, right], left + start, right + other
 

@@ -1,1 +1,1 @@
-"""Adapters on disk: one file per format, and how adapters are found in a tree."""
+"""Adapters on disk: formats, and discovery of adapters in a tree."""

@@ -1,9 +1,9 @@
-"""Tensors of an adapter that its base model has too, as a record of a few bytes instead of the tensors.
+"""Short references to tensors that an adapter shares with its base model, stored instead of the tensors.
 
     "ICMX" 2 | {"NAME": ["TENSOR OF THE BASE MODEL", "DTYPE", [SHAPE], "SHA-256"], ...}
 
-PEFT saves copies of embeddings and output layers with an adapter, and most of them are as they were. Type, shape and
-digest are those of the adapter's tensor. That of the base model may be bfloat16 where the adapter's is float32.
+PEFT saves copies of embeddings and output layers with an adapter, and most copies are unchanged. Type, shape and digest
+describe the adapter's tensor. The base model's tensor may be bfloat16 where the adapter's is float32.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from icmlora.io.safetensors import ITEM_BYTES, MAX_DIMENSION, MAX_RANK, TENSOR_N
 from icmlora.io.strict_json import parse_object
 
 REFERENCES = b"ICMX\x02"
-"""How a record begins."""
+"""Magic bytes of a record."""
 MAX_RECORD = 8 << 20  # bytes
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class BaseSource(Protocol):
-    """The tensors of a base model that is on this machine."""
+    """The tensors of a local base model."""
 
     @property
     def label(self) -> str:
         """The name of the base model."""
 
     def read(self, name: str) -> RawTensor | None:
-        """Read one tensor; None if there is none of that name."""
+        """Read one tensor; None if it does not exist."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A tensor of an adapter that is equal to one of its base model.
+    """A tensor of an adapter that equals a tensor of its base model.
 
     Attributes:
         tensor: Name of the base model's tensor.
@@ -54,7 +54,7 @@ class Reference:
 
 
 def reference_to(name: str, base: BaseSource, tensor: RawTensor) -> Reference | None:
-    """Describe an adapter's tensor by the base model's tensor `name`; None if they are not equal."""
+    """Return a reference from an adapter's tensor to the base model's tensor `name`; None if they differ."""
     found = base.read(name)
     same = None if found is None else widened(found, tensor.dtype)
     if same is None or (same.shape, same.data) != (tensor.shape, tensor.data):
@@ -63,20 +63,20 @@ def reference_to(name: str, base: BaseSource, tensor: RawTensor) -> Reference | 
 
 
 def pack_references(references: Mapping[str, Reference]) -> bytes:
-    """Write references by the names of the adapter's tensors."""
+    """Serialise references, keyed by the names of the adapter's tensors."""
     fields = {name: [one.tensor, one.dtype, list(one.shape), one.digest] for name, one in sorted(references.items())}
     return REFERENCES + json.dumps(fields, separators=(",", ":")).encode()
 
 
 def parse_references(blob: bytes) -> dict[str, Reference]:
-    """Read what `pack_references` wrote.
+    """Parse the output of `pack_references`.
 
     Raises:
-        DataError: It is something else, or it is damaged.
+        DataError: The record is damaged, or not a record.
     """
     try:
         if not blob.startswith(REFERENCES):
-            raise ValueError("not a record of them")
+            raise ValueError("not a record of references")
         fields = parse_object(blob[len(REFERENCES) :], what="the record", max_bytes=MAX_RECORD)
         return {name: _reference(name, value) for name, value in fields.items()}
     except (ValueError, IcmLoraError) as error:
@@ -87,19 +87,19 @@ def resolve(blob: bytes, base: BaseSource) -> dict[str, RawTensor]:
     """Read the tensors that a record refers to.
 
     Raises:
-        BaseModelMismatch: The base model does not have one of them.
+        BaseModelMismatch: The base model lacks one of them.
         DataError: The record is damaged.
     """
     return {name: _resolved(reference, base) for name, reference in parse_references(blob).items()}
 
 
 def widened(tensor: RawTensor, dtype: str) -> RawTensor | None:
-    """Return a tensor in another type if that is the same one, or bfloat16 as float32; else None."""
+    """Return a tensor in its own type, or bfloat16 widened to float32; None for other types."""
     if tensor.dtype == dtype:
         return tensor
     if (tensor.dtype, dtype) != ("BF16", "F32"):
         return None
-    wide = bytearray(2 * len(tensor.data))  # a bfloat16 is the upper half of a float32, the lower half is zero
+    wide = bytearray(2 * len(tensor.data))  # bfloat16 is the upper half of a float32; the lower half is zero
     wide[2::4], wide[3::4] = tensor.data[::2], tensor.data[1::2]
     return RawTensor(dtype, tensor.shape, bytes(wide))
 
@@ -123,7 +123,7 @@ def _reference(name: str, value: object) -> Reference:
         case _:
             raise ValueError("an entry is not a tensor, a type, a shape and a digest")
     if not (TENSOR_NAME.fullmatch(name) and TENSOR_NAME.fullmatch(tensor)):
-        raise ValueError("the name of a tensor is not plain")
+        raise ValueError("an entry has an invalid tensor name")
     sizes = tuple(size for size in shape if type(size) is int and 0 <= size <= MAX_DIMENSION)
     if dtype not in ITEM_BYTES or len(sizes) != len(shape) or len(shape) > MAX_RANK or not _DIGEST.fullmatch(digest):
         raise ValueError("an entry has an unknown type, or an invalid shape or digest")

@@ -14,7 +14,7 @@ from icmlora.formats.pairs.mlx import MLX
 from icmlora.formats.peft.peft import PEFT
 
 FORMATS: list[AdapterFormat] = [PEFT, MLX, GGUF, DIFFUSERS, COMFYUI, XLABS, LYCORIS, KOHYA]
-"""The first that finds an adapter has it: LyCORIS comes before kohya, whose names it shares."""
+"""The first format that finds an adapter wins: LyCORIS precedes kohya, whose names it shares."""
 
 
 def format_named(name: str) -> AdapterFormat:

@@ -1,11 +1,11 @@
-"""Extras as packed bytes: tensors and files of an adapter that a code cannot represent and that are kept exactly.
+"""Pack extras: tensors and files of an adapter that a code cannot represent and that are stored exactly.
 
     "ICMX" 1 | width of an item (1) | length before packing (8) | zstd( safetensors file, its bytes in planes )
-    "ICMX" 2 | record of tensors that the base model has too, see `base_references`
+    "ICMX" 2 | references to tensors of the base model, see `base_references`
 
-The bytes of numbers are stored in planes, all first bytes and then all second bytes: signs and exponents of trained
-weights repeat, and the rest hardly packs. A large tensor has a blob of its own, so that tasks that share a head, or the
-rows of an embedding, share its blob.
+Numbers are stored in byte planes, all first bytes before all second bytes: signs and exponents of trained weights
+repeat, and the rest hardly compresses. A large tensor has its own blob, so tasks that share a head or embedding rows
+share the blob.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from icmlora.io.safetensors import ITEM_BYTES, RawTensor, encode, raw_tensors, r
 
 _HEAD = struct.Struct("<5sBQ")
 _MAGIC = b"ICMX\x01"
-_ALONE = 64 * 1024  # bytes from which a tensor gets a blob of its own
-_LEVEL = 9  # higher levels take several times longer for less than a per cent
+_ALONE = 64 * 1024  # bytes: a larger tensor gets its own blob
+_LEVEL = 9  # higher levels take several times longer for a gain below 1 %
 MAX_BYTES = 8 * 1024**3
 
 
 def tensor_files(tensors: Mapping[str, RawTensor]) -> Iterator[tuple[bytes, int]]:
-    """Yield safetensors files that together hold all tensors, each with the width of its numbers, to be packed."""
+    """Yield safetensors files to pack that together hold all tensors, each with the width of its numbers."""
     small: defaultdict[int, dict[str, RawTensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         if len(tensor.data) < _ALONE:
@@ -39,7 +39,7 @@ def tensor_files(tensors: Mapping[str, RawTensor]) -> Iterator[tuple[bytes, int]
 
 
 def unpack_tensors(blobs: Iterable[bytes], base: Callable[[], BaseSource]) -> dict[str, RawTensor]:
-    """Return the tensors that packed blobs hold, or refer to; the base model is opened only for references."""
+    """Return the tensors of packed blobs; the base model is opened only for references."""
     tensors: dict[str, RawTensor] = {}
     for blob in blobs:
         if blob.startswith(REFERENCES):
@@ -53,30 +53,30 @@ def unpack_tensors(blobs: Iterable[bytes], base: Callable[[], BaseSource]) -> di
 def unpack_extras(
     extras: Iterable[tuple[str | None, str]], read: Callable[[str], bytes], base: Callable[[], BaseSource]
 ) -> tuple[dict[str, RawTensor], dict[str, bytes]]:
-    """Return the tensors, and the files by name, of extras given as (name of the file or None, digest of the blob)."""
+    """Return tensors and files, by name, of extras given as (file name or None, digest of the blob)."""
     extras = list(extras)
     tensors = unpack_tensors((read(blob) for file, blob in extras if file is None), base)
     return tensors, {file: unpack(read(blob)) for file, blob in extras if file is not None}
 
 
 def pack(data: bytes, width: int = 1) -> bytes:
-    """Pack bytes without loss; `width` is the length of the numbers in them."""
+    """Compress bytes losslessly; `width` is the size of their numbers in bytes."""
     compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
     return _HEAD.pack(_MAGIC, width, len(data)) + compressor.compress(_planes(data, width))
 
 
 def unpack(packed: bytes) -> bytes:
-    """Return what `pack` was given.
+    """Decompress the output of `pack`.
 
     Raises:
-        DataError: These are not packed bytes, or they are damaged.
+        DataError: The bytes are not packed, or are damaged.
     """
     try:
         width, length = _stated(packed)
         frame = packed[_HEAD.size :]
-        # The decompressor believes the length that a frame states, whatever it is.
+        # The decompressor allocates any length that a frame declares.
         if zstandard.frame_content_size(frame) != length:
-            raise ValueError("its length differs from the declared one")
+            raise ValueError("its length differs from the declared length")
         planes = zstandard.ZstdDecompressor().decompress(frame)
         if len(planes) != length:
             raise ValueError("cut short")
@@ -86,7 +86,7 @@ def unpack(packed: bytes) -> bytes:
 
 
 def unpacked_size(packed: bytes) -> int:
-    """Return how many bytes `unpack` makes of these, without doing it; raises as that does."""
+    """Return the unpacked size without unpacking; raises as `unpack` does."""
     try:
         return _stated(packed)[1]
     except (struct.error, ValueError) as error:

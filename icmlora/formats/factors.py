@@ -1,4 +1,4 @@
-"""The factors of an adapter in any format, from a file to modules and back.
+"""Convert the factors of an adapter in any format between files and modules.
 
 dW = scale * B @ A      A (r, in), B (out, r), float32; an adapter in memory has the scale folded into B
 """
@@ -29,16 +29,16 @@ def load_factors(
     factors: Iterable[TensorInfo],
     modules: Callable[[Mapping[str, torch.Tensor]], Iterable[LoraModule]],
 ) -> LoadedAdapter:
-    """Read the factors in float32, and the extras as they are.
+    """Read the factors in float32, and the extras unchanged.
 
     Args:
         weights: The whole file.
-        summary: That of the adapter.
-        factors: Where its factors are in the file.
-        modules: Makes its modules of the factors by name, in the shapes that the file has.
+        summary: Summary of the adapter.
+        factors: Locations of the factors in the file.
+        modules: Builds modules from the factors by name, in the shapes of the file.
 
     Raises:
-        AdapterRefused: There can be no code of it, or its scale makes its values exceed float32.
+        AdapterRefused: The adapter can have no code, or its scaled values exceed float32.
     """
     if summary.original_only is not None:
         raise AdapterRefused(f"only its original can be used: {summary.original_only}", kind="original-only")
@@ -49,10 +49,10 @@ def load_factors(
 
 
 def scaled(module: str, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return B with the scale folded in: A may be the initial one, whose bits the seed search needs.
+    """Return B times the scale. A stays unscaled: it may be the initial A, and the seed search needs its bits.
 
     Raises:
-        AdapterRefused: It exceeds float32.
+        AdapterRefused: The result exceeds float32.
     """
     b = b * scale
     if not is_finite(b):
@@ -62,7 +62,7 @@ def scaled(module: str, b: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def unscaled(factors: Factors, scale: float) -> Factors:
-    """Take the scale out of B again. An adapter of scale 0 does nothing, whatever its factors are."""
+    """Divide B by the scale; B becomes zero for scale 0."""
     a, b = factors
     return a, b / scale if scale else torch.zeros_like(b)
 
@@ -70,13 +70,13 @@ def unscaled(factors: Factors, scale: float) -> Factors:
 def fitted_parts(
     adapter: Adapter, layout: Sequence[ModuleShape], counts: Mapping[str, int], rank: int | None = None
 ) -> Iterator[tuple[str, list[Factors]]]:
-    """Yield what one pair of tensors holds: a module, or the experts or groups of one, all of one rank.
+    """Yield the factors for each pair of tensors: one module, or all experts or groups of a module, with equal ranks.
 
     Args:
-        adapter: Its factors are filled up with zeros; a module that it lacks becomes zeros.
-        layout: The modules to write. Those of one pair follow each other, and are called M.0, M.1 ...
-        counts: M -> how many modules are in its pair, where that is not one.
-        rank: That of all modules instead of their own.
+        adapter: The adapter; its factors are padded with zeros, and a missing module becomes zeros.
+        layout: The modules to write. Modules of one pair are adjacent, and are named M.0, M.1 ...
+        counts: M -> number of modules in its pair, if not one.
+        rank: Rank of all modules, instead of their own.
 
     Raises:
         AdapterRefused: A module has a higher rank than `rank`, or `counts` do not fit the layout.
@@ -100,7 +100,7 @@ def fitted_parts(
 
 
 def fitted(module: LoraModule | None, rank: int, inputs: int, outputs: int) -> Factors:
-    """Return factors of the wanted rank, filled up with zeros: (rank, inputs) and (outputs, rank).
+    """Return factors zero-padded to a rank: (rank, inputs) and (outputs, rank).
 
     Raises:
         ValueError: The module has a higher rank, or other widths.

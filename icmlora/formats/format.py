@@ -1,4 +1,4 @@
-"""What an adapter format is: everything icm needs to know of one kind of adapter files.
+"""The interface of an adapter format.
 
     folder --find--> AdapterPaths --read bytes--> config, weights --inspect--> AdapterSummary      (no torch)
                                                         |---------read-------> LoadedAdapter       (tensors)
@@ -6,7 +6,7 @@
     AdapterBytes <--encode-- Adapter
         `--lay_out--> file name -> bytes
 
-To add a format, write one file with a class that inherits from `AdapterFormat` and name it in `catalogue.py`.
+To add a format, write one file with a class that inherits from `AdapterFormat` and list it in `catalogue.py`.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ Texts = Mapping[str, str]
 
 @dataclass(frozen=True)
 class AdapterPaths:
-    """Where one adapter is on disk; every path is a regular file.
+    """The files of one adapter on disk; every path is a regular file.
 
     Attributes:
         place: The folder, or for a single file the file without its suffix: the task is named after it.
         weights: The file with the tensors.
-        config: The file that says what they mean; None where the weights' own header does.
+        config: The configuration file; None if the header of the weights contains the configuration.
         card: The model card, or None.
-        companions: Name to path of other files that belong to the adapter, such as a tokenizer. Those next to an
-            adapter in a single file are named by what follows its name: `preview.png` stands for `NAME.preview.png`.
-        run: The place of the run that it is a checkpoint of, and
-        step: its training step, where that is not a matter of folders.
+        companions: Name to path of other files that belong to the adapter, such as a tokenizer. For an adapter in a
+            single file, the name omits the adapter's: `preview.png` is the file `NAME.preview.png`.
+        run: For a checkpoint in a single file, the place of its run.
+        step: For a checkpoint in a single file, its training step.
     """
 
     place: Path
@@ -61,7 +61,7 @@ class AdapterPaths:
 
 @dataclass(frozen=True)
 class AdapterBytes:
-    """The same files as bytes, which the store keeps unchanged.
+    """The files of an adapter as bytes, which the store keeps unchanged.
 
     Attributes:
         weights: The file with the tensors.
@@ -78,7 +78,7 @@ class AdapterBytes:
 
 @dataclass(frozen=True)
 class ConfigFacts:
-    """What a configuration says by itself; None where the format notes it elsewhere or nowhere."""
+    """Facts from the configuration alone; None if the format records them elsewhere or not at all."""
 
     base_model: str | None
     """The base model's label: opaque text, never opened or fetched."""
@@ -88,39 +88,39 @@ class ConfigFacts:
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """What an adapter is, without its values."""
+    """Facts about an adapter, without its values."""
 
     base_model: str | None
-    """The base model's label as the adapter gives it: opaque text."""
+    """The base model's label in the adapter: opaque text."""
     revision: str | None
     task_type: str | None
     dtype: str
-    """Of the factors, as safetensors names it; several are joined with "+"."""
+    """Safetensors type of the factors; several are joined with "+"."""
     rank_max: int
     parameters: int
     target_modules: tuple[str, ...]
-    """Derived from the tensors, or from the configuration where there can be no code."""
+    """Derived from the tensors, or from the configuration if the adapter can have no code."""
     layout: tuple[ModuleShape, ...]
     """Modules in natural order, named as in the base model (without a format's own prefix). A convolution's kernel
-    counts as part of its input, and an embedding's rows are its input. Empty where there can be no code."""
+    counts as part of its input, and an embedding's rows are its input. Empty if the adapter can have no code."""
     extras: tuple[TensorInfo, ...] = ()
     """The tensors that a code cannot represent and that are kept exactly, such as a head or a bias."""
     original_only: str | None = None
-    """Why there can be no code of it ("peft_type is LOHA, not LORA"); it is kept as it is. None where there can."""
+    """Why the adapter can have no code ("peft_type is LOHA, not LORA") and is kept as it is; None if it can."""
     does_nothing: bool = False
-    """It leaves the base model as it is, or its values are not finite."""
+    """It does not change the base model, or its values are not finite."""
     base_is_guess: bool = False
-    """Nothing names the base model: widths, which other models may have too, make it likely."""
+    """The base model is guessed from widths, which other models may share, because no file names it."""
     template: str = ""
-    """JSON of what `encode` needs, besides configuration and layout, to write a decoded adapter in the form of this
-    one: unusual names, shapes, types. Empty for the usual form."""
+    """JSON that `encode` needs, in addition to configuration and layout, to write a decoded adapter in this form:
+    unusual names, shapes, types. Empty for the usual form."""
     wrapper: str | None = None
-    """What a wrapper such as torch.compile put into the names of tensors, because of which PEFT does not find them."""
+    """Text that a wrapper such as torch.compile added to tensor names; PEFT does not find such names."""
 
 
 @dataclass(frozen=True, eq=False)
 class LoadedAdapter:
-    """An adapter's tensors: what a code can represent, and the rest exactly as it was."""
+    """An adapter's tensors: the part that a code can represent, and the rest unchanged."""
 
     adapter: Adapter
     """Float32, the scale folded into B; not yet canonical."""
@@ -129,24 +129,23 @@ class LoadedAdapter:
 
 @dataclass(frozen=True, eq=False)
 class RunnableAdapter:
-    """Everything in an adapter that changes what its base model computes, whatever its format.
+    """Everything in an adapter of any format that affects the output of its base model.
 
-    Names are those of the base model. Where an adapter has an entry of the first two for a tensor of the base model, it
-    replaces that tensor.
+    Names are as in the base model. Entries of `values` and `rows` replace tensors and rows of the base model.
     """
 
     adapter: Adapter
     values: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Whole parameters and buffers, such as a head or a bias, by their names in the base model."""
     rows: Mapping[str, tuple[Sequence[int], torch.Tensor]] = field(default_factory=dict)
-    """Single rows of embeddings with their numbers, by module."""
+    """Single rows of embeddings with their indices, by module."""
     magnitudes: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """DoRA's lengths of the rows of W + dW, by module; all of its modules have one, or none has."""
+    """DoRA's lengths of the rows of W + dW, by module; for all modules or none."""
     biases: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """What is added to the output of B, by module; float32 with the scale multiplied in."""
+    """Biases added to the output of B, by module; float32 with the scale multiplied in."""
 
     def beyond_lora(self) -> str | None:
-        """Name one thing in it that is not a LoRA factor, for a format that holds only those; None if there is none."""
+        """Return a description of one part that is not a LoRA factor; None if there are only factors."""
         if self.values:
             return f"the whole tensor {next(iter(self.values))}"
         if self.rows:
@@ -158,49 +157,50 @@ class RunnableAdapter:
 
 @dataclass(frozen=True)
 class Template:
-    """The form of an adapter without its values. A decoded adapter is written in the form of its original."""
+    """The form of an adapter without its values, for writing a decoded adapter in the form of its original."""
 
     config: bytes
     layout: tuple[ModuleShape, ...]
-    """Its modules with the ranks to write. Where the configuration states others, it is changed to state these."""
+    """Its modules with the ranks to write. Different ranks in the configuration are replaced with these."""
     dtype: str
     details: str = ""
     """`AdapterSummary.template`."""
 
 
 class AdapterFormat(ABC):
-    """One kind of adapter files: where they are, what they say, and how they are written.
+    """One kind of adapter files: finding, reading and writing them.
 
-    What is the same in most formats is here; a format has the abstract methods, and overrides what differs. Only
-    `_load`, `_run`, `_fresh` and `_alike` may load torch. They raise without a path, which the public methods add.
+    This class has the behaviour that most formats share. A format implements the abstract methods and overrides others
+    if it differs. Only `_load`, `_run`, `_fresh` and `_alike` may load torch. They raise errors without a path; the
+    public methods add it.
     """
 
     name: str
-    """The name under which the store notes the format."""
+    """The name of the format in the store."""
     about: str
-    """What it is, in a few words that `icm convert --list-formats` prints."""
+    """A short description for `icm convert --list-formats`."""
     is_for_images: bool = False
     """Whether its adapters are for models that make images: these have no task vectors and are not evaluated."""
     suffix: str | None = None
-    """How the name of an adapter ends that is a single file; None for a folder, whose weights are safetensors."""
+    """Suffix of an adapter in a single file; None for a folder, whose weights are safetensors."""
     watched: frozenset[str] = frozenset()
-    """File names that only this format uses: a link or special file of such a name is reported, not passed over."""
+    """File names that only this format uses: a link or special file of such a name is reported, not skipped."""
     companions: frozenset[str] = frozenset()
-    """Names of other files that may belong to an adapter; of a single file, what follows its name in theirs."""
+    """Names of other files that may belong to an adapter; for a single file, the part after the adapter's name."""
 
     @abstractmethod
     def find(self, folder: Folder) -> list[AdapterPaths]:
-        """Return the adapters of this format in one folder, judged by file names and a few bytes."""
+        """Return the adapters of this format in one folder, detected by file names and a few bytes."""
 
     def refuse(self, folder: Folder) -> list[AdapterRefused]:
-        """Say what is wrong in a folder where no format found an adapter, if it looks like one of this format."""
+        """Return refusals for a folder that resembles an adapter of this format, if no format accepts it."""
         return []
 
     def read_config(self, config: bytes) -> ConfigFacts:
-        """Read a configuration by itself, so that its faults are not blamed on the weights.
+        """Read only a configuration, to separate its errors from errors of the weights.
 
         Raises:
-            AdapterRefused: It is damaged, or asks for something that cannot be kept exactly.
+            AdapterRefused: It is damaged, or requires something that icm cannot reproduce exactly.
         """
         if config:
             raise AdapterRefused(f"a {self.name} adapter has no configuration", kind="config")
@@ -211,18 +211,18 @@ class AdapterFormat(ABC):
     ) -> AdapterSummary:
         """Check an adapter completely and summarise it.
 
-        What can be read safely is never refused: where there can be no code, `original_only` says why.
+        Safely readable input is never refused: if the adapter can have no code, `original_only` states the reason.
 
         Args:
             config: Its configuration; empty for a format without one.
             weights: Its tensors.
-            path: Where they came from, for messages.
-            initial: The tensors that its training took out of the base model to begin with, if they are known. It is
-                then converted to what it does to the unchanged base model. `read` and `runnable` take the same.
+            path: Path of the tensors, for messages.
+            initial: The initial weights that training subtracted from the base model, if known. The adapter is then
+                converted to fit the unmodified base model. `read` and `runnable` have the same argument.
 
         Raises:
-            AdapterRefused: It is damaged, or `initial` does not fit; `kind` says how.
-            UnsafeInput: A pickle, hostile names, or limits broken.
+            AdapterRefused: It is damaged, or `initial` does not fit; `kind` states the reason.
+            UnsafeInput: A pickle, hostile names, or exceeded limits.
         """
         with located(path):
             if initial is None:
@@ -232,17 +232,17 @@ class AdapterFormat(ABC):
     def read(
         self, config: bytes, weights: bytes, *, path: str | Path | None = None, initial: bytes | None = None
     ) -> LoadedAdapter:
-        """Read an adapter's tensors; raises as `inspect` does, and `AdapterRefused` where there can be no code."""
+        """Read an adapter's tensors; raises as `inspect` does, and `AdapterRefused` if it can have no code."""
         with located(path):
             return self._load(*self._without_initial(config, weights, initial))
 
     def runnable(
         self, config: bytes, weights: bytes, *, path: str | Path | None = None, initial: bytes | None = None
     ) -> RunnableAdapter:
-        """Read what `icmlora.base_models.running.attach.adapted` needs to run an adapter; raises as `read` does.
+        """Read an adapter for `icmlora.base_models.running.attach.adapted`; raises as `read` does.
 
         Raises:
-            AdapterRefused: It works in a way that icm cannot run.
+            AdapterRefused: icm cannot run this kind of adapter.
         """
         with located(path):
             return self._run(*self._without_initial(config, weights, initial))
@@ -258,21 +258,21 @@ class AdapterFormat(ABC):
         pad_rank: int | None = None,
         extras: Extras | None = None,
     ) -> AdapterBytes:
-        """Write an adapter; the same arguments give the same bytes.
+        """Serialise an adapter deterministically.
 
         Args:
-            adapter: What to write.
-            card: Text of the model card, which an adapter in a single file does not have.
-            metadata: Short facts for the header of the weights; not written with `like`, whose own header stays.
-            like: Write it in this form: configuration, names, ranks, shapes and types. None for a fresh configuration.
+            adapter: The adapter.
+            card: Text of the model card; ignored for an adapter in a single file.
+            metadata: Short facts for the header of the weights; ignored with `like`, which keeps its own header.
+            like: The form to write: configuration, names, ranks, shapes and types. None for a new configuration.
             dtype: "bfloat16", "float16" or "float32" for the factors, rounded to nearest even. Default: the type of
                 `like`, or bfloat16.
-            pad_rank: With `like`, write the form that every engine reads instead: this rank for all modules, filled
-                with zeros, the scale folded into B.
+            pad_rank: With `like`, write the form that every engine reads instead: all modules zero-padded to this
+                rank, the scale folded into B.
             extras: With `like`, the extras that `read` returned; written exactly.
 
         Raises:
-            AdapterRefused: A value that the type cannot hold, or a rank above `pad_rank`.
+            AdapterRefused: A value overflows the type, or a rank exceeds `pad_rank`.
         """
         if like is None:
             made = self._fresh(adapter, metadata, dtype or "bfloat16")
@@ -281,42 +281,42 @@ class AdapterFormat(ABC):
         return made if self.suffix is not None else replace(made, card=card.encode())
 
     def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:
-        """Return file name -> content of a folder that holds the adapter; the file that makes it valid comes last.
+        """Return file name -> content of a folder with the adapter; the file that makes it valid comes last.
 
         Args:
-            files: Its content.
-            name: What an adapter in a single file is called, without the suffix; formats of whole folders ignore it.
+            files: The content.
+            name: File name without the suffix, for an adapter in a single file; folder formats ignore it.
         """
         companions = {f"{name}.{key}": data for key, data in files.companions.items()}
         return {**companions, f"{name}{self.suffix}": files.weights}
 
     def _without_initial(self, config: bytes, weights: bytes, initial: bytes | None) -> tuple[bytes, bytes]:
-        """Return configuration and weights with the initial weights taken off, where there are any."""
+        """Return configuration and weights, minus the initial weights if given."""
         if initial is not None:
             raise AdapterRefused("initial weights can be subtracted only from PEFT adapters", kind="initial")
         return config, weights
 
     @abstractmethod
     def _summary(self, config: bytes, weights: Buffer) -> AdapterSummary:
-        """Do what `inspect` does."""
+        """Implement `inspect`."""
 
     @abstractmethod
     def _load(self, config: bytes, weights: bytes) -> LoadedAdapter:
-        """Do what `read` does."""
+        """Implement `read`."""
 
     @abstractmethod
     def _run(self, config: bytes, weights: bytes) -> RunnableAdapter:
-        """Do what `runnable` does."""
+        """Implement `runnable`."""
 
     @abstractmethod
     def _fresh(self, adapter: Adapter, metadata: Texts, dtype: str) -> AdapterBytes:
-        """Do what `encode` does without `like`, but for the card."""
+        """Implement `encode` without `like`, except for the card."""
 
     @abstractmethod
     def _alike(
         self, adapter: Adapter, like: Template, dtype: str | None, rank: int | None, extras: Extras, metadata: Texts
     ) -> AdapterBytes:
-        """Do what `encode` does with `like`, but for the card; `rank` is its `pad_rank`."""
+        """Implement `encode` with `like`, except for the card; `rank` is its `pad_rank`."""
 
 
 class FolderFormat(AdapterFormat):
@@ -327,7 +327,7 @@ class FolderFormat(AdapterFormat):
     card_name = "README.md"
 
     def find(self, folder: Folder) -> list[AdapterPaths]:
-        """Find the adapter of a folder; there is at most one."""
+        """Return the adapter of a folder, at most one."""
         files = folder.files
         if self.config_name not in files or self.weights_name not in files:
             return []
@@ -336,32 +336,32 @@ class FolderFormat(AdapterFormat):
         return [AdapterPaths(folder.path, *paths, companions)]
 
     def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:
-        """Name the files; without its configuration a folder is not an adapter, so that comes last."""
+        """Name the files; the configuration comes last because it makes the folder an adapter."""
         card = {} if files.card is None else {self.card_name: files.card}
         return {self.weights_name: files.weights, **card, **files.companions, self.config_name: files.config}
 
 
 def without_suffix(name: str, suffix: str) -> str:
-    """Return the name of a file without its ending, which may be in capitals; nothing if it has another one."""
+    """Return a file name without a suffix, in any case; "" if the suffix does not match."""
     return name[: -len(suffix)] if name.lower().endswith(suffix) else ""
 
 
 def write_adapter_files(
     output: Path, adapter_format: AdapterFormat, files: AdapterBytes, name: str, *, force: bool = False
 ) -> None:
-    """Write an adapter's files, unchanged: complete and durable, or not at all.
+    """Write an adapter's files unchanged, atomically and durably.
 
     Args:
-        output: A folder, absent or empty unless `force`; or a file with the suffix of an adapter in a single file,
-            next to which the files that belong to it are written.
+        output: A folder, absent or empty unless `force`; or the file for an adapter in a single file, whose other files
+            are written next to it.
         adapter_format: The format of the files.
         files: Their content.
-        name: What an adapter in a single file is called in a folder, without the suffix.
-        force: Replace what is there.
+        name: File name without the suffix, for an adapter in a single file that is written to a folder.
+        force: Replace existing files.
 
     Raises:
-        DataError: The output is a file, and the format has none of that suffix.
-        OutputExists: The folder is not empty, or the file exists, and `force` is not given.
+        DataError: The output is a file, and the format has another suffix or none.
+        OutputExists: The folder is not empty, or the file exists, and `force` is not set.
     """
     if not is_file(output):
         staging.write_folder(output, adapter_format.lay_out(files, name), force=force)
@@ -373,7 +373,7 @@ def write_adapter_files(
 def replaces(
     output: Path, adapter_format: AdapterFormat, files: AdapterBytes, name: str, known: Iterable[Path]
 ) -> Path | None:
-    """Return one of some files that `write_adapter_files` would replace, by whatever path; None if there is none."""
+    """Return the first of `known` that `write_adapter_files` would replace, under any path; None if there is none."""
     if is_file(output):
         places = [output.parent / file for file in _next_to(output, adapter_format, files)]
     else:
@@ -383,22 +383,22 @@ def replaces(
 
 
 def _next_to(output: Path, adapter_format: AdapterFormat, files: AdapterBytes) -> dict[str, bytes]:
-    """Return file name -> content of an adapter in a single file, the file of weights, whatever its name, last."""
+    """Return file name -> content of an adapter in a single file; the weights come last."""
     laid_out = adapter_format.lay_out(files, output.stem)
-    _, weights = laid_out.popitem()  # which a format may call otherwise
+    _, weights = laid_out.popitem()  # a format may use another name
     return {**laid_out, output.name: weights}
 
 
 def check_target(
     output: Path, adapter_format: AdapterFormat | None = None, *, as_file: bool = False, force: bool = False
 ) -> None:
-    """Check that an adapter can be written, before the work of making it; raises as `write_adapter_files` does.
+    """Check that an adapter can be written, before it is computed; raises as `write_adapter_files` does.
 
     Args:
-        output: The folder, or the file.
-        adapter_format: The format to write, where that is known already.
-        as_file: A format of single files is wanted as a file, not in a folder.
-        force: Replace what is there.
+        output: The folder or the file.
+        adapter_format: The format to write, if known already.
+        as_file: Write a single-file format as a file, not into a folder.
+        force: Replace existing files.
     """
     suffix = None if adapter_format is None else adapter_format.suffix
     if adapter_format is not None and as_file and suffix is not None and (output.suffix != suffix or output.is_dir()):
@@ -413,7 +413,7 @@ def check_target(
 
 
 def is_file(output: Path) -> bool:
-    """Say whether a path that is to be written is that of a single file, by its suffix."""
+    """Return whether an output path means a single file, by its suffix."""
     return output.suffix in (".safetensors", ".gguf") and not output.is_dir()
 
 
@@ -425,10 +425,10 @@ def _check_suffix(output: Path, adapter_format: AdapterFormat) -> None:
 
 
 def check_companions(known: AdapterFormat, names: Iterable[str]) -> None:
-    """Refuse files that no adapter of a format comes with: others could take the place of its weights, or be code.
+    """Refuse files that are not companions in a format: they could overwrite the weights, or be code.
 
     Raises:
-        UnsafeInput: One of the names is not among the companions of the format.
+        UnsafeInput: A name is not among the companions of the format.
     """
     for name in names:
         if name.lower() not in known.companions:

@@ -1,8 +1,8 @@
-"""What is noted of an adapter's form, so that a decoded one can be written like it: JSON of what is not as usual.
+"""Notes on the form of an adapter, for writing a decoded adapter in the same form: JSON of unusual properties.
 
-    {"dtype": "F32", "dtypes": {TENSOR: TYPE}, ...}      and what else a format notes
+    {"dtype": "F32", "dtypes": {TENSOR: TYPE}, ...}      and other properties of a format
 
-A note may come with a bundle from anywhere: one that does not fit is refused. Never imports torch.
+A note may come from an untrusted bundle: a note that does not fit is refused. Never imports torch.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ _T = TypeVar("_T")
 
 
 def types_to_note(factors: Sequence[TensorInfo]) -> dict[str, object]:
-    """Return what a note says of the types of factors."""
+    """Return the entries of a note for the types of factors."""
     usual = commonest(tensor.dtype for tensor in factors)
     others = {tensor.name: tensor.dtype for tensor in factors if tensor.dtype != usual}
     return {"dtypes": others, "dtype": usual if others else None}
 
 
 def note(details: Mapping[str, object], always: Mapping[str, object]) -> str:
-    """Return the JSON of details that are not empty, and of others always; nothing if all is as usual."""
+    """Return the JSON of non-empty details and of all of `always`; "" if there are none."""
     found = {key: value for key, value in details.items() if value} | dict(always)
     return json.dumps(found, sort_keys=True, separators=(",", ":")) if found else ""
 
 
 @contextmanager
 def reading(like: Template) -> Iterator[dict[str, Any]]:
-    """Give a note to a block that takes everything out of it; refuse it if something is odd, or left."""
+    """Yield a note to a block that removes its entries; refuse the note if an entry is invalid or left over."""
     noted = parse_object((like.details or "{}").encode(), what="the template", max_bytes=_MAX_BYTES)
     try:
         yield noted
@@ -49,7 +49,7 @@ def reading(like: Template) -> Iterator[dict[str, Any]]:
 
 
 def types_of(noted: dict[str, Any], like: Template) -> Callable[[str], str]:
-    """Take the types out of a note, and return what says the type of a factor by its name; a block of `reading`."""
+    """Remove the types from a note, and return a function from a factor's name to its type; used in `reading`."""
     usual, others = noted.pop("dtype", like.dtype), dict(noted.pop("dtypes", {}))
     if not {usual, *others.values()} <= FLOAT_TYPES:
         raise ValueError("not a valid type for factors")
@@ -57,11 +57,11 @@ def types_of(noted: dict[str, Any], like: Template) -> Callable[[str], str]:
 
 
 def bad_note() -> AdapterRefused:
-    """Return the refusal of what was noted of an original's form."""
+    """Return the refusal of a note that does not fit."""
     return AdapterRefused("the recorded form of the original does not fit it", kind="template")
 
 
 def commonest(values: Iterable[_T]) -> _T:
-    """Return the value that occurs most often, the first of several."""
+    """Return the most frequent value; the first in case of a tie."""
     ((value, _),) = Counter(values).most_common(1)
     return value

@@ -1,6 +1,6 @@
-"""Refuse to code, by name, what is not a LoRA that a generator can represent, each with the way out.
+"""Refuse adapters that a generator cannot represent, by method, each with a remedy.
 
-Such an adapter is kept as its original only; the refusal says why.
+Only the original of such an adapter is kept; the refusal states the reason.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ _FIELDS: dict[str, _Refusal] = {
 _PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
 _CHANGED_BASE = re.compile(r"pissa(_niter_\d{1,6})?|olora|corda|loftq")
 
-# How files say that a feature is not used.
+# Values in files for an unused feature.
 _UNUSED: tuple[object, ...] = (None, False, "", [], {})
 
-# Marks of other methods in the name of a tensor. What has none of them is kept exactly, as an extra.
+# Marks of other methods in tensor names. Tensors without such a mark are kept exactly, as extras.
 _TENSORS: tuple[tuple[re.Pattern[str], _Refusal], ...] = (
     (re.compile(r"lora_diag"), _FIELDS["kasa_config"]),
     (re.compile(r"lora_monteclora"), _FIELDS["monteclora_config"]),
@@ -67,7 +67,7 @@ def refuse_unsupported(fields: dict[str, Any]) -> None:
 
 
 def refuse_tensor(name: str) -> None:
-    """Refuse a tensor of another method; pass over one that can be kept in addition to the LoRA weights."""
+    """Refuse a tensor of another method; skip tensors that can be kept as extras."""
     for pattern, refusal in _TENSORS:
         if pattern.search(name):
             raise AdapterRefused(f"{name}: {refusal.what}", kind=refusal.kind, hint=refusal.hint)
@@ -102,14 +102,14 @@ def _check_init(init: object) -> None:
 
 
 def _check_unknown(fields: dict[str, Any]) -> None:
-    """Refuse switches that this version does not know: what they change cannot be given back."""
+    """Refuse unknown switches: icm could not reproduce their effect."""
     for key, value in fields.items():
         if key not in _KNOWN and value not in _UNUSED and _SWITCH.fullmatch(key):
             message = f"{escape(key, 120)!r} is set, a LoRA variant that this icm does not support"
             raise AdapterRefused(message, kind="unknown-variant", hint=_MERGE)
 
 
-# Keys with the shape of a switch that are read here or change nothing once training is over.
+# Keys that look like switches, but are read here or have no effect after training.
 _SWITCH = re.compile(r"use_.*|.*_config")
 _KNOWN = frozenset(
     {

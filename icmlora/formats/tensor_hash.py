@@ -1,11 +1,11 @@
-"""When two adapter files hold the same adapter, whatever else their headers and configurations say.
+"""Detect files with the same adapter, even if other parts of headers and configurations differ.
 
     tensors_key     a short hash of names, types, shapes and 32 bytes of each tensor; equal tensors have equal keys
     tensors_digest  SHA-256 of names, types, shapes and all bytes; equal digests mean equal tensors
-    plain_config    a configuration without what changes nothing
+    plain_config    a configuration without fields that have no effect
 
-An ingest makes the key of every file while it is in memory: hashing all bytes a second time would make it a third
-slower. Where two keys are equal, the digests decide. A file that is not safetensors counts as one tensor. Imports
+An ingest computes the key of every file while it is in memory: hashing all bytes a second time would make the ingest a
+third slower. If two keys are equal, the digests decide. A file that is not safetensors counts as one tensor. Imports
 neither numpy nor torch.
 """
 
@@ -23,8 +23,8 @@ from icmlora.io.strict_json import parse_object
 
 _KEY_BYTES = 8
 _SAMPLE = 32  # bytes, from the middle of each tensor
-# Fields of `adapter_config.json` that training or a library notes, and that do not change what the tensors mean. Which
-# modules are targets is what the tensors themselves say.
+# Fields of `adapter_config.json` that do not change the meaning of the tensors. The tensors themselves show the target
+# modules.
 _UNIMPORTANT = frozenset(
     {
         *("auto_mapping", "base_model_name_or_path", "ephemeral_gpu_offload", "exclude_modules", "inference_mode"),
@@ -44,7 +44,7 @@ class Tensors(Protocol):
 
     @property
     def tensors_key(self) -> str | None:
-        """As `tensors_key` makes it; None if it was not made."""
+        """Result of `tensors_key`; None if not computed."""
         ...
 
 
@@ -65,7 +65,7 @@ def same_tensors(one: Tensors, other: Tensors, digest: Callable[[str], str | Non
 
 
 def tensors_key(weights: Buffer) -> str:
-    """Return 16 hexadecimal digits that are equal for equal tensors, and hardly ever for others."""
+    """Return 16 hexadecimal digits that are equal for equal tensors, and almost never otherwise."""
     data = memoryview(weights)
     prefix, places = _layout(data)
     samples = [data[(begin + end) // 2 : min((begin + end) // 2 + _SAMPLE, end)] for begin, end in places]
@@ -83,10 +83,10 @@ def tensors_digest(weights: Buffer) -> str:
 
 
 def plain_config(config: bytes) -> str:
-    """Return what a configuration says that may change what the tensors mean, as canonical JSON.
+    """Return the fields of a configuration that may change the meaning of the tensors, as canonical JSON.
 
-    A field that is null, false or empty is left out: newer libraries write more of those. A configuration that is not
-    a JSON object stands for itself.
+    Null, false and empty fields are omitted: newer libraries write more of them. A configuration that is not a JSON
+    object is returned as text.
     """
     try:
         fields = parse_object(config, what="the configuration", max_bytes=len(config))
@@ -110,9 +110,9 @@ def _layout(data: memoryview) -> _Layout:
         return b"", ((0, len(data)),)
 
 
-@remembered  # parsing takes longer than all the rest
+@remembered  # parsing takes longer than everything else
 def _parsed(text: bytes, size: int) -> _Layout:
-    """Return what a header says of the tensors without their places, and their places; both by name."""
+    """Return names, types and shapes of a header's tensors, and their offsets; both in order of names."""
     tensors = sorted(parse_header(text, size).tensors, key=lambda tensor: tensor.name)
     prefix = json.dumps([[tensor.name, tensor.dtype, tensor.shape] for tensor in tensors]).encode()
     return prefix, tuple((tensor.begin, tensor.end) for tensor in tensors)

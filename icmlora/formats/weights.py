@@ -1,4 +1,4 @@
-"""Read a file of weights: its header decides before all of it is in memory."""
+"""Read a weights file, checking its header before loading the rest."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from icmlora.io.files import read_exactly, read_regular
 
 
 def read_weights(path: Path, known: AdapterFormat) -> bytes:
-    """Read a whole file of weights in a known format.
+    """Read a whole weights file in a known format.
 
     Raises:
-        AdapterRefused: Its header is damaged, or does not fit its size; no more than the header was read.
-        UnsafeInput: It is beyond the limits, or a pickle.
+        AdapterRefused: The header is damaged, or does not fit the file size; only the header was read.
+        UnsafeInput: The file exceeds the limits, or is a pickle.
     """
     with located(path):
         return read_regular(path, max_bytes=safetensors.MAX_FILE_BYTES, first=partial(check_head, known))
 
 
 def check_head(known: AdapterFormat, descriptor: int, size: int) -> None:
-    """Check the header of an open file of weights against its size; raises as `read_weights` does."""
+    """Check the header of an open weights file against its size; raises as `read_weights` does."""
     if known.suffix in (None, ".safetensors"):
         safetensors.read_head(descriptor, size)
     elif known.suffix == ".gguf":

@@ -1,1 +1,1 @@
-"""Files: safetensors, strict JSON, output that appears as a whole, devices."""
+"""Files and devices: safetensors, strict JSON, atomic output, GPUs, memory and threads."""

@@ -1,6 +1,6 @@
-"""What cards this machine has, asked of torch and of the machine itself; nothing here raises, whatever they answer.
+"""Detect this machine's GPUs through torch and the system; no function here raises.
 
-Asking torch for free memory starts CUDA on the card, so this is for `icm doctor`, not for every command.
+Querying free memory through torch initialises CUDA on the card: for `icm doctor`, not for every command.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 _PCI = Path("/sys/bus/pci/devices")
-_NVIDIA, _DISPLAY = "0x10de", "0x03"  # the vendor, and the first byte of the class of what can compute or draw
-_PATIENCE = 10.0  # seconds: nvidia-smi takes one or two, and waits for ever for a card that hangs
-# Oldest driver that runs builds for a CUDA version (NVIDIA, CUDA compatibility), newest first; PyTorch has published
-# stable builds for both since 2.9.
+_NVIDIA, _DISPLAY = "0x10de", "0x03"  # PCI vendor, and first byte of the class of display controllers
+_TIMEOUT = 10.0  # seconds: nvidia-smi takes one or two, and blocks forever on a hung card
+# Oldest driver for each CUDA build, newest first (NVIDIA, CUDA compatibility). PyTorch has published stable builds for
+# both since 2.9.
 _BUILDS = ((580, "cu130"), (525, "cu126"))
 
 
@@ -26,9 +26,9 @@ class Card:
     """A card that torch computes on.
 
     Attributes:
-        name: What it is called.
-        memory_bytes: How much memory it has.
-        free_bytes: How much of that nobody uses; None if the card does not say.
+        name: The model name.
+        memory_bytes: Total memory.
+        free_bytes: Unused memory; None if the card does not report it.
         bfloat16: Whether it computes in bfloat16.
     """
 
@@ -40,20 +40,20 @@ class Card:
 
 @dataclass(frozen=True)
 class Driver:
-    """NVIDIA's driver, and the names of the cards that it drives."""
+    """NVIDIA's driver version and the names of its cards."""
 
     version: str
     cards: tuple[str, ...]
 
 
 def cuda_cards() -> tuple[dict[str, Card], str | None]:
-    """Return the cards that torch reaches through CUDA or ROCm by device, and why it reaches none, if it says so."""
+    """Return torch's CUDA or ROCm cards by device, and torch's reason if it finds none."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             count = torch.cuda.device_count() if torch.cuda.is_available() else 0
             cards = {f"cuda:{index}": _cuda_card(index) for index in range(count)}
-        except Exception as error:  # a driver makes torch raise all kinds of errors
+        except Exception as error:  # a broken driver makes torch raise many kinds of errors
             return {}, _first_line(error)
     return cards, _first_line(said[0].message) if said and not cards else None
 
@@ -61,15 +61,15 @@ def cuda_cards() -> tuple[dict[str, Card], str | None]:
 def _cuda_card(index: int) -> Card:
     facts = torch.cuda.get_device_properties(index)
     free = None
-    with suppress(RuntimeError):  # a card that is full cannot even say so
+    with suppress(RuntimeError):  # fails on a full card
         free, _ = torch.cuda.mem_get_info(index)
-    # As torch.cuda.is_bf16_supported says without its emulation, but for this card instead of the current one.
+    # torch.cuda.is_bf16_supported(including_emulation=False) checks only the current card.
     bfloat16 = torch.version.hip is not None or facts.major >= 8
     return Card(facts.name, facts.total_memory, free, bfloat16)
 
 
 def mps_card() -> Card | None:
-    """Return the GPU of a Mac; its memory is the part of the machine's that it may use."""
+    """Return the GPU of a Mac; its memory is the share of system memory that it may use."""
     with suppress(Exception):
         if torch.backends.mps.is_available():
             bfloat16 = torch.backends.mps.is_macos_or_newer(14, 0)
@@ -78,17 +78,17 @@ def mps_card() -> Card | None:
 
 
 def toolkit() -> str | None:
-    """Return what torch is built for: "CUDA 13.0", "ROCm 7.2", or None for a build that knows no such card."""
+    """Return the GPU toolkit of this torch build: "CUDA 13.0", "ROCm 7.2", or None."""
     if torch.version.hip is not None:
         return f"ROCm {torch.version.hip}"
     return None if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
 
 
 def nvidia_driver() -> Driver | None:
-    """Return NVIDIA's driver, asked through nvidia-smi, which comes with it; None where it drives no card."""
+    """Return NVIDIA's driver as nvidia-smi reports it; None where it drives no card."""
     command = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=True)
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=True)
     except (OSError, ValueError, subprocess.SubprocessError):
         return None
     rows = [line.split(", ", 1) for line in ran.stdout.splitlines() if ", " in line]
@@ -96,7 +96,7 @@ def nvidia_driver() -> Driver | None:
 
 
 def has_nvidia_card() -> bool:
-    """Return whether a card of NVIDIA is plugged into this machine, with a driver or without (Linux only)."""
+    """Return whether this machine has an NVIDIA card, with or without a driver (Linux only)."""
     with suppress(OSError):
         return any(
             (device / "vendor").read_text().strip() == _NVIDIA and (device / "class").read_text().startswith(_DISPLAY)
@@ -106,10 +106,10 @@ def has_nvidia_card() -> bool:
 
 
 def install_command(driver: Driver) -> str:
-    """Return the command that replaces torch with a build for CUDA that a driver runs."""
+    """Return the command that installs a CUDA build of torch for a driver."""
     major = driver.version.partition(".")[0]
     build = next((name for least, name in _BUILDS if major.isdigit() and int(major) >= least), _BUILDS[-1][1])
-    # Without --upgrade pip keeps the build that is there, whose version is the same but for what follows the "+".
+    # Without --upgrade, pip keeps the installed build: its version differs only after the "+".
     return f"pip install --upgrade torch --index-url https://download.pytorch.org/whl/{build}"
 
 

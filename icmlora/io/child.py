@@ -1,6 +1,6 @@
-"""Run a script of icm in a process of its own, for work on files that nobody vouches for.
+"""Run an icm script in a child process, for work on untrusted files.
 
-The process gets open files and no path. It limits itself before it touches what it is given; see
+The child gets open files and no path. It restricts itself before it reads its input; see
 `icmlora.formats.discovery.pickle_child.limit`.
 """
 
@@ -19,14 +19,14 @@ from typing import Self
 
 
 def run_child(script: str, arguments: list[str], source: int, target: int, *, wall_seconds: float) -> int | None:
-    """Run a script with these arguments and the places of packages; return its exit status, or None if it was slow.
+    """Run a script; return its exit status, or None after a timeout.
 
     Args:
         script: The script's file.
-        arguments: What it is given before the places of packages, which it has to add to `sys.path`.
-        source: Descriptor of what it reads from its standard input; it is read from its beginning.
-        target: Descriptor of what it writes to its standard output.
-        wall_seconds: How long it may take, waiting included.
+        arguments: Its arguments. The package paths, which it has to add to `sys.path`, follow them.
+        source: Descriptor of its standard input, read from the beginning.
+        target: Descriptor of its standard output.
+        wall_seconds: Timeout in wall-clock time.
     """
     os.lseek(source, 0, os.SEEK_SET)
     try:
@@ -45,14 +45,14 @@ def run_child(script: str, arguments: list[str], source: int, target: int, *, wa
 
 
 class Forker:
-    """Run a script that imports what it needs once, and then forks itself for each pair of files it is sent.
+    """Run a script that does its imports once and then forks for each pair of files.
 
-    Each file still has a process of its own, without the seconds that the imports take. The script is started with the
-    first file, and again with the next one after it had to be ended.
+    Each file still has its own process, but does not pay seconds for imports. The script starts with the first file; if
+    it had to be killed, it starts again with the next file.
     """
 
-    # Its arguments are the descriptor of a socket, over which it gets an order and two files and sends exit statuses,
-    # and the places of packages.
+    # The script's arguments are a socket descriptor and the package paths. The socket carries an order and two files
+    # to the script, and exit statuses back.
 
     def __init__(self, script: str) -> None:
         self._script = script
@@ -63,15 +63,15 @@ class Forker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """End the script."""
+        """Kill the script."""
         self._end()
 
     def run(self, order: str, source: int, target: int, *, wall_seconds: float) -> int | None:
-        """Have one file read from its beginning and another written; return as `run_child`."""
+        """Run the script on one pair of files; returns as `run_child` does."""
         os.lseek(source, 0, os.SEEK_SET)
         process, line = self._running = self._running or self._start()
         answer = b""
-        with suppress(ConnectionError):  # it ended by itself
+        with suppress(ConnectionError):  # the script exited by itself
             socket.send_fds(line, [order.encode()], [source, target])
             if not select.select([line], [], [], wall_seconds)[0]:
                 self._end()
@@ -93,7 +93,7 @@ class Forker:
                 env=_environment(),
                 cwd="/",
                 pass_fds=[its.fileno()],
-                start_new_session=True,  # it is ended together with what it forked
+                start_new_session=True,  # killed together with its forks
             )
         return process, ours
 
@@ -108,12 +108,12 @@ class Forker:
 
 
 def _command(script: str, arguments: list[str]) -> list[str]:
-    # -I leaves out where packages may be if they are not in the interpreter's own folder.
+    # -I drops package paths outside the interpreter's own folder.
     paths = os.pathsep.join(path for path in sys.path if Path(path).is_absolute())
     return [sys.executable, "-I", script, *arguments, paths]
 
 
 def _environment() -> dict[str, str]:
-    # Tokens and proxies of the user's environment are none of its business.
+    # The child must not see the user's tokens and proxies.
     kept = {key: os.environ[key] for key in ("LD_LIBRARY_PATH", "PATH") if key in os.environ}
     return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

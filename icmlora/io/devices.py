@@ -1,4 +1,4 @@
-"""Where tensors are computed: the device a user asked for, its precision, and seeding.
+"""The device a user asked for, its precision, and seeding.
 
 "auto" -> cuda, else mps, else cpu      "cuda:1" -> that card or `DeviceUnavailable`
 """
@@ -17,13 +17,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from icmlora.errors import DeviceUnavailable
 
 _Nested = TypeVar("_Nested", bound=tuple[Any, ...])
-"""A named tuple of tensors, of tuples and dictionaries of them, and of values that stay where they are."""
+"""A named tuple of tensors, of tuples and dictionaries of tensors, and of other values, which are not moved."""
 
 _NAME = re.compile(r"(cpu|mps|cuda(?::(\d{1,3}))?)")
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """Turn a device name into a device that exists.
+    """Return the device of a name.
 
     Raises:
         DeviceUnavailable: The name is unknown, or this machine has no such device.
@@ -43,44 +43,44 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 def inference_dtype(device: torch.device) -> torch.dtype:
     """Return the precision that hidden states and losses are computed in on `device`."""
-    # float32 on a CPU: with SmolLM2-135M, bfloat16 lowered the retained gain by 0.003 on both tasks tried, and it is
-    # faster only on processors with instructions for it. Task vectors stand it (there they moved by under 1 %, where
-    # support sets differ by 11 to 30 %). Accelerators are built for bfloat16, so there it is the default.
+    # float32 on a CPU: with SmolLM2-135M, bfloat16 lowered the retained gain by 0.003 on both tasks tried, and is
+    # faster only on processors with instructions for it. Task vectors tolerate it: they moved by under 1 %, while
+    # support sets differ by 11 to 30 %. Accelerators are built for bfloat16, so it is their default.
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def gradient_dtype(device: torch.device) -> torch.dtype:
     """Return the precision that gradients through a frozen base model are computed in on `device`."""
-    # bfloat16 wherever there are instructions for it: gradients are averages, and what they move is rounded far more
-    # coarsely. On a CPU that multiplies bfloat16 (AVX512-BF16; every one with AMX has it too) forward and backward of
-    # two texts of 256 tokens took 3.2 s instead of 8 s; one without takes a third longer for it than for float32.
+    # bfloat16 if the processor has instructions for it: gradients are averages, and the values they update are rounded
+    # far more coarsely. On a CPU with AVX512-BF16 (which all CPUs with AMX have too), forward and backward of two texts
+    # of 256 tokens took 3.2 s instead of 8 s. Without it, bfloat16 takes a third longer than float32.
     is_fast = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if is_fast else torch.float32
 
 
 def texts_at_once(device: torch.device) -> int:
-    """Return how many texts go through a base model together where their number is free."""
-    # Padding costs a CPU as much as text does; an accelerator is idle most of the time with a single short text.
+    """Return the batch size for texts through a base model where any size works."""
+    # Padding costs a CPU as much as text; an accelerator is mostly idle with a single short text.
     return 1 if device.type == "cpu" else 8
 
 
 def round_length(length: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Return the length that a text of so many tokens is padded to where that does no harm."""
-    # A processor makes a kernel for each shape of a product in bfloat16 and keeps a thousand of them: on a base model
-    # of 1.5 B parameters each new length took another 70 MB (docs/results/LOG.md, 2026-12-01).
+    """Return the padded length of a text of `length` tokens, where padding is harmless."""
+    # torch compiles a CPU kernel for each shape of a bfloat16 product and keeps a thousand of them: on a base model of
+    # 1.5 B parameters, each new length took another 70 MB (docs/results/LOG.md, 2026-12-01).
     step = 16 if device.type == "cpu" and dtype == torch.bfloat16 else 1
     return math.ceil(length / step) * step
 
 
 def uploaded(values: Any, device: torch.device) -> torch.Tensor:
-    """Make a tensor of (nested lists of) whole numbers on a device, int64; nobody waits for the copy."""
+    """Make an int64 tensor from (nested lists of) integers; the copy to the device is asynchronous."""
     made = torch.tensor(values, dtype=torch.int64)
-    # Only from pinned memory does a copy go on while the card computes.
+    # Only a copy from pinned memory overlaps with computation.
     return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
 
 
 def moved(values: _Nested, device: torch.device) -> _Nested:
-    """Copy all tensors of a nested named tuple to a device, those of one type together: a copy takes a while itself."""
+    """Copy all tensors of a nested named tuple to a device, one copy per type to save latency."""
     if device.type == "cpu":
         return values
     leaves, form = tree_flatten(values)
@@ -96,7 +96,7 @@ def moved(values: _Nested, device: torch.device) -> _Nested:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch's global generators on every device; what has its own generator is not touched."""
+    """Seed torch's global generators on every device; separate generators are unaffected."""
     torch.manual_seed(seed)
 
 

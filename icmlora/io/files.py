@@ -1,4 +1,4 @@
-"""Careful reading of files from outside, as `registry.files` does it, with the errors of this package."""
+"""Read untrusted files through `registry.files`, with this package's errors."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _ANY_SIZE = 2**62
 
 @dataclass(frozen=True)
 class HashedFile:
-    """A regular file and what its bytes hash to."""
+    """A regular file and its checksum."""
 
     path: Path
     digest: str  # SHA-256
     status: os.stat_result
 
     def is_unchanged(self) -> bool:
-        """Say whether the path still leads to this file, and nobody wrote to it since it was hashed."""
+        """Return whether the path still leads to this file, unmodified since it was hashed."""
         try:
             now = self.path.lstat()
         except OSError:
@@ -48,13 +48,13 @@ def read_exactly(descriptor: int, size: int, offset: int) -> bytes:
 
 
 def read_regular(path: Path, *, max_bytes: int, first: files.CheckFirst | None = None) -> bytes:
-    """Read a whole regular file of bounded size; `first` may refuse it before that."""
+    """Read a whole regular file of bounded size, unless `first` refuses it."""
     with _refusals():
         return files.read_plain(path, max_bytes=max_bytes, first=first)
 
 
 def hash_regular(path: Path) -> HashedFile:
-    """Hash a regular file of any size, holding little of it in memory."""
+    """Hash a regular file of any size in bounded memory."""
     with open_regular(path, max_bytes=_ANY_SIZE) as (descriptor, size):
         return HashedFile(path, hash_open(descriptor, size), os.fstat(descriptor))
 

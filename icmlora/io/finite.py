@@ -10,11 +10,11 @@ from icmlora.io.safetensors import ITEM_BYTES, TensorHeader, TensorInfo
 
 Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint32] | npt.NDArray[np.uint64]
 
-# All bits of the exponent: a value that has them all set is NaN or infinite.
+# Exponent bits: a value with all of them set is NaN or infinite.
 _EXPONENT = {"F64": 0x7FF << 52, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 _MANTISSA = {"F64": (1 << 52) - 1, "F32": 0x007FFFFF, "F16": 0x03FF, "BF16": 0x007F}
 _UNSIGNED = {8: "<u8", 4: "<u4", 2: "<u2", 1: "u1"}
-# Elements looked at together: half a megabyte or one, which stays in the processor's cache for the second look.
+# Elements per chunk: 0.5 to 1 MB, which stays in the processor's cache for the second pass.
 _CHUNK = 256 * 1024
 
 
@@ -27,9 +27,9 @@ def check_finite(data: bytes | bytearray | memoryview, header: TensorHeader) -> 
 
 
 def is_zero(data: bytes | bytearray | memoryview, tensor: TensorInfo) -> bool:
-    """Say whether every value of a tensor is zero, of either sign."""
+    """Return whether every value of a tensor is zero, of either sign."""
     values = bits(data, tensor.dtype, tensor.begin, tensor.end)
-    # What is shifted out is the bit of the sign.
+    # The shift drops the sign bit.
     return not any((values[start : start + _CHUNK] << 1).any() for start in range(0, values.size, _CHUNK))
 
 
@@ -40,9 +40,8 @@ def bits(data: bytes | bytearray | memoryview, dtype: str, begin: int, end: int)
 
 
 def _all_finite(values: Bits, exponent: int) -> bool:
-    """Say whether no value has all bits of the exponent set."""
-    # Those that have are the largest integers: the positive ones if the highest bit is read as a sign, the negative
-    # ones if it is not. Two maxima need no memory; a mask over all values would take as much as they do.
+    # Values with all exponent bits set are the largest integers: positive values in a signed view, negative values in
+    # an unsigned view. Two maxima need no memory; a mask would take as much as the values.
     negative = exponent | 1 << (8 * values.itemsize - 1)
     signed = values.view(f"<i{values.itemsize}")
     return all(
@@ -59,7 +58,7 @@ def _refuse_first(data: bytes | bytearray | memoryview, header: TensorHeader) ->
             index = int(wrong[0])
             raise AdapterRefused(
                 f"{tensor.name} holds {_value_name(int(values[index]), tensor)} at {_position(index, tensor)}"
-                f" ({wrong.size:,} such values in it)",
+                f" ({wrong.size:,} such values in the tensor)",
                 kind="non-finite",
                 hint="the training run diverged: use an earlier checkpoint",
             )

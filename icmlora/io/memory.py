@@ -1,4 +1,4 @@
-"""Memory that runs out, on a card or on this machine: recognise it, and free what was in use. Never imports torch."""
+"""Recognise out-of-memory errors of a GPU or the host, and free memory. Never imports torch."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import traceback
 
 from icmlora.errors import OutOfMemory
 
-# What torch's allocators say in a plain RuntimeError: those of the CPU, of cuBLAS and of Apple's GPUs.
+# Messages of torch's allocators (CPU, cuBLAS, Apple GPUs) in a plain RuntimeError.
 _SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _ASKED = re.compile(r"tried to allocate (\d[\d.]*) (\w+)", re.IGNORECASE)
 _MORE = "free some memory, or use a machine with more"
 
 
 def ran_out(error: BaseException) -> bool:
-    """Return whether an exception means that memory ran out."""
+    """Return whether an exception is an out-of-memory error."""
     is_plain = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
     return is_plain or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def out_of_memory(error: BaseException, helps: str = _MORE) -> OutOfMemory:
-    """Free what was in use when memory ran out, and return an error that says so.
+    """Free the memory held by a failed call, and return the error to raise.
 
     Args:
-        error: For which `ran_out` holds. What its functions had in their variables is gone then.
-        helps: What would help, as the hint.
+        error: An error for which `ran_out` is true. The local variables of its frames are cleared.
+        helps: The hint.
     """
     asked = _ASKED.search(str(error))
     where = "the card" if is_on_card(error) else "this machine"
@@ -36,12 +36,12 @@ def out_of_memory(error: BaseException, helps: str = _MORE) -> OutOfMemory:
 
 
 def is_on_card(error: BaseException) -> bool:
-    """Return whether the memory that ran out is that of a card."""
+    """Return whether a GPU, not the host, ran out of memory."""
     return not isinstance(error, MemoryError) and "can't allocate memory" not in str(error)
 
 
 def free(error: BaseException) -> None:
-    """Free what the functions that an exception came through had in use, on a card too."""
+    """Free memory held by the frames of an exception, including GPU memory."""
     traceback.clear_frames(error.__traceback__)
     gc.collect()
     torch = sys.modules.get("torch")

@@ -1,7 +1,7 @@
-"""Import bitsandbytes, if it is installed, without what it does and says then. Import this before PEFT or diffusers.
+"""Import bitsandbytes, if installed, without its downloads and warnings. Import this before PEFT or diffusers.
 
-Both import bitsandbytes wherever they find it. On some processors it then loads machine code from the Hugging Face hub,
-if the package `kernels` is there, and warns if it is not. icm asks no network, and does not use that code (see
+Both import bitsandbytes if it is installed. On some processors it then loads machine code from the Hugging Face hub if
+the package `kernels` is installed, and warns if it is not. icm uses neither the network nor that code (see
 `icmlora.base_models.quantised`).
 """
 
@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 
 def _import_quietly() -> None:
-    # It also warns in each pass of each int8 layer that inputs are rounded, which is what int8 means.
+    # It also warns in each pass of each int8 layer that inputs are rounded, as int8 requires.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     kernels = sys.modules.get("kernels")
     sys.modules["kernels"] = None  # type: ignore[assignment]

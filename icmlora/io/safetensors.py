@@ -1,9 +1,9 @@
-"""The safetensors format, read strictly and written deterministically. Imports neither numpy nor torch.
+"""Read safetensors strictly and write them deterministically. Imports neither numpy nor torch.
 
     | 8 bytes: N, little endian | N bytes: JSON header, space padded | data, no holes |
 
 The header maps each name to {"dtype", "shape", "data_offsets"}. The public library accepts duplicate keys (the last
-wins), names with escape characters, empty tensors and values that are not finite; this reader refuses them.
+wins), names with escape characters, empty tensors and non-finite values; this reader refuses them.
 
 Source: huggingface/safetensors, README ("Format").
 """
@@ -48,7 +48,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor is: offsets count from the start of the file."""
+    """The location of one tensor; offsets count from the start of the file."""
 
     name: str
     dtype: str
@@ -59,7 +59,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class RawTensor:
-    """A tensor as bytes, row-major and little endian, ready to be written."""
+    """A tensor as row-major, little-endian bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -68,14 +68,14 @@ class RawTensor:
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """A checked header, or a part of one: tensors in file order."""
+    """A validated header or part of it: tensors in file order."""
 
     tensors: tuple[TensorInfo, ...]
     metadata: Mapping[str, str]
 
     @cached_property
     def runs(self) -> tuple[tuple[TensorInfo, ...], ...]:
-        """Neighbours of one type: one pass over a run is ten times faster than one per tensor."""
+        """Adjacent tensors of one type: a pass over a run is ten times faster than a pass per tensor."""
         runs: list[list[TensorInfo]] = []
         for tensor in self.tensors:
             if runs and (runs[-1][-1].dtype, runs[-1][-1].end) == (tensor.dtype, tensor.begin):
@@ -86,7 +86,7 @@ class TensorHeader:
 
 
 def read_header(data: bytes | bytearray | memoryview) -> TensorHeader:
-    """Read and check the header of a safetensors file that is in memory as a whole."""
+    """Read and check the header of a safetensors file in memory."""
     return parse_header(header_text(data), len(data))
 
 
@@ -98,10 +98,10 @@ def header_text(data: bytes | bytearray | memoryview) -> bytes:
 
 
 def remembered(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Keep the last few results for bytes that are not long.
+    """Cache the last few results for short byte arguments.
 
-    A header is asked for several times: before its file is read, when that is checked, and when it is compared. Most
-    adapters of a fleet have the header, and many the configuration, of another one byte for byte.
+    A header is parsed several times: before its file is read, when the file is checked, and when it is compared. In a
+    fleet, most adapters share their header byte for byte, and many share their configuration.
     """
     kept = cast("Callable[_P, _T]", lru_cache(maxsize=16)(function))
 
@@ -116,8 +116,8 @@ def remembered(function: Callable[_P, _T]) -> Callable[_P, _T]:
 @remembered
 def parse_header(text: bytes, size: int) -> TensorHeader:
     """Parse and check a header against the size of its file; raises as `read_header` does."""
-    # Each tensor opens one brace; counting them bounds the memory that parsing can take.
-    from icmlora.io.strict_json import parse_object  # needed to read only
+    # Each tensor opens one brace, so counting braces bounds the memory for parsing.
+    from icmlora.io.strict_json import parse_object  # needed only for reading
 
     if text.count(b"{") > MAX_TENSORS + 2:
         raise UnsafeInput(f"more than {MAX_TENSORS:,} tensors", kind="limits")
@@ -133,15 +133,15 @@ def parse_header(text: bytes, size: int) -> TensorHeader:
 
 @dataclass(frozen=True)
 class PeekedHeader:
-    """What a header says, unchecked: the names of its tensors, and its metadata."""
+    """The tensor names and metadata of a header, unchecked."""
 
     names: frozenset[str]
     metadata: Mapping[str, str]
 
 
 def peek_header(path: Path) -> PeekedHeader | None:
-    """Read the header of a file on disk, which may be cut short; None if there is no header."""
-    from icmlora.io.files import open_regular, read_exactly  # needed to read from disk only
+    """Read the header of a file on disk, which may be truncated; None if there is no header."""
+    from icmlora.io.files import open_regular, read_exactly  # needed only for reading from disk
 
     try:
         with open_regular(path, max_bytes=2**62) as (descriptor, size):
@@ -151,7 +151,7 @@ def peek_header(path: Path) -> PeekedHeader | None:
 
 
 def peek_bytes(start: Callable[[int], bytes]) -> PeekedHeader | None:
-    """Do the same with what returns the first bytes of a file."""
+    """Read a header like `peek_header`, through a function that returns the first N bytes of the file."""
     length = int.from_bytes(start(_PREFIX_BYTES), "little")
     if not 0 < length <= MAX_HEADER_BYTES:
         return None
@@ -175,7 +175,7 @@ def read_tensor_header(path: Path, *, max_bytes: int = MAX_FILE_BYTES) -> Tensor
 
 
 def read_tensor(path: Path, info: TensorInfo, *, max_bytes: int = MAX_FILE_BYTES) -> RawTensor:
-    """Read one tensor of a file on disk, where the file's header says that it is."""
+    """Read one tensor of a file on disk, at the offsets from its header."""
     from icmlora.io.files import open_regular, read_exactly
 
     with located(path), open_regular(path, max_bytes=max_bytes) as (descriptor, _):
@@ -183,7 +183,7 @@ def read_tensor(path: Path, info: TensorInfo, *, max_bytes: int = MAX_FILE_BYTES
 
 
 def read_head(descriptor: int, size: int) -> TensorHeader:
-    """Read and check the header of an open file, and nothing else; raises as `read_header` does."""
+    """Read and check only the header of an open file; raises as `read_header` does."""
     from icmlora.io.files import read_exactly
 
     start = read_exactly(descriptor, min(size, _PREFIX_BYTES + 1), 0)
@@ -191,7 +191,7 @@ def read_head(descriptor: int, size: int) -> TensorHeader:
 
 
 def raw_tensors(data: bytes, tensors: Iterable[TensorInfo]) -> dict[str, RawTensor]:
-    """Cut some tensors out of a file in memory, by name."""
+    """Return some tensors of a file in memory, by name."""
     return {info.name: RawTensor(info.dtype, info.shape, data[info.begin : info.end]) for info in tensors}
 
 
@@ -201,10 +201,10 @@ def encode(tensors: Mapping[str, RawTensor], metadata: Mapping[str, str]) -> byt
     Raises:
         ValueError: The bytes of a tensor do not fill its shape.
     """
-    # Names are written in sorted order (the library's order of metadata varies from run to run).
+    # Metadata is sorted: the library's order varies from run to run.
     header: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
-    # Wide types come first, which keeps every tensor aligned, as the format asks for.
+    # Wide types come first to keep every tensor aligned, as the format requires.
     order = sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name].dtype], name))
     for name in order:
         tensor = tensors[name]
@@ -222,7 +222,7 @@ def _header_length(start: bytes, size: int) -> int:
     length = int.from_bytes(start[:_PREFIX_BYTES], "little")
     if size > _PREFIX_BYTES and start[_PREFIX_BYTES:] == b"{" and length <= min(MAX_HEADER_BYTES, size - _PREFIX_BYTES):
         return length
-    # Only now: the length of a good header may begin with the same two bytes as a pickle (640 is 80 02).
+    # Not earlier: the length of a valid header may begin with the same two bytes as a pickle (640 is 80 02).
     _refuse_other_format(start)
     if size <= _PREFIX_BYTES:
         raise AdapterRefused(f"has {size} bytes, too few for a safetensors file", kind="damaged")
@@ -265,7 +265,7 @@ def _check_contiguous(tensors: list[TensorInfo], start: int, size: int) -> None:
 
 
 def _metadata(value: object) -> Mapping[str, str]:
-    if value is None:  # as MLX writes it, and the library reads it
+    if value is None:  # MLX writes null, and the library accepts it
         return {}
     if isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
         return value
@@ -274,7 +274,7 @@ def _metadata(value: object) -> Mapping[str, str]:
 
 def _tensor(name: str, value: object, start: int) -> TensorInfo:
     if not TENSOR_NAME.fullmatch(name):
-        raise UnsafeInput(f"the tensor name {escape(name, 120)!r} is not plain", kind="name")
+        raise UnsafeInput(f"invalid tensor name {escape(name, 120)!r}", kind="name")
     if not isinstance(value, dict) or set(value) != _FIELDS:
         raise AdapterRefused(f"{name} needs exactly dtype, shape and data_offsets", kind="damaged")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -283,7 +283,7 @@ def _tensor(name: str, value: object, start: int) -> TensorInfo:
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         raise AdapterRefused(f"{name} has a shape or offsets that are not whole numbers", kind="damaged")
     if len(shape) > MAX_RANK or any(size > MAX_DIMENSION for size in shape):
-        raise UnsafeInput(f"{name} has the shape {escape(str(shape), 64)}", kind="limits")
+        raise UnsafeInput(f"{name} has the invalid shape {escape(str(shape), 64)}", kind="limits")
     if offsets[1] - offsets[0] != math.prod(shape) * ITEM_BYTES[dtype]:
         raise AdapterRefused(f"{name} has offsets that do not fit {dtype} {shape}", kind="damaged")
     return TensorInfo(name, dtype, tuple(shape), start + offsets[0], start + offsets[1])

@@ -1,9 +1,9 @@
-"""A second process for work on many small things, most of which is Python, so that threads would wait for each other.
+"""Share many small items of work with a second process. Threads would contend for the GIL.
 
     parts 0, 2, 4 ...   this process ────────────┐
     parts 1, 3, 5 ...   a copy of it ──results──▶ └─▶ in order
 
-The copy only computes. If it cannot be made, fails or dies, this process computes what is missing.
+The copy only computes. If it fails or dies, this process computes the missing results.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _Out = TypeVar("_Out")
 
 
 def in_two_processes(function: Callable[[_In], Iterable[_Out]], parts: Sequence[_In]) -> Iterator[_Out]:
-    """Yield what a function yields for each part, in order; every other part is left to a copy of this process.
+    """Yield a function's results for each part, in order; a copy of this process computes every other part.
 
     Args:
-        function: Computes, reads files and opens what it needs. It has no open transaction when this begins, and asks
-            no server: connections do not survive a fork. What it yields can be pickled. It may be called twice for a
-            part, and yields the same again.
-        parts: What to call it with.
+        function: Computes, reads files and opens its own resources. It must hold no open transaction and contact no
+            server, because connections do not survive a fork. Its results must be picklable. It may be called twice for
+            a part, with the same results.
+        parts: Its arguments, one per call.
     """
-    # Elsewhere than on Linux, libraries do not survive a fork.
+    # Outside Linux, libraries do not survive a fork.
     if len(parts) < 2 or sys.platform != "linux" or torch.get_num_threads() < 2:
         yield from chain.from_iterable(map(function, parts))
         return
@@ -67,14 +67,14 @@ def _received(receiver: Connection, function: Callable[[_In], Iterable[_Out]], p
 def _send_all(
     function: Callable[[_In], Iterable[_Out]], parts: Sequence[_In], sender: Connection, receiver: Connection
 ) -> None:
-    """Compute in the copy. It says nothing of an error: the other process meets it too."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other process kills this one
+    """Compute parts in the copy. Errors are dropped: the parent process hits them too."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent kills this process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    receiver.close()  # or this process would not notice that the other one is gone
-    torch.set_num_threads(1)  # threads do not survive a fork, and their library does not know
+    receiver.close()  # otherwise this process would not notice the parent's death
+    torch.set_num_threads(1)  # threads do not survive a fork, and OpenMP does not notice
     with suppress(Exception):
         for part in parts:
             for one in function(part):
                 sender.send((one,))
             sender.send(())
-    os._exit(0)  # nothing of the other process is to be closed here
+    os._exit(0)  # skip cleanup: the open resources belong to the parent

@@ -1,13 +1,13 @@
-"""Write files and folders so that each appears as a whole or not at all, and what was there stays until then.
+"""Write files and folders atomically: the old content stays until the new content is complete.
 
-    NAME.icm-XXXXXXXX  next to the target, locked  --fill--> --fsync--> --exchange--> NAME  --fsync--> the old one goes
+    NAME.icm-XXXXXXXX  next to the target, locked  --fill--> --fsync--> --exchange--> NAME  --fsync--> remove the old
 
-An error at any step, also of the last sync, leaves what was there. A folder is exchanged as a whole. Where that cannot
-be (it has folders in it, or is a mount point), its files are exchanged one by one: all of them are written and synced
-before the first one gets its name, and the one that gives the others their meaning is away until the end.
+An error at any step, including the last sync, leaves the old content. A folder is exchanged as a whole. If that is
+impossible (it contains folders, or is a mount point), its files are exchanged one by one: all of them are written and
+synced before the first is renamed, and the file that makes the others valid is absent until the end.
 
-The process that builds an entry holds a lock on it. What a killed process left behind is therefore unlocked, and the
-next run for the same target removes it.
+The process that builds an entry holds a lock on it. Entries of killed processes are therefore unlocked, and the next
+run for the same target removes them.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def _name_next_to(target: Path) -> Path:
 
 
 def _locked_next_to(target: Path, create: Callable[[Path], int]) -> tuple[Path, int]:
-    """Make a new, locked entry `NAME.icm-XXXXXXXX` in the target's folder; `create` makes and opens it."""
-    # Other runs see the entry before it is locked, and may take it for abandoned and remove it. They remove it under
-    # the lock; so this checks, once it holds the lock, that the entry is still there, and else makes another one.
+    """Create a locked entry `NAME.icm-XXXXXXXX` in the target's folder; `create` makes and opens it."""
+    # Another run may see the entry before it is locked and remove it as abandoned. It does so under the lock, so check
+    # with the lock held that the entry still exists, and retry otherwise.
     while True:
         entry = _name_next_to(target)
         try:
@@ -72,8 +72,8 @@ def _new_folder(entry: Path) -> int:
 
 
 def remove_abandoned(target: Path, *, flags: int, remove: Callable[[Path], object]) -> None:
-    """Remove what dead processes left behind for the same target."""
-    # An entry that cannot be opened with `flags` is not ours and is left alone.
+    """Remove entries that dead processes left for the same target."""
+    # Skip entries that cannot be opened with `flags`: they are not ours.
     for entry in target.parent.iterdir():
         suffix = entry.name.removeprefix(target.name)
         if suffix != entry.name and _SUFFIX.fullmatch(suffix):
@@ -81,7 +81,7 @@ def remove_abandoned(target: Path, *, flags: int, remove: Callable[[Path], objec
 
 
 def remove_all_abandoned(folder: Path) -> None:
-    """Remove what dead processes left behind of folders that they were writing into `folder`."""
+    """Remove folders that dead processes left unfinished in `folder`."""
     for entry in folder.iterdir():
         if _SUFFIX.fullmatch(entry.name[-len(".icm-00000000") :]):
             _remove_abandoned(entry, os.O_DIRECTORY, _remove_folder)
@@ -93,7 +93,7 @@ def _remove_abandoned(entry: Path, flags: int, remove: Callable[[Path], object])
     except OSError:
         return
     try:
-        # Whoever builds the entry holds its lock, which dies with the process: no pid file can go stale.
+        # The builder of an entry holds its lock, which dies with the process. A pid file could go stale.
         if fs.lock(descriptor, "alone"):
             remove(entry)
     except OSError:
@@ -111,22 +111,22 @@ def _is_at(entry: Path, descriptor: int) -> bool:
 
 @contextmanager
 def writing_file(path: Path, *, force: bool = False) -> Iterator[BinaryIO]:
-    """Open a file for writing; it is at `path` after the block, and not at all if the block raises."""
+    """Open a file for writing; it appears at `path` after the block, unless the block raises."""
     check_absent(path, force=force)
     with _staged_file(Path(os.path.realpath(path))) as staged:
         temporary, descriptor, target = staged
         with open(descriptor, "wb", closefd=False) as stream:
             yield stream
-            # Content before name: after a crash the name must not lead to blocks that were never written.
+            # Sync content before the rename: after a crash, the name must not lead to unwritten blocks.
             stream.flush()
         fs.fsync(descriptor)
-        check_absent(path, force=force)  # once more: writing took a while
+        check_absent(path, force=force)  # again: writing took a while
         _publish([(temporary, target)])
 
 
 @contextmanager
 def _staged_file(target: Path) -> Iterator[tuple[Path, int, Path]]:
-    """Yield a new file next to the target, its open descriptor, and the target; what is there afterwards goes."""
+    """Yield a new file next to the target, its open descriptor, and the target; remove the file afterwards."""
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target, flags=os.O_NONBLOCK, remove=_discard)
     temporary, descriptor = _locked_next_to(target, _new_file)
@@ -138,7 +138,7 @@ def _staged_file(target: Path) -> Iterator[tuple[Path, int, Path]]:
 
 
 def check_absent(path: Path, *, force: bool = False) -> None:
-    """Check that a file can be written, before the work of making its content; raises `OutputExists`."""
+    """Check that a file can be written, before its content is computed; raises `OutputExists`."""
     if path.exists() and not path.is_file():
         raise OutputExists("is not a file", path=path)
     if path.exists() and not force:
@@ -146,7 +146,7 @@ def check_absent(path: Path, *, force: bool = False) -> None:
 
 
 def write_files(folder: Path, files: Mapping[str, bytes], *, force: bool = False) -> None:
-    """Write files into a folder that others share, all or none; the last one gives the others their meaning."""
+    """Write files into a shared folder, all or none; the last file makes the others valid."""
     for name in files:
         check_absent(folder / name, force=force)
     real = Path(os.path.realpath(folder))
@@ -163,11 +163,11 @@ def write_files(folder: Path, files: Mapping[str, bytes], *, force: bool = False
 
 
 def check_free(directory: Path, *, force: bool = False) -> None:
-    """Check that a folder can be written, before the work of making its content.
+    """Check that a folder can be written, before its content is computed.
 
     Raises:
-        OutputExists: It is a file, or not empty and `force` is not given.
-        PermissionError: Nothing can be written there.
+        OutputExists: It is a file, or not empty and `force` is not set.
+        PermissionError: The folder is not writable.
     """
     if directory.exists() and not directory.is_dir():
         raise OutputExists("is not a folder", path=directory)
@@ -181,10 +181,10 @@ def check_free(directory: Path, *, force: bool = False) -> None:
 
 
 def write_folder(directory: Path, files: Mapping[str, bytes], *, force: bool = False) -> None:
-    """Write files as the content of a folder, the last one that which makes it valid.
+    """Write files as the content of a folder; the last file makes it valid.
 
-    The folder may exist if it is empty. Under `force` it may hold other files too: those of the same names are
-    replaced, the others stay.
+    The folder may exist if it is empty. With `force` it may hold files: files of the same names are replaced, others
+    stay.
     """
     check_free(directory, force=force)
     target = Path(os.path.realpath(directory))
@@ -210,14 +210,14 @@ def _fill(folder: Path, files: Mapping[str, bytes]) -> None:
 
 @contextmanager
 def building_folder(directory: Path) -> Iterator[Path]:
-    """Make a folder that takes the place of an absent or empty one after the block, unless the block raises."""
-    # A link is followed. Files are to be synced in the block.
+    """Build a folder that appears at an absent or empty `directory` after the block, unless the block raises."""
+    # Follows a link. The block must sync its files.
     with _staged_folder(directory) as (folder, target):
         yield folder
         fs.fsync_dir(folder)
         with _synced(target.parent) as undo:
             try:
-                # rename replaces an empty folder atomically, and fails on one that holds something.
+                # rename replaces an empty folder atomically, and fails if it is not empty.
                 fs.replace(folder, target)
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
@@ -228,7 +228,7 @@ def building_folder(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def _staged_folder(directory: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield a new folder next to a target, and the target; what is there afterwards goes."""
+    """Yield a new folder next to a target, and the target; remove the folder afterwards."""
     target = Path(os.path.realpath(directory))
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(target, flags=os.O_DIRECTORY, remove=_remove_folder)
@@ -241,7 +241,7 @@ def _staged_folder(directory: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _replace_folder(target: Path, files: Mapping[str, bytes]) -> None:
-    """Exchange a folder that holds only files for one with other files; those of other names go along."""
+    """Replace a folder of files with a new folder; files of other names are linked into it."""
     with _staged_folder(target) as (folder, _):
         _fill(folder, files)
         for entry in target.iterdir():
@@ -252,7 +252,7 @@ def _replace_folder(target: Path, files: Mapping[str, bytes]) -> None:
         with _synced(target.parent) as undo:
             _exchange(folder, target)
             undo.append(lambda: _exchange(folder, target))
-        # What somebody put into the old folder since it was listed.
+        # Files that another process added to the old folder since it was listed.
         for entry in folder.iterdir():
             if entry.name not in files and not os.path.lexists(target / entry.name):
                 fs.replace(entry, target / entry.name)
@@ -263,16 +263,16 @@ def _exchange(temporary: Path, target: Path) -> None:
 
 
 def _take_over(old: os.stat_result, folder: Path) -> None:
-    """Give a folder the owner and the mode of the one whose place it takes."""
+    """Copy the owner and mode of the replaced folder."""
     with suppress(PermissionError):
         os.chown(folder, old.st_uid, old.st_gid)
     folder.chmod(stat.S_IMODE(old.st_mode))
 
 
 def _publish(staged: Sequence[tuple[Path, Path]]) -> None:
-    """Exchange staged files for their targets, of one folder, so that the last one counts once all others are there.
+    """Exchange staged files with their targets in one folder; the last file appears after all others.
 
-    A mixture of two adapters must not load: of several, the last target is away until the others are in place.
+    A mixture of two adapters must not load, so the last target is absent until the others are in place.
     """
     *others, (last, target) = staged
     with _synced(target.parent) as undo:
@@ -293,8 +293,8 @@ def _publish(staged: Sequence[tuple[Path, Path]]) -> None:
 
 @contextmanager
 def _synced(folder: Path) -> Iterator[list[Callable[[], object]]]:
-    """Sync the names in a folder after the block; if that or the block fails, undo what the block appended."""
-    # Opened first: without a free descriptor nothing may have changed.
+    """Sync a folder's entries after the block; if the sync or the block fails, run the appended undo steps."""
+    # Opened before the block: if no descriptor is free, nothing may have changed.
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     undo: list[Callable[[], object]] = []
     try:
@@ -302,7 +302,7 @@ def _synced(folder: Path) -> Iterator[list[Callable[[], object]]]:
         fs.fsync(descriptor)
     except BaseException:
         for step in reversed(undo):
-            with suppress(OSError):  # the others all the same
+            with suppress(OSError):  # run the other steps regardless
                 step()
         raise
     finally:

@@ -1,7 +1,7 @@
-"""JSON from strangers: one object, bounded size and depth, no duplicate keys, no NaN, no Infinity.
+"""Parse untrusted JSON: one object, bounded size and depth, no duplicate keys, no NaN, no Infinity.
 
-The standard parser uses the last of two equal keys, accepts `NaN` and recurses; another reader of the same file may
-see something else. Anything that two readers could disagree on is refused here.
+The standard parser keeps the last of two equal keys, accepts `NaN` and recurses. Input that two parsers could read
+differently is refused here.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from registry.names import escape
 
 MAX_DEPTH = 32  # nesting allowed; real configurations need 3
 
-# Marks of one kind allowed: twice what the header of 20,000 tensors needs. It bounds the objects that parsing makes,
-# which take fifty times the memory of their text.
+# Limit per punctuation character: twice the need of a header with 20,000 tensors. It bounds the parsed objects, which
+# take fifty times the memory of their text.
 MAX_PUNCTUATION = 400_000
 
 _PUNCTUATION = (b'"', b"\\", b",", b"[", b"]", b"{", b"}")
@@ -27,12 +27,12 @@ def parse_object(data: bytes, *, what: str, max_bytes: int) -> dict[str, Any]:
 
     Args:
         data: UTF-8.
-        what: What it is, for messages.
-        max_bytes: How long it may be.
+        what: Name of the input in messages.
+        max_bytes: Maximum length.
 
     Raises:
-        AdapterRefused: It is something else.
-        UnsafeInput: It is too long or too deep, has a key twice, or holds text that is not Unicode.
+        AdapterRefused: It is not a JSON object.
+        UnsafeInput: It is too long or too deep, has duplicate keys, or holds text that is not Unicode.
     """
     if len(data) > max_bytes:
         raise UnsafeInput(f"{what} has {len(data):,} bytes, more than {max_bytes:,}", kind="limits")

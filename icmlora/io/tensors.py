@@ -1,4 +1,4 @@
-"""Between a tensor file and torch tensors: exact widening on the way in, checked rounding on the way out."""
+"""Convert between tensor files and torch tensors: exact widening on read, checked rounding on write."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ _TORCH: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_AT_A_TIME = 1 << 18  # values that are widened together, which stay in the processor's cache
-# numpy has no bfloat16: bits are handed over as integers of the same width.
+_CHUNK = 1 << 18  # values widened together, which stay in the processor's cache
+# numpy has no bfloat16: bits are passed as integers of the same width.
 _INTEGERS = {"F64": torch.int64, "F32": torch.int32, "F16": torch.int16, "BF16": torch.int16}
 
 
 def decode_float32(data: bytes | bytearray | memoryview, header: TensorHeader) -> dict[str, torch.Tensor]:
-    """Read the tensors that a header names as float32, in their shapes; F16 and BF16 widen exactly.
+    """Read the tensors of a header as float32, in their shapes; F16 and BF16 widen exactly.
 
-    Neighbours may share storage.
+    Adjacent tensors may share storage.
 
     Raises:
-        AdapterRefused: One is of another type than float.
+        AdapterRefused: A tensor is not of a float type.
     """
-    from icmlora.io.finite import bits  # needed to read only
+    from icmlora.io.finite import bits  # needed only for reading
 
     tensors: dict[str, torch.Tensor] = {}
     for run in header.runs:
         if run[0].dtype not in _TORCH:
-            raise AdapterRefused(f"{run[0].name} has the type {run[0].dtype}", kind="dtype")
+            raise AdapterRefused(f"{run[0].name} has the unsupported type {run[0].dtype}", kind="dtype")
         raw, offset = bits(data, run[0].dtype, run[0].begin, run[-1].end), 0
         values = torch.empty(raw.size, dtype=torch.float32)
-        for part in torch.split(values, _AT_A_TIME):
-            # A copy: torch must neither see read-only memory nor an address that is not a multiple of the item size.
+        for part in torch.split(values, _CHUNK):
+            # A copy: torch must see neither read-only memory nor a misaligned address.
             piece = torch.from_numpy(raw[offset : offset + len(part)].copy())
             part.copy_(piece.view(_TORCH[run[0].dtype]))
             offset += len(part)
         offset = 0
-        # Neighbours of one type were widened together; cut them apart again.
+        # Adjacent tensors of one type were widened together; split them again.
         for info in run:
             count = (info.end - info.begin) * values.numel() // (run[-1].end - run[0].begin)
             tensors[info.name] = values[offset : offset + count].view(info.shape)
@@ -54,7 +54,7 @@ def decode_float32(data: bytes | bytearray | memoryview, header: TensorHeader) -
 
 
 def decode_torch(data: bytes) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Check a whole tensor file and read it as float32."""
+    """Check a tensor file and read it as float32."""
     header = read_header(data)
     return dict(header.metadata), decode_float32(data, header)
 
@@ -66,10 +66,10 @@ def encode_torch(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
 
 
 def dtype_name(dtype: str) -> str:
-    """Return what safetensors calls a number format in which adapters are written.
+    """Return the safetensors name of a number format for adapters.
 
     Raises:
-        DataError: Adapters are not written in it.
+        DataError: Adapters cannot be written in it.
     """
     if dtype not in DTYPE_NAMES:
         raise DataError(f"unknown number format {dtype!r}", hint=f"choose one of {', '.join(sorted(DTYPE_NAMES))}")
@@ -77,16 +77,16 @@ def dtype_name(dtype: str) -> str:
 
 
 def raw_tensor(key: str, tensor: torch.Tensor, dtype: str) -> RawTensor:
-    """Round a tensor to a type of safetensors; refuse values that are not finite in it."""
+    """Round a tensor to a safetensors type; refuse values that overflow."""
     narrow = rounded(key, tensor.detach().cpu(), dtype).contiguous()
     return RawTensor(dtype, tuple(narrow.shape), narrow.view(_INTEGERS[dtype]).numpy().tobytes())
 
 
 def rounded(key: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Return a tensor in a type of safetensors, rounded to nearest even.
+    """Return a tensor in a safetensors type, rounded to nearest even.
 
     Raises:
-        AdapterRefused: A value is not finite in it; `key` is the tensor's name.
+        AdapterRefused: A value overflows that type; `key` is the tensor's name.
     """
     narrow = tensor.to(_TORCH[dtype])
     if not is_finite(narrow):
@@ -96,6 +96,6 @@ def rounded(key: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Say whether all values are finite."""
-    # The sum is finite only if every value is, and costs one pass; the exact test runs when the sum overflowed.
+    """Return whether all values are finite."""
+    # A finite sum proves that all values are finite, in one pass. The exact test runs if the sum overflowed.
     return math.isfinite(tensor.sum(dtype=torch.float64)) or bool(torch.isfinite(tensor).all())

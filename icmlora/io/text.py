@@ -1,6 +1,6 @@
-"""How values become text: sizes, percentages, times and names that came from outside; and how sizes are read.
+"""Format sizes, percentages, times and untrusted names as text, and parse sizes.
 
-Every command prints a value of one kind through the one function for it, so that tables and messages agree.
+All commands format a kind of value with the same function, so tables and messages agree.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def human_size(size: int) -> str:
-    """Return a number of bytes in IEC units with one decimal, as `11.4 MiB`; below 1 KiB exactly, as `17 B`."""
+    """Return a size in IEC units with one decimal, such as `11.4 MiB`; below 1 KiB exactly, such as `17 B`."""
     value, unit = float(abs(size)), "B"
     for larger in _UNITS:
         # 1023.95 would be shown as 1024.0 of the smaller unit.
@@ -33,8 +33,8 @@ def human_size(size: int) -> str:
 
 
 def parse_bytes(text: str) -> int:
-    """Read a number of bytes, as `1500`, `64MiB` or `2GB`; raises `DataError`."""
-    from registry.filters import parse_size  # most commands read none
+    """Return the number of bytes in a text such as `1500`, `64MiB` or `2GB`; raises `DataError`."""
+    from registry.filters import parse_size  # few commands need it
 
     size = parse_size(text.strip())
     if not size:
@@ -60,7 +60,7 @@ def human_duration(seconds: float) -> str:
 
 
 def utc(moment: datetime) -> str:
-    """Return a moment as RFC 3339 in UTC with seconds, as `2026-11-24T16:03:00Z`."""
+    """Return a time as RFC 3339 in UTC with seconds, such as `2026-11-24T16:03:00Z`."""
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
@@ -73,7 +73,7 @@ _LAST_NUMBER = re.compile(r"(.*?)(?<!\d)(0|[1-9]\d{0,8})(\D*)", re.ASCII | re.DO
 
 
 def in_ranges(names: Sequence[str]) -> list[str]:
-    """Return names with runs of three or more that differ in their last number alone in one: `conv0-33`."""
+    """Return names with three or more consecutive last numbers merged: `conv0-33`."""
     numbers: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
     for name in names:
         found = _LAST_NUMBER.fullmatch(name)
@@ -102,9 +102,9 @@ def escape_lines(text: str) -> str:
     return "\n".join(escape(line) for line in text.split("\n"))
 
 
-@lru_cache(maxsize=4096)  # a table asks for each cell several times
+@lru_cache(maxsize=4096)  # a table measures each cell several times
 def width(text: str) -> int:
-    """Return how many terminal cells a text takes; wide East Asian characters take two, combining marks none."""
+    """Return the width of a text in terminal cells; wide East Asian characters take two, combining marks none."""
     if text.isascii():
         return len(text)
     return sum(
@@ -114,7 +114,7 @@ def width(text: str) -> int:
 
 
 def shortened(text: str, cells: int) -> str:
-    """Return `text` cut to a number of terminal cells, with an ellipsis where something is missing."""
+    """Return `text` cut to a number of terminal cells, with an ellipsis at the cut."""
     if width(text) <= cells:
         return text
     while text and width(text) > cells - 1:
@@ -123,7 +123,7 @@ def shortened(text: str, cells: int) -> str:
 
 
 def shortened_inside(text: str, cells: int) -> str:
-    """Return `text` cut in its middle to a number of terminal cells: the end of a path says more than its middle."""
+    """Return `text` cut in its middle to a number of terminal cells: the end of a path matters more."""
     if width(text) <= cells:
         return text
     end = text[-(cells - cells // 3 - 1) :] if cells > 1 else ""

@@ -1,7 +1,7 @@
-"""Threads: work on several pieces of an adapter at a time, each of them on one thread.
+"""Process several parts of an adapter in parallel, each on one thread.
 
-Sums of several threads may differ in the last bit. So torch stays on one thread within a piece, and a code has the same
-bytes whatever the number of threads.
+Multi-threaded sums may differ in the last bit. So torch uses one thread per part, and a code has the same bytes for any
+number of threads.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ _Out = TypeVar("_Out")
 
 
 class Map(Protocol):
-    """What `map` does, with one list of arguments."""
+    """A `map` over one iterable."""
 
     def __call__(self, function: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
-        """Call the function for each item; results come in the items' order."""
+        """Call the function for each item; yield results in order."""
         ...
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Keep torch on the calling thread; also a decorator."""
-    # Sums of several threads may differ in the last bit, and for pieces this small waiting for threads costs more than
-    # they save.
+    # Multi-threaded sums may differ in the last bit, and for parts this small, synchronisation costs more than threads
+    # save.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -40,12 +40,12 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def side_by_side(most: int | None = None) -> Iterator[Map]:
-    """Give a `map` that runs on as many threads as torch has, or at most so many, without gradients."""
+    """Yield a `map` that runs without gradients on torch's number of threads, or at most `most`."""
     before, alone = torch.get_num_threads(), (1,)
     try:
-        torch.set_num_threads(1)  # some libraries have one number for the whole process
+        torch.set_num_threads(1)  # some libraries keep one number for the whole process
         count = min(before, most or before)
-        if count == 1:  # a thread takes longer to start than a small adapter takes to decode
+        if count == 1:  # starting a thread takes longer than decoding a small adapter
             yield lambda function, items: map(torch.no_grad()(function), items)
             return
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=alone) as threads:
@@ -55,7 +55,7 @@ def side_by_side(most: int | None = None) -> Iterator[Map]:
 
 
 def ahead(items: Iterator[_Out]) -> Iterator[_Out]:
-    """Make the next item on another thread while the caller uses this one."""
+    """Compute the next item on another thread while the caller uses the current item."""
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as maker:
         following = maker.submit(next, items, None)
         while (item := following.result()) is not None:

@@ -1,1 +1,1 @@
-"""Find adapters in folders, name them, and say what cannot be read."""
+"""Find adapters in folders, name them, and report unreadable ones."""

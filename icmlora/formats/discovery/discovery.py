@@ -1,15 +1,15 @@
-"""Find adapters under the folders a user gives, and make tasks of them.
+"""Find adapters under the user's folders, and group them into tasks.
 
     loras/shakespeare/                       the task "shakespeare"
         adapter_config.json ...              its final adapter
         checkpoint-80/  checkpoint-100/      its checkpoints, steps 80 and 100
         samples.jsonl  eval.jsonl            its texts
 
-A run without an adapter outside its checkpoints has as final adapter the checkpoint that the trainer noted as best, or
-else the last one. An adapter in a folder such as `shakespeare/final` belongs to the run `shakespeare`; where a run has
-several (`best` and `last`), each is a task. A run with a placeholder in place of its final adapter is passed over:
-no checkpoint is taken for the final one. `task_names.py` and `naming.py` say what tasks are called. Only a trainer's
-notes, small files and the first bytes of files are opened here. Never imports torch.
+If a run has only checkpoints, its final adapter is the checkpoint that the trainer recorded as best, else the last
+checkpoint. An adapter in a folder such as `shakespeare/final` belongs to the run `shakespeare`; if a run has several
+(`best` and `last`), each is a task. A run with a placeholder instead of its final adapter is skipped: no checkpoint
+becomes the final adapter. `task_names.py` and `naming.py` choose task names. This module opens only trainer state,
+small files and the first bytes of files. Never imports torch.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ if TYPE_CHECKING:
 _NOTES = (*SAMPLES_NAMES, *EVAL_NAMES, STATE_NAME)
 _BLOCK = 1 << 20
 _LOGS = frozenset({"wandb", "mlruns", "lightning_logs", "tensorboard", "tb_logs", "swanlog"})
-"""Folders in which trackers of experiments keep copies of configurations."""
-_TELLING = frozenset({".safetensors", ".zip"})
-"""Endings of files that are worth a word where nothing else was found."""
+"""Folders where experiment trackers keep copies of configurations."""
+_REPORTED = frozenset({".safetensors", ".zip"})
+"""Suffixes of files to report if no adapter was found."""
 
 
 @dataclass(frozen=True)
@@ -75,18 +75,18 @@ class FoundAdapter:
     step: int | None = None  # the training step of a checkpoint, or None for an adapter that is not a checkpoint
     is_final: bool = False  # whether this is *the* adapter of its task; true for exactly one
     companions: Mapping[str, Path] = field(default_factory=dict)  # other files that belong to it, by name
-    pickle: str | None = None  # the name of the weights where they are, or were, a pickle
-    initial: Path | None = None  # the file with the weights that it began with (see initial_weights.py)
+    pickle: str | None = None  # the file name of the weights if they are, or were, a pickle
+    initial: Path | None = None  # the file with its initial weights (see initial_weights.py)
 
     @classmethod
     def of(cls, known: AdapterFormat, paths: AdapterPaths, pickle: str | None = None) -> FoundAdapter:
-        """Make it of what a format found; whether it is a checkpoint, and the final one, is told later."""
+        """Build it from a format's result; the caller sets `step` and `is_final` later."""
         files = paths.place, paths.weights, paths.config, paths.card
         return cls(known, *files, companions=paths.companions, pickle=pickle)
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """Everything that belongs to it."""
+        """All files of the adapter."""
         return tuple(path for path in (self.weights, self.config, self.card, *self.companions.values()) if path)
 
 
@@ -94,23 +94,23 @@ class FoundAdapter:
 class FoundTask:
     """A task: its final adapter, its checkpoints, and its texts."""
 
-    name: str  # a valid task name, or empty as long as it has none
+    name: str  # a valid task name, or empty before it is named
     folder: Path  # the folder that it is named after
     adapters: tuple[FoundAdapter, ...]  # in order of steps; an adapter that is not a checkpoint comes last
     samples: Path | None  # `samples.jsonl`, or the same as JSON or Parquet
     eval_data: Path | None  # `eval.jsonl`, likewise
-    part: str | None = None  # what tells it from another task of this folder, as `last` from `best`
-    root: Path = field(default=Path(), compare=False)  # the folder given, in which it was found
+    part: str | None = None  # distinguishes it from other tasks of this folder, such as `last` from `best`
+    root: Path = field(default=Path(), compare=False)  # the user's folder that contains it
     not_kept: tuple[Path, ...] = ()  # files next to its adapters that belong to neither an adapter nor a trainer
 
     @property
     def final(self) -> FoundAdapter:
-        """The adapter that stands for the task."""
+        """The adapter that represents the task."""
         return next(adapter for adapter in self.adapters if adapter.is_final)
 
     @property
     def places(self) -> tuple[Path, ...]:
-        """The places of its adapters, that of the final one first."""
+        """The places of its adapters, the final adapter first."""
         return (self.final.place, *(adapter.place for adapter in self.adapters if not adapter.is_final))
 
     @property
@@ -119,16 +119,16 @@ class FoundTask:
         return self.final.weights, self.final.config
 
     def is_called_like_its_folder(self, name: str) -> bool:
-        """Say whether a reader would expect this name."""
+        """Return whether a user would expect this name."""
         expected = name_chain(self.folder, self.part)[0]
-        # A space cannot be part of a name; everybody expects another character in its place.
+        # Names cannot contain spaces; users expect another character instead.
         own = unicodedata.normalize("NFC", names_above(self.folder)[0]).replace(" ", "-")
         return name.lower() == expected.lower() and task_name_problem(own) is None
 
 
 @dataclass(frozen=True)
 class Discovery:
-    """What is under the folders given: tasks in natural order of names, refusals in order of paths."""
+    """Contents of the user's folders: tasks in natural order of names, refusals in order of paths."""
 
     tasks: tuple[FoundTask, ...]
     refused: tuple[AdapterRefused, ...]
@@ -137,7 +137,7 @@ class Discovery:
 
 @dataclass(frozen=True)
 class SkippedPlaceholder:
-    """A placeholder that was met, and how many adapters of its run are passed over because of it."""
+    """A placeholder, and how many adapters of its run are skipped because of it."""
 
     path: Path
     placeholder: Placeholder
@@ -146,7 +146,7 @@ class SkippedPlaceholder:
 
 @dataclass
 class _Run:
-    """What was met of one task so far; the keys are steps, None for what is not in a checkpoint."""
+    """The files of one task found so far; keys are steps, None outside checkpoints."""
 
     root: Path = field(default_factory=Path)
     adapters: dict[int | None, FoundAdapter] = field(default_factory=dict)
@@ -157,23 +157,23 @@ class _Run:
 
     @property
     def is_away(self) -> bool:
-        """Whether it has no final adapter, but a placeholder in its place."""
+        """Whether a placeholder replaces its final adapter."""
         return None not in self.adapters and any(found.may_be_final for found in self.placeholders.values())
 
     def note(self, name: str) -> Path | None:
-        """Return a file next to the adapters: the run's own, else the one in its last checkpoint that has it."""
+        """Return a file next to the adapters: the run's own, else from the last checkpoint that has it."""
         places = self.notes.get(name, {})
         return places[max(places, key=_order)] if places else None
 
     def joined(self, inner: _Run) -> _Run:
-        """Add what a folder in this run has; where both have a note of one kind, the inner folder's counts."""
+        """Return this run with a subfolder's files; notes of the subfolder take precedence."""
         notes = {name: self.notes.get(name, {}) | inner.notes.get(name, {}) for name in self.notes | inner.notes}
         not_kept = [*self.not_kept, *inner.not_kept]
         placeholders = self.placeholders | inner.placeholders
         return _Run(inner.root, self.adapters | inner.adapters, notes, not_kept, placeholders=placeholders)
 
     def stand_ins(self) -> Iterator[SkippedPlaceholder]:
-        """Yield its placeholders that can be read; what is passed over counts with the first that may be final."""
+        """Yield its readable placeholders; skipped adapters count for the first that may be final."""
         left = len(self.adapters) if self.is_away else 0
         for path, found in self.placeholders.items():
             if isinstance(found.content, Placeholder):
@@ -182,7 +182,7 @@ class _Run:
 
 
 def find_adapters(paths: Sequence[Path], *, name: str | None = None, texts: bool = True) -> Discovery:
-    """Find every adapter under some folders: the tasks, and what looks like an adapter but is not taken."""
+    """Find and name every adapter under some folders, and report refused ones."""
     found = find_tasks(paths, texts=texts)
     return replace(found, tasks=name_tasks(found.tasks, name=name))
 
@@ -190,15 +190,15 @@ def find_adapters(paths: Sequence[Path], *, name: str | None = None, texts: bool
 def find_tasks(
     paths: Sequence[Path], *, texts: bool = True, read_bin: bool = False, initial: Path | None = None
 ) -> Discovery:
-    """Find the same; the tasks have no names yet.
+    """Find every adapter like `find_adapters`, without naming the tasks.
 
     Args:
-        paths: Folders, or single files of formats that have those.
+        paths: Folders, or files of single-file formats.
         texts: Also find samples and held-out texts.
-        read_bin: Weights may be a pickle.
-        initial: A folder with the weights that adapters began with; by default these are looked for.
+        read_bin: Accept weights in a pickle.
+        initial: A folder with the initial weights of adapters; searched for by default.
     """
-    # Not taken are formats that are not read, and links out of the tree.
+    # Refused: unknown formats, and links out of the tree.
     refused: list[AdapterRefused] = []
     runs: defaultdict[Path, _Run] = defaultdict(_Run)
     watched = {PLACEHOLDER_NAME, *_NOTES} if texts else {PLACEHOLDER_NAME, STATE_NAME}
@@ -227,10 +227,10 @@ def _not_found(path: Path, root: Path) -> AdapterRefused:
 
 
 def no_adapter(paths: Sequence[Path]) -> AdapterRefused:
-    """Say that there is no adapter under some folders, and what is there instead."""
+    """Return the refusal for folders without adapters, naming a file found instead."""
     folders = (folder for path in paths for folder in walk(path, (), lambda refusal: None))
     files = (file for folder in folders for file in folder.files.values())
-    first = next((file for file in files if file.suffix.lower() in _TELLING), None)
+    first = next((file for file in files if file.suffix.lower() in _REPORTED), None)
     if first is None:
         hint = "specify a folder that contains adapter_config.json and adapter_model.safetensors, or a file"
         where = ", ".join(map(str, paths))
@@ -247,7 +247,7 @@ def name_tasks(
     pattern: NameTemplate | None = None,
     same_name_is_same_task: bool = False,
 ) -> tuple[FoundTask, ...]:
-    """Return the tasks with their names, in natural order of these; see `naming.choose_names`."""
+    """Return the tasks with their names, in natural order; see `naming.choose_names`."""
     if name is not None:
         names = [_given_name(tasks, name)]
     else:
@@ -257,7 +257,7 @@ def name_tasks(
 
 
 def _collect(folder: Folder, root: Path, runs: defaultdict[Path, _Run], refused: list[AdapterRefused]) -> None:
-    # The folder given may be a checkpoint itself, so its own name takes part.
+    # The user's folder may be a checkpoint itself, so include its own name.
     levels = 1 + len(folder.path.relative_to(root).parts)
     found = [(known, paths) for known in catalogue.FORMATS for paths in known.find(folder)]
     adapters = [FoundAdapter.of(*one, folder.pickle) for one in found]
@@ -266,7 +266,7 @@ def _collect(folder: Folder, root: Path, runs: defaultdict[Path, _Run], refused:
         _add(adapter, home, step, root, runs)
     away = _collect_placeholders(folder, {adapter.place for adapter in adapters}, levels, root, runs, refused)
     kept = {path for adapter in adapters for path in adapter.files}
-    # Next to an adapter that is a folder, the same adapter as a pickle or in shards is not worth a refusal.
+    # Do not refuse a copy as a pickle or in shards next to a folder's adapter.
     if not away and all(adapter.place != folder.path for adapter in adapters):
         of_no_format = foreign_adapters({name: path for name, path in folder.files.items() if path not in kept})
         refused.extend(of_no_format)
@@ -307,7 +307,7 @@ def _collect_placeholders(
     runs: defaultdict[Path, _Run],
     refused: list[AdapterRefused],
 ) -> bool:
-    """Collect the placeholders of a folder, and say whether there are any; one next to its own adapter is of no use."""
+    """Collect the placeholders of a folder whose adapters are gone; return whether there are any."""
     away = [found for found in find_placeholders(folder) if found.place not in adapters]
     for found in away:
         run = runs[run_folder(found.place, levels)[0]]
@@ -318,7 +318,7 @@ def _collect_placeholders(
 
 
 def with_pickle(folder: Folder) -> Folder:
-    """List a pickle as the weights of a folder that has a configuration and no other weights."""
+    """List a pickle as the weights of a folder with a configuration and no other weights."""
     pickle = next((name for name in PICKLES if name in folder.files), None)
     if pickle is None or WEIGHTS_NAME in folder.files or CONFIG_NAME not in folder.files:
         return folder
@@ -326,7 +326,7 @@ def with_pickle(folder: Folder) -> Folder:
 
 
 def _collect_file(file: Path, runs: defaultdict[Path, _Run]) -> bool:
-    """Take an adapter that is a single file and was given by its own path; False if no format knows it."""
+    """Collect an adapter given as a single file; return False if no format recognises it."""
     if not file.is_file() or file.name.startswith(APPLE_DOUBLE):
         return False
     folder = Folder(file.parent, {file.name: file})
@@ -338,8 +338,8 @@ def _collect_file(file: Path, runs: defaultdict[Path, _Run]) -> bool:
 
 
 def _gathered(runs: Mapping[Path, _Run]) -> list[tuple[Path, _Run]]:
-    """Return the runs that have adapters or placeholders, each with the folder that its task is named after."""
-    # So `rust/final` and `rust/output/checkpoint-5` join the run `rust`. What cannot be one run stays a task by itself.
+    """Return the runs with adapters or placeholders, each with the folder that its task is named after."""
+    # So `rust/final` and `rust/output/checkpoint-5` join the run `rust`. Folders that do not fit remain separate tasks.
     places: defaultdict[Path, list[Path]] = defaultdict(list)
     found = {folder: run for folder, run in runs.items() if run.adapters or run.placeholders}
     for folder, run in sorted(found.items()):
@@ -361,7 +361,7 @@ def _gathered(runs: Mapping[Path, _Run]) -> list[tuple[Path, _Run]]:
 
 
 def _rank(folder: Path, home: Path) -> tuple[int, str]:
-    """Order the folders of one run: the first that has an adapter outside its checkpoints has the final one."""
+    """Rank the folders of one run: the first with an adapter outside its checkpoints has the final adapter."""
     if folder == home:
         return 0, ""
     words = set(folder.name.lower().replace("-", "_").split("_"))
@@ -371,7 +371,7 @@ def _rank(folder: Path, home: Path) -> tuple[int, str]:
 
 
 def _without_copies(run: _Run, other: _Run) -> _Run:
-    """Drop adapters that the other run has byte for byte: trainers save the last one twice."""
+    """Drop adapters that the other run has byte for byte: trainers save the last adapter twice."""
     adapters = {
         step: adapter
         for step, adapter in run.adapters.items()
@@ -381,7 +381,7 @@ def _without_copies(run: _Run, other: _Run) -> _Run:
 
 
 def _fit(run: _Run, other: _Run) -> bool:
-    """Say whether two folders can be one run: no step twice, and one base model."""
+    """Return whether two folders can be one run: disjoint steps and one base model."""
     if run.adapters.keys() & other.adapters.keys():
         return False
     if not run.adapters or not other.adapters:
@@ -455,7 +455,7 @@ def _text(folder: Path, run: _Run, names: Sequence[str]) -> Path | None:
 
 
 def _images(folder: Path) -> Path | None:
-    """Return a folder of examples in the `imagefolder` convention, if this is one."""
+    """Return `folder` if it holds examples in the `imagefolder` convention."""
     if not folder.is_dir() or folder.is_symlink():
         return None
     is_one = (folder / "metadata.jsonl").is_file() or any(path.suffix.lower() in IMAGES for path in folder.glob("*/*"))
@@ -471,17 +471,17 @@ def _final_step(run: _Run) -> int | None:
 
 
 def _order(step: int | None) -> tuple[bool, int]:
-    """Order steps; an adapter outside a checkpoint comes last, because it was saved when training was over."""
+    """Return a sort key for steps; an adapter outside a checkpoint comes last, saved at the end of training."""
     return (step is None, step or 0)
 
 
 def _next_to(folder: Path, name: str) -> Path | None:
-    """Find a text in the run's folder, for the case that only a checkpoint of the run was given."""
+    """Return a text in the run's folder; needed if the user gave only a checkpoint."""
     path = folder / name
     return path if path.is_file() and not path.is_symlink() else None
 
 
 def _unique(refused: list[AdapterRefused]) -> list[AdapterRefused]:
-    """Drop duplicates, which come from overlapping paths."""
+    """Return refusals without duplicates from overlapping paths."""
     met = {(error.path, error.kind): error for error in refused}
     return sorted(met.values(), key=lambda error: (error.path or "", error.kind))

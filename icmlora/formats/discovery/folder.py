@@ -1,4 +1,4 @@
-"""Read and write one adapter folder, whatever its format."""
+"""Read and write one adapter folder in any format."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 
 def load_adapter(folder: str | Path) -> Adapter:
-    """Read the adapter in a folder, or in a single file, into memory: float32, with LoRA's scale folded into B.
+    """Read the adapter in a folder or single file into memory: float32, with LoRA's scale folded into B.
 
     Args:
-        folder: A folder with one adapter, in any format that icm knows, or a file. Folders below it are not searched.
+        folder: A folder with one adapter in any supported format, or a file. Subfolders are not searched.
 
     Raises:
         UnsafeInput: A pickle, a link, or a file beyond the limits.
-        AdapterRefused: There is no adapter, or several, it is damaged, or it could not be given back exactly; `kind`
-            says why.
+        AdapterRefused: There is no adapter, or several, it is damaged, or icm could not reproduce it exactly; `kind`
+            states the reason.
     """
     place = Path(folder)
     searched = _searched(place)
@@ -72,21 +72,21 @@ def save_adapter(
     companions: Mapping[str, bytes] | None = None,
     force: bool = False,
 ) -> None:
-    """Write an adapter, complete and durable, or not at all. The same arguments give the same bytes.
+    """Write an adapter atomically and durably. The same arguments give the same bytes.
 
     Args:
-        adapter: What to write.
-        folder: Absent or empty, unless `force`; or a file such as `NAME.safetensors`, for a format that has those.
+        adapter: The adapter.
+        folder: Absent or empty, unless `force`; or a file such as `NAME.safetensors`, for a single-file format.
         adapter_format: Name of the format.
         dtype: Number format of the weights: "bfloat16", "float16" or "float32".
         card: Text of the model card.
         metadata: Short facts for the header of the weights file.
-        companions: Name to content of files that are written next to it.
-        force: Replace the adapter in a folder that holds something.
+        companions: Name to content of files to write next to it.
+        force: Replace the adapter in a folder that is not empty.
 
     Raises:
-        OutputExists: The folder is not empty, or the file exists, and `force` is not given.
-        AdapterRefused: A value that `dtype` cannot hold.
+        OutputExists: The folder is not empty, or the file exists, and `force` is not set.
+        AdapterRefused: A value overflows `dtype`.
     """
     known, place = format_named(adapter_format), Path(folder)
     with located(place):

@@ -1,7 +1,7 @@
-"""Find the weights that adapters began with, where those were taken out of the base model (PiSSA, OLoRA, CorDA).
+"""Find the initial weights of adapters that were subtracted from the base model (PiSSA, OLoRA, CorDA).
 
 myrun/                 a PiSSA adapter, or myrun/checkpoint-80/
-myrun/pissa_init/      its initial weights, where PEFT's examples and LLaMA-Factory save them: no task by themselves
+myrun/pissa_init/      its initial weights, as saved by PEFT's examples and LLaMA-Factory; not a task
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _METHODS = ("pissa", "olora", "corda")
 
 
 def with_initial_weights(tasks: Sequence[FoundTask], given: Path | None = None) -> list[FoundTask]:
-    """Note the initial weights of each adapter that has some, and leave out the tasks that are nothing else.
+    """Return tasks with the initial weights of their adapters; drop tasks that are only initial weights.
 
     Args:
-        tasks: The tasks that were found.
-        given: A folder with the initial weights of all adapters that they fit; else they are looked for.
+        tasks: The tasks.
+        given: A folder with initial weights for all adapters that they fit; searched for if None.
 
     Raises:
-        AdapterRefused: The given folder has the initial weights of none of them.
+        AdapterRefused: The initial weights in the given folder fit no adapter.
     """
     found = [replace(task, adapters=tuple(_with_initial(one, given) for one in task.adapters)) for task in tasks]
     used = {adapter.initial.parent for task in found for adapter in task.adapters if adapter.initial is not None}
@@ -51,7 +51,7 @@ def _with_initial(adapter: FoundAdapter, given: Path | None) -> FoundAdapter:
 
 
 def _near(place: Path) -> list[Path]:
-    """Return the folders that may hold the initial weights of an adapter: in its own folder, or next to it."""
+    """Return folders that may hold an adapter's initial weights: inside its folder, or next to it."""
     folders = [home / f"{method}_init" for home in (place, place.parent) for method in _METHODS]
     return [folder for folder in folders if folder.is_dir() and not folder.is_symlink()]
 

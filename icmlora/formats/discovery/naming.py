@@ -1,9 +1,9 @@
-"""Name every task that was found, so that the same folder gets the same name in every run.
+"""Name every task; a folder gets the same name in every run.
 
-1. A task that the store has keeps its name. It is recognised by its folder, or else by its bytes.
-2. Any other task is named after its folder, if no other folder and no task of the store has that name.
-3. Otherwise the name of the folder above is put in front, and so on upward, until the name is free.
-4. If that is the same folder for two tasks (`dog` and `Dog`), the second gets a number: `dog-2`.
+1. A task in the store keeps its name. It is recognised by its folder, or else by its bytes.
+2. Any other task is named after its folder, if no other folder and no task in the store has that name.
+3. Otherwise the parent folder's name is prepended, and so on upward, until the name is free.
+4. If two tasks share that folder (`dog` and `Dog`), the second gets a number: `dog-2`.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def choose_names(
     pattern: NameTemplate | None = None,
     same_name_is_same_task: bool = False,
 ) -> list[str]:
-    """Return a name for each task; no two are the same in any case.
+    """Return a name for each task; names are unique ignoring case.
 
     Args:
-        tasks: The tasks that were found.
-        known: The tasks of the store; None if there is no store.
-        pattern: Makes the names instead of the rule; tasks that the store has keep theirs.
-        same_name_is_same_task: A task of the store with the same name is the same task, from any folder.
+        tasks: The tasks.
+        known: The tasks in the store; None if there is no store.
+        pattern: Pattern for new names, instead of the rule; tasks in the store keep their names.
+        same_name_is_same_task: Treat a task in the store with the same name as the same task, from any folder.
     """
     own = [name_chain(task.folder, task.part) for task in tasks]
     chains = [*own] if pattern is None else list(map(pattern.chain, tasks))
@@ -70,7 +70,7 @@ def choose_names(
         if same_name_is_same_task and first not in {name.lower() for name in names.values()}:
             names[index] = chains[index][0]
         elif home == tasks[index].folder:
-            # Another adapter of the same folder has the name, such as `last` before there was a `best`.
+            # Another adapter of the same folder has the name: `last` was ingested before `best` existed.
             chains[index] = name_chain(tasks[index].folder, tasks[index].part or tasks[index].places[0].name)
         elif _is_newer_snapshot(tasks[index].folder, home):
             chains[index] = name_chain(tasks[index].folder, tasks[index].folder.name[:7])
@@ -100,7 +100,7 @@ def _named(known: KnownTasks | None, names: Iterable[str]) -> Mapping[str, TaskR
 def _number(
     tasks: Sequence[FoundTask], chains: list[list[str]], names: dict[int, str], known: KnownTasks | None
 ) -> None:
-    """Number new tasks of one folder whose names differ only in case, or in characters that no name has."""
+    """Number new tasks of one folder whose names differ only in case or in invalid characters."""
     alike: defaultdict[tuple[Path, str, str], list[int]] = defaultdict(list)
     for index, chain in enumerate(chains):
         if index not in names:
@@ -122,7 +122,7 @@ def _number(
 
 
 def _free_ends(counts: Mapping[str, int], known: KnownTasks | None) -> dict[str, list[str]]:
-    """Return for each name at least `counts` of the endings `-2`, `-3` ... that no task of the store has."""
+    """Return for each name at least `counts` of the suffixes `-2`, `-3` ... that are unused in the store."""
     free: dict[str, list[str]] = {name: [] for name in counts}
     start = 2
     while short := [name for name, count in counts.items() if len(free[name]) < count]:
@@ -135,13 +135,13 @@ def _free_ends(counts: Mapping[str, int], known: KnownTasks | None) -> dict[str,
 
 
 def _place(folder: Path) -> tuple[Path, str]:
-    """Return a key that is equal for folders in one folder whose names become the same task name."""
+    """Return a key that is equal for siblings whose names yield the same task name."""
     return folder.parent, plain_name(folder.name).lower()
 
 
 def _crowded(chains: Sequence[Sequence[str]], names: dict[int, str], known: KnownTasks | None) -> set[str]:
-    """Return the short names that several folders have: no task gets one of them."""
-    # A task with a name from the user does not count.
+    """Return the short names that several folders share: no task gets one of them."""
+    # Tasks with a name from the user do not count.
     counted = [
         chain[0].lower()
         for index, chain in enumerate(chains)
@@ -152,7 +152,7 @@ def _crowded(chains: Sequence[Sequence[str]], names: dict[int, str], known: Know
     if known is None or not free:
         return crowded
     present = {name.lower() for name in names.values()}
-    # A task of the store counts too, if its folder has the short name, and only the task a longer one.
+    # A task in the store counts too if its folder has the short name and the task a longer name.
     for row in known.ending_with(free):
         name = row.name.lower()
         if name not in present:
@@ -172,7 +172,7 @@ def _is_newer_snapshot(folder: Path, other: Path) -> bool:
 
 
 class _Recognised:
-    """Finds the tasks that the store has already."""
+    """Finds tasks that are already in the store."""
 
     def __init__(
         self,
@@ -182,7 +182,7 @@ class _Recognised:
         known: KnownTasks,
     ) -> None:
         self._tasks, self._known = tasks, known
-        # The names under which the store may have the task, the most likely first.
+        # Possible names of the task in the store, most likely first.
         self._possible: list[list[str]] = []
         for task, chain, names in zip(tasks, chains, own, strict=True):
             without_part = [] if task.part is None else name_chain(task.folder)
@@ -190,7 +190,7 @@ class _Recognised:
         self._names: dict[int, str] = {}
 
     def names(self) -> dict[int, str]:
-        """Return the names of the tasks that were recognised, by their number."""
+        """Return the names of the recognised tasks by index."""
         folders = self._known.in_folders(folder for task in self._tasks for folder in _folders_of(task))
         self._claim(lambda index: self._of_its_folder(index, folders))
         left = (name for index, names in enumerate(self._possible) if index not in self._names for name in names)
@@ -199,7 +199,7 @@ class _Recognised:
         return self._names
 
     def _claim(self, candidates: Callable[[int], Iterator[str]]) -> None:
-        """Name each task that has no name yet after the first of its candidates that no other one has."""
+        """Assign its first unclaimed candidate to each unnamed task."""
         claimed = set(self._names.values())
         for index in range(len(self._tasks)):
             if index not in self._names:
@@ -209,7 +209,7 @@ class _Recognised:
                     claimed.add(name)
 
     def _of_its_folder(self, index: int, by_folder: Mapping[str, Sequence[TaskRow]]) -> Iterator[str]:
-        """Yield the tasks with an adapter from the same place, and either a name of the folder or the same bytes."""
+        """Yield tasks with an adapter from the same place, and either a name of the folder or the same bytes."""
         task = self._tasks[index]
         final, places = source_label(task.final.place), _places_of(task)
         rows = {row.name: row for folder in _folders_of(task) for row in by_folder.get(folder, ())}
@@ -224,7 +224,7 @@ class _Recognised:
                 yield row.name
 
     def _of_its_name(self, index: int, by_name: Mapping[str, TaskRow]) -> Iterator[str]:
-        """Yield the tasks of a possible name with the same bytes, whose folder was moved, or with a same checkpoint."""
+        """Yield tasks of a possible name with the same bytes (a moved folder) or an adapter from the same place."""
         task = self._tasks[index]
         for row in (by_name[name] for name in self._possible[index] if name in by_name):
             known = self._known.task(row)
@@ -237,7 +237,7 @@ def _places_of(task: FoundTask) -> set[str]:
 
 
 def _folders_of(task: FoundTask) -> set[str]:
-    """Return the folders that a known task with one of these adapters may have come from."""
+    """Return the folders that a task in the store with one of these adapters may have come from."""
     places = _places_of(task)
     runs = (source_label(run_folder(place)[0]) for place in task.places)
     return {*places, *map(folder_of, places), *runs}
@@ -269,9 +269,9 @@ class NameTemplate:
     """A pattern for the names of tasks, such as `{parent}-{name}`.
 
     {name}          the folder that the task is named after
-    {parent}        the folder above it; {grandparent} the one above that
-    {path}          all folders from the one given down to it, joined with "-"
-    {name#run-}     without "run-" in front; {name%-lora} without "-lora" at the end
+    {parent}        its parent folder; {grandparent} the parent of that folder
+    {path}          all folders from the user's folder down to it, joined with "-"
+    {name#run-}     without the prefix "run-"; {name%-lora} without the suffix "-lora"
 
     Folders with a generic name (`lora`, `adapter`, `final` ...) are skipped.
     """
@@ -287,7 +287,7 @@ class NameTemplate:
             raise AdapterRefused(message, kind="name", hint=hint)
 
     def chain(self, task: FoundTask) -> list[str]:
-        """Return the names that a task can have: the pattern's, then longer ones."""
+        """Return candidate names of a task: the pattern's, then longer names."""
         above = names_above(task.folder)
         first = _PLACEHOLDER.sub(lambda match: self._value(match, task, above), self.text).strip("-._/ ")
         return chain_of(first.replace("/", "-"), above[1:], task.places[0])

@@ -1,8 +1,8 @@
-"""Read pickles of tensors, each in a process of its own, and write their tensors as safetensors.
+"""Read pickles of tensors, each in its own process, and write the tensors as safetensors.
 
-Run as a script by `pickled.py`, which sends it two open files at a time: a pickle and the new file. It imports torch
-once, reads nothing itself, and forks for each pickle a process that limits itself first. It imports nothing of icm. The
-exit status of that process says how it went; what it prints is never shown, because a pickle can choose the words.
+`pickled.py` runs this script and sends it two open files at a time: a pickle and the new file. The script imports torch
+once, reads no pickle itself, and forks a process for each pickle, which first limits its resources. It imports nothing
+of icm. The exit status of the fork is the result; its output is never shown, because a pickle could control it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NoReturn
 
 BROKEN, NOT_TENSORS, TOO_LARGE, NO_MEMORY = 10, 11, 12, 13
 
-_LONGEST_ORDER = 1 << 16  # bytes
+_MAX_ORDER_LENGTH = 1 << 16  # bytes
 
 # Names and widths as in icmlora.io.safetensors.
 _TYPES = {
@@ -29,15 +29,15 @@ _TYPES = {
 
 
 def serve(channel: int, paths: str) -> None:
-    """Convert what comes through a socket until its other end is closed."""
-    # Started with -I, which leaves out where packages may be if they are not in the interpreter's own folder.
+    """Convert the files received through a socket until its other end is closed."""
+    # Started with -I, which drops package paths outside the interpreter's own folder.
     sys.path.extend(path for path in paths.split(os.pathsep) if path not in sys.path)
     import torch
 
     torch.set_num_threads(1)
     with socket.socket(fileno=channel) as line:
         while True:
-            order, files, _, _ = socket.recv_fds(line, _LONGEST_ORDER, 2)
+            order, files, _, _ = socket.recv_fds(line, _MAX_ORDER_LENGTH, 2)
             if not order:
                 return
             forked = os.fork()
@@ -71,14 +71,14 @@ def _convert(source: BinaryIO, target: BinaryIO, metadata: dict[str, str], memor
         _write(target, tensors, metadata, torch)
     except MemoryError:
         return NO_MEMORY
-    except Exception as error:  # whatever the file makes torch raise
+    except Exception as error:  # a file can make torch raise any error
         return NO_MEMORY if "alloc" in str(error)[:1000] else BROKEN
     return 0
 
 
 def limit(memory: int, seconds: int) -> None:
-    """Limit what this process may use from now on, in addition to what it has used so far."""
-    import resource  # other systems than Linux may not have it, and the module is imported there all the same
+    """Limit the further resource use of this process."""
+    import resource  # imported here: not available on every system that imports this module
 
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     used = resource.getrusage(resource.RUSAGE_SELF)
@@ -93,13 +93,13 @@ def limit(memory: int, seconds: int) -> None:
     for kind, value in limits.items():
         hard = resource.getrlimit(kind)[1]
         lower = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        # At the hard limit of time the kernel sends SIGKILL, as for want of memory; at the soft one SIGXCPU.
+        # At the hard CPU limit the kernel sends SIGKILL, as it does out of memory; at the soft limit SIGXCPU.
         keep_hard = kind == resource.RLIMIT_CPU
         resource.setrlimit(kind, (lower, hard if keep_hard else lower))
 
 
 def _plain(found: Any, torch: Any) -> dict[str, Any] | None:
-    """Return the tensors by name, or None if there is anything else."""
+    """Return the tensors by name, or None if there are other objects."""
     kinds = torch.Tensor, torch.nn.Parameter
     if not isinstance(found, dict):
         return None

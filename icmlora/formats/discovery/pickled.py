@@ -1,7 +1,7 @@
-"""Adapters whose weights are a pickle (`adapter_model.bin`), read only where the user asks for it.
+"""Convert adapters whose weights are a pickle (`adapter_model.bin`), at the user's request only.
 
-`torch.load(weights_only=True)` reads each in a process of its own (`pickle_child.py`) with limits of memory and time.
-That process is given two open files and no path, and what it writes is checked like any file from outside.
+`torch.load(weights_only=True)` reads each in its own process (`pickle_child.py`) with memory and time limits. That
+process gets two open files and no path, and its output is checked like any untrusted file.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from icmlora.io.files import hash_open, open_regular, read_exactly
 from icmlora.io.safetensors import MAX_FILE_BYTES
 
 CONVERTED_FROM = "converted_from_sha256"
-"""Where the header of converted weights has the digest of their pickle."""
+"""Header key for the digest of the pickle in converted weights."""
 
 _RESAVE = "save it as safetensors where it was trained"
 
 
 @dataclass(frozen=True)
 class PickleLimits:
-    """What reading a pickle may take, in addition to what PyTorch takes by itself."""
+    """Resource limits for reading a pickle, in addition to PyTorch's own use."""
 
     memory: int = 256 << 20
     memory_per_byte: int = 4
     seconds: int = 30
     seconds_per_gigabyte: int = 30
-    wall_seconds: int = 120  # in addition, for a slow start of the process
+    wall_seconds: int = 120  # extra, for a slow process start
 
 
 class PickleReader:
-    """Converts pickles to safetensors, each in a process of its own; all of them are forked from one.
+    """Converts pickles to safetensors, each in its own process, forked from a common parent.
 
     Args:
-        limits: What each may take.
+        limits: Limits of each process.
     """
 
     def __init__(self, limits: PickleLimits = PickleLimits()) -> None:
@@ -54,21 +54,21 @@ class PickleReader:
         self._forker = Forker(pickle_child.__file__)
 
     def __enter__(self) -> Self:
-        """Start nothing yet: most adapters are no pickles."""
+        """Start nothing yet: few adapters are pickles."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """End the process that the others are forked from."""
+        """Kill the parent process."""
         self._forker.__exit__(kind, error, at)
 
     def convert(self, source: Path, target: Path, name: str) -> None:
-        """Write the tensors of a pickle as safetensors; its name and its digest go into the header.
+        """Write the tensors of a pickle as safetensors, with its name and digest in the header.
 
         Raises:
-            UnsafeInput: It holds something else, or takes more than the limits.
-            AdapterRefused: It is no pickle.
+            UnsafeInput: It holds other objects, or exceeds the limits.
+            AdapterRefused: It is not a pickle.
         """
-        if sys.platform != "linux":  # the limits, and how the process is sent files, are those of Linux
+        if sys.platform != "linux":  # the limits and the transfer of descriptors need Linux
             raise UnsafeInput("a pickle, which icm reads on Linux only", kind="pickle", path=source, hint=_RESAVE)
         with located(source), open_regular(source, max_bytes=MAX_FILE_BYTES) as (descriptor, size):
             if read_exactly(descriptor, min(size, 8), 0) == b"version ":
@@ -88,7 +88,7 @@ class PickleReader:
 def converted(
     tasks: Sequence[FoundTask], reader: PickleReader
 ) -> Iterator[tuple[list[FoundTask], Mapping[Path, AdapterRefused]]]:
-    """Yield the tasks with safetensors in place of their pickles, and why a pickle was not read, by its path."""
+    """Yield the tasks with safetensors instead of pickles, and refusals by path of the pickle."""
     refused: dict[Path, AdapterRefused] = {}
     if not any(found.pickle for task in tasks for found in task.adapters):
         yield list(tasks), refused
@@ -125,5 +125,5 @@ def _refusal(status: int | None, memory: int, seconds: int) -> AdapterRefused:
     elif status == pickle_child.BROKEN:
         fact, kind = "a pickle that is damaged or runs code; no code was run", "pickle"
     else:
-        fact, kind = f"the process that reads pickles ended with status {status}", "pickle"
+        fact, kind = f"the pickle reader exited with status {status}", "pickle"
     return UnsafeInput(fact, kind=kind, hint=_RESAVE)

@@ -1,11 +1,11 @@
-"""Placeholders: the small file that stands where an adapter was, and says how to bring it back.
+"""Placeholders: small files that replace adapters and describe how to restore them.
 
     loras/poems/adapter_model.safetensors, adapter_config.json  ->  loras/poems/icm-placeholder.json
     loras/rust.toy, an adapter in a single file                 ->  loras/rust.icm-placeholder.json
 
-It is JSON with sorted keys: the task, the store, the digests of weights, configuration and code, and the files whose
-place it takes. Anybody may have written it, so it is read like a file from outside: no name in it leads out of its
-folder, and the store that it names is shown to people but never opened because of it.
+A placeholder is JSON with sorted keys: the task, the store, the digests of weights, configuration and code, and the
+files it replaces. It is untrusted: no name in it may lead out of its folder, and the store it names is shown to the
+user, but never opened because of it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_BYTES = 64 * 1024
 MAX_FILES = 64
 _MAX_PATH = 4096
 _MAX_ABOUT = 2000
-_MAX_COUNT = 2**53  # whole numbers above this differ between JSON readers
+_MAX_COUNT = 2**53  # JSON parsers disagree on larger integers
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _STAMP = frozenset({"sha256", "size"})
@@ -46,7 +46,7 @@ Part = Literal["weights", "config", "companion"]
 
 @dataclass(frozen=True)
 class FileStamp:
-    """What a file is recognised by."""
+    """Digest and size that identify a file."""
 
     digest: str  # SHA-256 in hexadecimal
     size: int  # in bytes
@@ -54,7 +54,7 @@ class FileStamp:
 
 @dataclass(frozen=True)
 class ReplacedFile:
-    """A file whose place the placeholder takes."""
+    """A file that the placeholder replaces."""
 
     name: str  # in the folder of the placeholder
     part: Part
@@ -63,7 +63,7 @@ class ReplacedFile:
 
 @dataclass(frozen=True)
 class CodeStamp:
-    """The code that the store had of the adapter when the placeholder was written."""
+    """The adapter's code in the store when the placeholder was written."""
 
     code: FileStamp
     generator: FileStamp
@@ -71,13 +71,13 @@ class CodeStamp:
 
 @dataclass(frozen=True)
 class Placeholder:
-    """What a placeholder says."""
+    """The content of a placeholder."""
 
     task: str
-    store: str  # path of the store folder, to show to people
+    store: str  # path of the store folder, for display
     format: str
-    is_final: bool  # whether the adapter stood for its task; false for a checkpoint
-    # Digests of the adapter as the store took it. Only the weights that were a pickle had other bytes in the folder.
+    is_final: bool  # whether it was the final adapter of its task; false for a checkpoint
+    # Digests of the adapter in the store. They differ from the replaced files only for weights in a pickle.
     weights: str
     config: str
     files: tuple[ReplacedFile, ...]  # by name
@@ -91,7 +91,7 @@ class FoundPlaceholder:
     Attributes:
         place: The folder of the adapter, or for a single file the file without its suffix.
         path: The placeholder.
-        content: What it says, or why it cannot be read.
+        content: The parsed content, or why it cannot be read.
     """
 
     place: Path
@@ -100,22 +100,22 @@ class FoundPlaceholder:
 
     @property
     def may_be_final(self) -> bool:
-        """Whether it may stand for the final adapter of a task."""
+        """Whether it may replace the final adapter of a task."""
         return not isinstance(self.content, Placeholder) or self.content.is_final
 
 
 def is_placeholder(name: str) -> bool:
-    """Say whether a file is a placeholder, judged by its name."""
+    """Return whether a file is a placeholder, by its name."""
     return name == PLACEHOLDER_NAME or (name.endswith(f".{PLACEHOLDER_NAME}") and not name.startswith("."))
 
 
 def placeholder_path(place: Path, *, is_folder: bool) -> Path:
-    """Return where the placeholder of an adapter is, or would be."""
+    """Return the path of an adapter's placeholder, which may not exist."""
     return place / PLACEHOLDER_NAME if is_folder else place.with_name(f"{place.name}.{PLACEHOLDER_NAME}")
 
 
 def find_placeholders(folder: Folder) -> Iterator[FoundPlaceholder]:
-    """Read the placeholders of a folder. One that is met through a link is left out: it is met in its own folder."""
+    """Yield the placeholders of a folder. Links are skipped: their targets are read in their own folders."""
     for name, path in sorted(folder.files.items()):
         if is_placeholder(name) and path == folder.path / name:
             stem = name.removesuffix(PLACEHOLDER_NAME).removesuffix(".")
@@ -130,15 +130,15 @@ def read_placeholder(path: Path) -> Placeholder:
     """Read a placeholder.
 
     Raises:
-        AdapterRefused: It cannot be read, or is not as icm writes it.
-        UnsafeInput: It is a link or special file, or breaks a limit.
+        AdapterRefused: It cannot be read, or is not in icm's format.
+        UnsafeInput: It is a link or special file, or exceeds a limit.
     """
     with located(path):
         return parse_placeholder(read_regular(path, max_bytes=MAX_BYTES))
 
 
 def placeholder_to_json(placeholder: Placeholder) -> bytes:
-    """Return the bytes of a placeholder; equal ones have equal bytes."""
+    """Return the bytes of a placeholder; equal placeholders have equal bytes."""
     code = placeholder.code
     value = {
         "about": _ABOUT,
@@ -230,7 +230,7 @@ def _keys(value: object, keys: Collection[str], what: str) -> dict[str, Any]:
 
 
 def _checked(found: Mapping[str, Any], key: str, is_good: Callable[[Any], object]) -> Any:
-    """Return a value that the format may have under a key."""
+    """Return the value of a key; refuse an invalid value."""
     if not is_good(found[key]):
         raise _refusal(f"{key} is {escape(repr(found[key]), 60)}, which this format does not allow")
     return found[key]

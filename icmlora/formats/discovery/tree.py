@@ -1,4 +1,4 @@
-"""Walk a tree from outside: no link out of it is followed, no special file opened, and no depth overflows a stack."""
+"""Walk an untrusted tree iteratively: follow no link out of it, and open no special file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_ENTRIES = 1_000_000
 
 Refuse = Callable[[AdapterRefused], None]
 
-# A folder that `icmlora.io.staging` is building, or was building when its process died.
+# A folder that `icmlora.io.staging` is building, or left behind when its process died.
 _UNFINISHED = re.compile(r".+\.icm-[0-9a-f]{8}")
 
 
@@ -28,13 +28,13 @@ class Folder:
 
     path: Path  # the folder, without links
     files: Mapping[str, Path]  # name to real path; a link inside the tree is listed under its own name
-    pickle: str | None = None  # the file that is listed as the weights although it is a pickle
+    pickle: str | None = None  # the pickle that is listed as the weights
     _headers: dict[str, PeekedHeader | None] = field(default_factory=dict, compare=False, repr=False)
 
     def header(self, name: str) -> PeekedHeader | None:
-        """Return what the header of a safetensors file says, or None if it cannot be read.
+        """Return the header of a safetensors file, or None if it cannot be read.
 
-        Several formats ask for the same file, which is read once. Whether its tensors are complete is not looked at.
+        Headers are cached, because several formats need the same file. The file may be truncated.
         """
         if name not in self._headers:
             self._headers[name] = peek_header(self.files[name])
@@ -47,8 +47,8 @@ def walk(root: Path, watched: Collection[str], refuse: Refuse) -> Iterator[Folde
     Raises:
         UnsafeInput: It has more than a million entries.
     """
-    # A link to a folder inside the tree is skipped, because its target is met anyway; hidden folders are skipped too.
-    # Links and special files are refused if their names are `watched`, and ignored otherwise.
+    # Skip hidden folders, and links to folders inside the tree, whose targets are visited anyway. Refuse links to
+    # folders out of the tree. Refuse other unusable links and special files only if their names are `watched`.
     pending = [root]
     budget = MAX_ENTRIES
     while pending:
@@ -93,7 +93,7 @@ def _sort_entries(
 
 
 def _inside(entry: os.DirEntry[str], root: Path, watched: Collection[str], refuse: Refuse) -> Path | None:
-    """Resolve a link; None, and a refusal where it matters, if it leaves the tree, loops or leads nowhere."""
+    """Return a link's target; None, with a refusal if relevant, if it leaves the tree, loops or is broken."""
     try:
         target = Path(os.path.realpath(entry.path, strict=True))
     except OSError:
@@ -108,6 +108,6 @@ def _inside(entry: os.DirEntry[str], root: Path, watched: Collection[str], refus
         if repository is not None:
             hint = f"specify {escape(str(repository), 4096)}, which contains both, or a copy made with `cp -rL`"
         refuse(
-            UnsafeInput("a symbolic link to outside the specified folder", kind="symlink", path=entry.path, hint=hint)
+            UnsafeInput("a symbolic link that leaves the specified folder", kind="symlink", path=entry.path, hint=hint)
         )
     return None

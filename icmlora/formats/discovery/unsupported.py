@@ -1,7 +1,7 @@
-"""Name the adapters that no reader here understands, by file name or by a few bytes, and say what to do with each.
+"""Identify unsupported adapters by file name or a few bytes, each with a remedy.
 
-A trainer's own state (optimizer, scheduler, random numbers, arguments) and whole models are not adapters: they are
-passed over unopened.
+Trainer state (optimizer, scheduler, random state, arguments) and whole models are not adapters: they are skipped
+unopened.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from icmlora.io.safetensors import read_tensor_header
 from registry.names import escape
 
 APPLE_DOUBLE = "._"
-"""How names begin of files in which macOS notes something about another file, on disks that are not its own."""
+"""Prefix of macOS metadata files on foreign file systems."""
 
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
-"""What PEFT calls weights that are a pickle; `icm ingest --read-bin` reads them."""
+"""PEFT's names for pickled weights; `icm ingest --read-bin` reads them."""
 
 _SHARD = re.compile(r"adapter_model-\d{5}-of-\d{5}\.safetensors|adapter_model\.safetensors\.index\.json")
-# A pickle is unreadable here, so only its name can tell an adapter from a trainer's state or a table of results.
+# Pickles are not read here, so only the name distinguishes an adapter from trainer state or a table of results.
 _PICKLE = re.compile(
     r"adapter_(model|weights)\.(bin|pt|pth|pkl)|.*\.(nemo|pth\.lora)"
     r"|(.*[-_.])?(lora|lokr|loha|locon|adapters?)([-_.].*)?\.(bin|pt|pth|pkl|pickle|ckpt)",
     re.IGNORECASE,
 )
-# What trainers, loggers and hubs leave next to an adapter, and the adapter once more in another form.
+# Files of trainers, loggers and hubs next to an adapter, and copies of the adapter in other forms.
 _PASSED_OVER = re.compile(
     r"\..*|\d{7}_adapters\.safetensors|(training_args|optimizer|scheduler|scaler|sampler|dl_state_dict|rng_state|random_states|pytorch_model)[-_.0-9].*"
     r"|(consolidated|mp_rank|zero_|bf16_zero_|custom_checkpoint_|events\.out\.tfevents|adapter_model[-.]).*"
@@ -47,22 +47,22 @@ _EXTRACT = "extract a LoRA from it where it was trained, with a script from kohy
 _TO_PEFT = "convert it to a PEFT folder first"
 _OF_MLX = "rename it to adapters.safetensors, in a folder with its adapter_config.json"
 
-# Exact names that tell a dialect: kind, what it is, what to do.
+# Exact file names: kind, description, hint.
 _NAMES: Mapping[str, tuple[str, str, str]] = {
     "pytorch_lora_weights.safetensors": ("diffusers", "a diffusers LoRA", _TO_PEFT),
     "adapter_model.safetensors": ("bare", "adapter weights without adapter_config.json: alpha is unknown", _BARE),
     "latest_checkpointed_iteration.txt": ("megatron", "a Megatron run", "use AutoBridge.export_adapter_ckpt"),
 }
 
-# Marks in the header of a safetensors file of any other name.
+# Marks in the headers of other safetensors files.
 _MARKS: tuple[tuple[bytes, tuple[str, str, str]], ...] = (
     (rb'\.lora_(down|up)\.weight"', ("kohya", "a LoRA with unknown module names", _TO_PEFT)),
     (rb'_lora\d?\.(down|up)\.weight"', ("diffusers", "an XLabs or old diffusers LoRA", _TO_PEFT)),
     (rb'\.lora_[ab]"', ("mlx", "weights of MLX-LM without their configuration", _OF_MLX)),
     (rb'\.lora_[AB]\.weight"', ("bare", "LoRA weights without adapter_config.json: alpha is unknown", _BARE)),
-    (rb'\.diff(_b)?"', ("diff", "whole differences of weights (.diff), not a LoRA", _EXTRACT)),
+    (rb'\.diff(_b)?"', ("diff", "full weight differences (.diff), not a LoRA", _EXTRACT)),
 )
-# What is no adapter, and is passed over where adapters lie next to it.
+# Files that are not adapters; skipped next to adapters.
 _OTHERS: tuple[tuple[bytes, str], ...] = (
     (rb'"(emb_params|string_to_param|clip_[lg]|t5xxl|<[^"]{1,80}>)"', "a textual inversion embedding"),
     (rb'"(ip_adapter|image_proj)\.', "an IP-Adapter"),
@@ -75,21 +75,21 @@ _PICKLED = frozenset({".bin", ".ckpt", ".pkl", ".pt", ".pth"})
 
 
 def foreign_adapters(files: Mapping[str, Path]) -> list[AdapterRefused]:
-    """Return a refusal for each adapter among some files that no format here reads."""
+    """Return a refusal for each adapter in an unsupported format."""
     has_config = "adapter_config.json" in files
     found = [_foreign(name, path, has_config=has_config) for name, path in sorted(files.items())]
     return [refusal for refusal in found if refusal is not None]
 
 
 def described(path: Path) -> AdapterRefused:
-    """Say what a file is in which no format finds an adapter, and what to do."""
+    """Return the refusal that describes a file without an adapter, with a hint."""
     name, folder = path.name, path.parent
     config = folder / "adapter_config.json"
     if name == config.name or (name in ("adapter_model.safetensors", "adapters.safetensors") and config.is_file()):
         hint = f"specify the folder {escape(str(folder), 4096)}"
-        return AdapterRefused("a part of an adapter, which is a folder", kind="not-a-folder", path=path, hint=hint)
+        return AdapterRefused("only one file of an adapter folder", kind="not-a-folder", path=path, hint=hint)
     if name.startswith(APPLE_DOUBLE):
-        hint = "specify the file of this name without '._'"
+        hint = "specify the file without the prefix '._'"
         return AdapterRefused("a macOS metadata file", kind="not-a-folder", path=path, hint=hint)
     known = _foreign(name, path, has_config=config.is_file())
     if known is not None:
@@ -112,7 +112,7 @@ def described(path: Path) -> AdapterRefused:
 
 
 def is_passed_over(name: str) -> bool:
-    """Say whether a file next to an adapter is a trainer's or a hub's own, which nobody misses."""
+    """Return whether a file next to an adapter belongs to a trainer or hub and need not be kept."""
     return _PASSED_OVER.fullmatch(name[:256]) is not None
 
 
@@ -126,7 +126,7 @@ def _foreign(name: str, path: Path, *, has_config: bool) -> AdapterRefused | Non
         return UnsafeInput("a pickle can run code, so it was not opened", kind="pickle", path=path, hint=hint)
     if name.lower().endswith(".safetensors"):
         head = _peek(path, _PEEK_BYTES)
-        # Searched as text and not parsed: this file may have nothing to do with icm.
+        # Searched as text, not parsed: the file may be unrelated to icm.
         header = head[8 : 8 + int.from_bytes(head[:8], "little")]
         return next((_refusal(facts, path) for mark, facts in _MARKS if re.search(mark, header)), None)
     return None
@@ -138,7 +138,7 @@ def _refusal(facts: tuple[str, str, str], path: Path) -> AdapterRefused:
 
 
 def _peek(path: Path, size: int) -> bytes:
-    """Read the start of a file; return nothing if it cannot be read, because it may have nothing to do with icm."""
+    """Return the start of a file, or nothing if it cannot be read: it may be unrelated to icm."""
     try:
         with open_regular(path, max_bytes=2**62) as (descriptor, length):
             return read_exactly(descriptor, min(size, length), 0)

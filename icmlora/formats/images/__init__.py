@@ -1,1 +1,1 @@
-"""Adapters of image models, in one file."""
+"""Single-file adapters of image models."""

@@ -1,4 +1,4 @@
-"""Files with dotted names of modules that are not diffusers' own: ComfyUI, ai-toolkit, OneTrainer, fal, DiffSynth.
+"""Files with dotted module names other than diffusers': ComfyUI, ai-toolkit, OneTrainer, fal, DiffSynth.
 
     diffusion_model.blocks.0.self_attn.q.lora_A.weight      text_encoders.clip_l.transformer....lora_down.weight
     transformer.transformer_blocks.0.attn.to_q.lora_down.weight, with alpha          OneTrainer
@@ -6,7 +6,7 @@
     double_blocks.0.img_attn.qkv.lora_A.weight                                       Black Forest Labs' control
     transformer_blocks.0.attn.to_q.lora_A.default.weight                             DiffSynth
 
-Without a prefix that tells an image model, only blocks are taken that no language model has.
+Without an image model's prefix, only blocks that no language model has are accepted.
 
 Source: Comfy-Org/ComfyUI, comfy/lora.py; ostris/ai-toolkit; Nerogar/OneTrainer; huggingface/diffusers,
 loaders/lora_conversion_utils.py.
@@ -25,7 +25,7 @@ _BLOCKS = (
     r"|context_refiner|blocks\.\d+\.(self_attn|cross_attn)\.[qkvo]|blocks\.\d+\.ffn\.\d"
     r"|blocks\.\d+\.(attn\.(qkv|out)_proj|adaln_proj)|token_refiner|layers\.\d+\.cross_attn\.[qkvo]_proj"
 )
-# Names that other models have too: taken beside those above, and no mark of such a file.
+# Names that other models have too: accepted together with the names above, but not as a mark of such a file.
 _BESIDE = r"(base_model\.model\.)?(blocks\.\d+\.mlp\.fc[12]|layers\.\d+\.(self_attn\.[qkvo]|mlp\.(gate|up|down))_proj)"
 _EMBEDDERS = r"img_in|txt_in|time_in|vector_in|guidance_in|final_layer"
 _OWN = (
@@ -33,7 +33,7 @@ _OWN = (
     rf"|(base_model\.model\.)?({_BLOCKS}|{_EMBEDDERS})(\..+)?"
 )
 _OF_DIFFUSERS = r"(unet|transformer|transformer_\d|text_encoder|text_encoder_\d)\..+"
-# Where diffusers' names have factors that diffusers does not name so, the file is not diffusers'.
+# diffusers' module names with factor names that diffusers does not use are not a diffusers file.
 _MARK = re.compile(
     rf"({_OWN})\.(lora_[AB](\.default)?|lora[._](down|up))\.weight"
     rf"|{_OF_DIFFUSERS}\.(lora_[AB]\.default|lora_(down|up))\.weight"

@@ -2,8 +2,8 @@
 
     file ──▶ factors under their own names, float32, alpha = r ──diffusers──▶ other names ──▶ file
 
-diffusers leaves out what it does not know, mostly in silence. So the names are converted twice: first of factors whose
-values are the number of their module, which tell what became of each, before a value of the file is read.
+diffusers drops unknown parts, mostly silently. So the names are converted twice: the first time with factors whose
+values are the index of their module, which shows where each module ends up, before any value of the file is read.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ Rename = Callable[[Mapping[str, "Tensor"]], dict[str, "Tensor"]]
 def convert_image(
     content: AdapterBytes, source: AdapterFormat, target: AdapterFormat, *, metadata: Mapping[str, str], dtype: str
 ) -> AdapterBytes:
-    """Write an adapter of one format of image models in another; the header's notes and the companions go along.
+    """Convert an image adapter to another format, with the header's notes and the companions.
 
     Args:
         content: The adapter.
         source: Its format.
         target: The format to write: `diffusers` or `kohya`.
-        metadata: More for the header.
+        metadata: Additional entries for the header.
         dtype: "bfloat16", "float16" or "float32", for the factors with their scales multiplied in.
 
     Raises:
@@ -73,17 +73,17 @@ def convert_image(
 
 
 def checked_renaming(weights: bytes, source: AdapterFormat, target: AdapterFormat) -> Rename:
-    """Return what renames the factors of a file, after a trial with its names and shapes; no value of it is read.
+    """Return the function that renames the factors of a file, tested with its names and shapes only.
 
     Raises:
-        AdapterRefused: A part of it would be lost, or be called as no module of the model is.
+        AdapterRefused: A part of the file would be lost, or its new name is not a module of the model.
         DataError: diffusers is not installed.
     """
     assert isinstance(source, SingleFileFormat)
     found, stated = source.look(weights)
     base = base_of(stated, {one.module: one.shape.inputs for one in found.factors})
     rename = _renaming(source.name, target.name, base)
-    if found.factors and found.other_method is None:  # what is another method has nothing to rename
+    if found.factors and found.other_method is None:  # another method has nothing to rename
         if found.extras:
             fact = f"{found.extras[0].name} is not a LoRA factor, so diffusers cannot convert it"
             raise AdapterRefused(fact, kind="extras", hint="leave out --format to keep it unchanged")
@@ -100,7 +100,7 @@ def _renaming(source: str, target: str, base: ImageBase) -> Rename:
 
 
 def _refuse_losses(factors: Sequence[Factors], rename: Rename) -> None:
-    """Refuse an adapter of which a module, or rows of one, would be lost, by its name."""
+    """Refuse an adapter if the renaming would drop a module, or rows of a module."""
     numbered: dict[str, Tensor] = {}
     for number, one in enumerate(factors, 1):
         for name, shape in ((one.down.name, (1, *one.down.shape[1:])), (one.up.name, (one.up.shape[0], 1))):
@@ -116,7 +116,7 @@ def _refuse_losses(factors: Sequence[Factors], rename: Rename) -> None:
 
 
 def _alphas(tensors: Mapping[str, RawTensor]) -> dict[str, RawTensor]:
-    """Return an alpha for each module that is its rank, which leaves the factors as they are."""
+    """Return for each module an alpha equal to its rank, which does not scale the factors."""
     found = {}
     for name, down in tensors.items():
         if name.endswith(".lora_down.weight"):

@@ -1,8 +1,8 @@
-"""diffusers' converters from the names of original models, which fuse layers that its own models have apart.
+"""diffusers' converters from the names of original models, which fuse layers that are separate in its own models.
 
-Each gets the spelling that it reads best, whichever spelling a file has. Some of what is called here is private to
-diffusers and may move: all of it is in this file and in `names.py`, and tests/icmlora/formats/test_image_names.py and
-test_image_families.py say what is expected of it.
+Each converter gets the spelling it reads best, regardless of the file's spelling. Some calls are private to diffusers
+and may move: they are all in this file and in `names.py`, and tests/icmlora/formats/test_image_names.py and
+test_image_families.py check them.
 
 Sources: huggingface/diffusers, loaders/lora_pipeline.py; Comfy-Org/ComfyUI, comfy/utils.py.
 """
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     Tensors = dict[str, Tensor]
 
 REFUSALS = (ValueError, LookupError, AssertionError, NotImplementedError, RuntimeError, TypeError)
-"""What the converters raise for names and shapes that they do not know."""
+"""Errors that the converters raise for unknown names and shapes."""
 
-# All that the converter of SDXL's original names reads of a UNet's configuration; it is the same for every SDXL.
+# The only value that the converter of SDXL's original names reads from a UNet's configuration; equal for every SDXL.
 _SDXL_UNET = SimpleNamespace(layers_per_block=2)
-# Expressions -> what takes their place in the names of original models.
+# Expressions -> replacements in the names of original models.
 _NEXT_DIT = {r"(attention|feed_forward)_": r"\1."}
 _ATTENTION = {r"(self_attn|cross_attn|mlp)_": r"\1."}
 _HUNYUAN = {
@@ -38,7 +38,7 @@ _HUNYUAN = {
     r"_mlp[._](?:2|fc2)$": "_mlp.fc2",
     r"(_mod|modulation)[._]lin(ear)?$": r"\1.linear",
 }
-# diffusers converts the whole models of these families, and not their adapters: names of a block, with "_" for ".".
+# diffusers converts whole models of these families, but not their adapters: names in a block, with "_" for ".".
 _SD3 = {
     **{
         f"{block}_{theirs}": ours
@@ -76,7 +76,7 @@ _AURA_SINGLE = {
     "attn_w1o": "attn.to_out.0",
     "modCX_1": "norm1.linear",
 }
-# ComfyUI's `pixart_to_diffusers` (comfy/utils.py) has these names; diffusers has no converter of them.
+# ComfyUI's `pixart_to_diffusers` (comfy/utils.py) has these names; diffusers has no converter for them.
 _PIXART = {
     "attn_qkv": "attn1.to_q attn1.to_k attn1.to_v",
     "attn_proj": "attn1.to_out.0",
@@ -86,7 +86,7 @@ _PIXART = {
     "mlp_fc1": "ff.net.0.proj",
     "mlp_fc2": "ff.net.2",
 }
-# diffusers' converter for Wan knows the blocks of Wan, and not those that VACE adds.
+# diffusers' converter for Wan lacks the blocks that VACE adds.
 _VACE = {
     **{
         f"{attention}_attn_{theirs}": f"{name}.{ours}"
@@ -104,10 +104,10 @@ _IN_BLOCK = re.compile(r"(\w+?)[._](\d+)[._](.+)")
 
 
 def _by_table(**tables: tuple[str, Mapping[str, str]]) -> Callable[[Pairs], Any]:
-    """Return a converter by tables of names.
+    """Return a converter that uses tables of names.
 
     Args:
-        tables: What the original model calls its blocks -> what diffusers calls them, and the names in a block.
+        tables: Original name of the blocks -> diffusers' name, and the names in a block.
     """
 
     def convert(pairs: Pairs) -> Tensors:
@@ -119,7 +119,7 @@ def _by_table(**tables: tuple[str, Mapping[str, str]]) -> Callable[[Pairs], Any]
             if match is None or not parts or len(b) % len(parts):
                 raise ValueError(f"it has no name for {stem}")
             if parts == ["norm1_context.linear"] and len(b) == 2 * a.shape[1]:
-                # The last block of SD3 has shift before scale, and diffusers scale before shift.
+                # SD3's last block stores shift before scale, diffusers scale before shift.
                 b = b.roll(len(b) // 2, 0)
             for part, rows in zip(parts, b.chunk(len(parts)), strict=True):
                 name = f"transformer.{blocks}.{match[2]}.{part}"
@@ -147,9 +147,9 @@ def _by_mixin(
     """Return diffusers' own converter of a pipeline, which reads the names of the original model.
 
     Args:
-        loader: How its class begins.
-        renames: Expression -> what takes its place in a name, after dots were put into it.
-        may_be_flat: It also reads flattened names, as kohya's programs write them.
+        loader: Prefix of its class name.
+        renames: Expression -> replacement in a name, after dots were inserted.
+        may_be_flat: Whether it also reads kohya's flattened names.
     """
 
     def convert(pairs: Pairs) -> Any:
@@ -217,7 +217,7 @@ CONVERTERS: Mapping[str, Callable[[Pairs], Any]] = {
     "minimax-h3": _by_mixin("MiniMaxH3", may_be_flat=True),
     "ace-step-1.5": _ace_step,
 }
-"""Label of a family -> A and B by the names in a file -> tensors by diffusers' names of one generation or another."""
+"""Label of a family -> function from A and B by name in the file to tensors by diffusers' names of some generation."""
 
 
 def _state(
@@ -241,7 +241,7 @@ def _flat(inner: str) -> str:
 
 
 def _unflattened(inner: str, renames: Mapping[str, str]) -> str:
-    """Put dots into a flattened name, and a model's own words into any name."""
+    """Return a name with dots restored and a model's replacements applied."""
     name = inner if "." in inner else dotted(inner)
     for expression, word in renames.items():
         name = re.sub(expression, word, name)

@@ -33,13 +33,13 @@ _NAMING = Naming(
         Style("{}.lora.down.weight", "{}.lora.up.weight"),
         Style("{}.lora_linear_layer.down.weight", "{}.lora_linear_layer.up.weight"),
         Style("{parent}.processor.{leaf}_lora.down.weight", "{parent}.processor.{leaf}_lora.up.weight"),
-        Style("{}_lora.down.weight", "{}_lora.up.weight"),  # of text encoders, as old as the one before
+        Style("{}_lora.down.weight", "{}_lora.up.weight"),  # text encoders, as old as the previous style
     ),
 )
 
 
 def scale_of(metadata: Mapping[str, str], module: str, rank: int) -> float:
-    """Return the scale of a module: that of the configuration in the header, or 1 as diffusers takes it.
+    """Return the scale of a module from the configuration in the header, or 1 like diffusers.
 
     Raises:
         AdapterRefused: The configuration states another rank, or is damaged.
@@ -56,7 +56,7 @@ def scale_of(metadata: Mapping[str, str], module: str, rank: int) -> float:
 
 
 def restated(metadata: Mapping[str, str], ranks: Mapping[str, int]) -> Mapping[str, str]:
-    """Return the metadata with the ranks to write in its configurations; scales stay as they are."""
+    """Return the metadata with new ranks in its configurations; scales are unchanged."""
     if METADATA not in metadata:
         return metadata
     fields, is_stated = dict(_fields(metadata[METADATA])), True
@@ -81,7 +81,7 @@ def restated(metadata: Mapping[str, str], ranks: Mapping[str, int]) -> Mapping[s
 
 @lru_cache(maxsize=4)
 def _configs(text: str) -> dict[str, AdapterConfig]:
-    """Read the configurations of the components: their fields are named `unet.r`, `unet.lora_alpha` and so on."""
+    """Read the configurations of the components, with fields such as `unet.r` and `unet.lora_alpha`."""
     return {component: AdapterConfig.read(json.dumps(some).encode()) for component, some in _fields(text).items()}
 
 

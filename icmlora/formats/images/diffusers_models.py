@@ -1,7 +1,7 @@
-"""The names that modules have in diffusers' own models: what an adapter in diffusers' names is checked against.
+"""Module names of diffusers' own models, for checking adapters in diffusers' names.
 
-The models are made without weights (torch's "meta" device), which takes some hundredths of a second. A block's number
-counts as any number, because models of one family differ in depth.
+The models are built without weights (torch's "meta" device), which takes some hundredths of a second. Any block number
+is accepted, because models of one family differ in depth.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TEXT_MODEL = re.compile(r"text_model[._]")
 
 
 class ModuleNames:
-    """Names of the modules of a model, found also in their flattened form."""
+    """Module names of a model, with lookup by dotted or flattened name."""
 
     def __init__(self, names: Iterable[str], block: re.Pattern[str]) -> None:
         self._block = block
@@ -29,10 +29,10 @@ class ModuleNames:
         self._flat = {name.replace(".", "_"): name for name in self._dotted}
 
     def find(self, name: str) -> str | None:
-        """Return the name that the model has for a module; None if it has none.
+        """Return the model's name of a module; None if it has no such module.
 
         Args:
-            name: That name, or the same with "_" for every dot.
+            name: The name, or the name with "_" for every dot.
         """
         numbers = iter([match[2] for match in self._block.finditer(name)])
         pattern = self._block.sub(r"\1#", name)
@@ -42,10 +42,10 @@ class ModuleNames:
 
 @cache
 def modules_of(family: Family) -> ModuleNames:
-    """Return the names of a family's model.
+    """Return the module names of a family's model.
 
     Raises:
-        DataError: diffusers is not installed, or does not have the model.
+        DataError: diffusers is not installed, or lacks the model.
     """
     if family.model is None:
         return ModuleNames((), _BLOCK)
@@ -58,7 +58,7 @@ def modules_of(family: Family) -> ModuleNames:
 
 @cache
 def modules_of_clip() -> ModuleNames:
-    """Return the names of CLIP's text encoder, without `text_model.`, which transformers has had and has no more."""
+    """Return the module names of CLIP's text encoder, without `text_model.`, which newer transformers dropped."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     names = _layers(lambda: CLIPTextModelWithProjection(CLIPTextConfig(num_hidden_layers=1)))
@@ -66,7 +66,7 @@ def modules_of_clip() -> ModuleNames:
 
 
 def clip_name(name: str) -> str | None:
-    """Return what diffusers calls a module of CLIP's text encoder; None if it has no such module."""
+    """Return diffusers' name of a module of CLIP's text encoder; None if it has no such module."""
     found = modules_of_clip().find(_TEXT_MODEL.sub("", name, count=1))
     if found is None or found.startswith("text_projection"):
         return found
@@ -89,12 +89,12 @@ def from_diffusers(module: str = "") -> Any:
 
 
 def _layers(make: Callable[[], Any]) -> list[str]:
-    """Return the names of the layers with weights that LoRA can have: linear ones, convolutions and embeddings."""
+    """Return the names of the layers that LoRA can adapt: linear layers, convolutions and embeddings."""
     import torch
     from torch import nn
 
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of diffusers, about its own parts
+        warnings.simplefilter("ignore")  # diffusers warns about its own internals
         model = make()
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
     return [name for name, layer in model.named_modules() if isinstance(layer, kinds)]

@@ -1,12 +1,12 @@
-"""Which base model an image adapter is for: families of image and video models, what they are called, and their sizes.
+"""Identify the base model of an image adapter: families of image and video models with their labels and sizes.
 
     header    "wan22_14b", "Wan-2.1/lora" ...      ──_SPELLINGS──▶ family ──sizes──▶ label
     names     blocks.0.cross_attn.k                ──own─────────▶ family ──sizes──▶ label
-    widths    single_blocks.0.linear1 reads 3072   ──_GUESSES────▶ label, said to be a guess
+    widths    single_blocks.0.linear1 reads 3072   ──_GUESSES────▶ label, marked as a guess
 
-Adapters of one architecture fit all of its checkpoints, so a label is that of the architecture, as the modelspec
-standard spells it where it has one: Wan 2.2's two transformers of 14B have the layers of Wan 2.1's, and Flux Kontext
-those of Flux. On which checkpoint an adapter was trained stays in its metadata. Never imports torch.
+Adapters of one architecture fit all of its checkpoints, so a label names the architecture, in modelspec's spelling if
+it has one: Wan 2.2's two 14B transformers have the layers of Wan 2.1, and Flux Kontext has the layers of Flux. The
+checkpoint that an adapter was trained on stays in its metadata. Never imports torch.
 
 Sources: huggingface/diffusers, models/transformers; Comfy-Org/ComfyUI, comfy/model_detection.py and comfy/lora.py;
 kohya-ss/sd-scripts and kohya-ss/musubi-tuner, sai_model_spec.py; ostris/ai-toolkit, get_base_model_version;
@@ -23,16 +23,16 @@ from typing import NamedTuple
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """Models that have the same blocks.
+    """Models with the same blocks.
 
     Attributes:
-        label: The label where no size tells more.
-        own: Starts of names that no other family has.
+        label: The label if no size is more specific.
+        own: Prefixes of names that are unique to this family.
         sizes: Width of the blocks -> label of the model of that size.
-        model: diffusers' class of it, or None if diffusers loads no adapters of the family.
-        options: Of that class, so that it has every module that models of the family can have.
-        text_encoders: How many of its text encoders diffusers loads adapters into; these are CLIP.
-        refusal: Where there is no model: why its adapters are not converted.
+        model: diffusers' class, or None if diffusers loads no adapters of the family.
+        options: Options of that class that create every module of any model in the family.
+        text_encoders: Number of text encoders into which diffusers loads adapters; these are CLIP.
+        refusal: Why its adapters are not converted, if `model` is None.
     """
 
     label: str
@@ -45,7 +45,7 @@ class Family:
 
     @property
     def component(self) -> str:
-        """What diffusers calls the model in a pipeline."""
+        """Name of the model in a diffusers pipeline."""
         return "unet" if self.model == UNET else "transformer"
 
     @property
@@ -55,7 +55,7 @@ class Family:
 
 
 def _names(text: str) -> re.Pattern[str]:
-    """Compile starts of names: "#" is a number, "%" anything, "!" a dot, "." a dot or "_", as programs flatten it."""
+    """Compile name prefixes: "#" is a number, "%" anything, "!" a dot, "." a dot or its flattened form "_"."""
     text = "|".join(text.split()).replace(".", "[._]")
     return re.compile(text.replace("!", r"\.").replace("#", r"\d+").replace("%", ".*"))
 
@@ -121,7 +121,7 @@ FAMILIES = (
     Family("framepack", _names("clean_x_embedder"), model="HunyuanVideoFramepackTransformer3DModel"),
     Family(
         "hunyuan-video",
-        # Tencent's own names have "_" where those of Flux have a dot, and it has one block more of each kind.
+        # Tencent's own names have "_" where Flux names have a dot, and there is one more block of each kind.
         _names(
             "double_blocks!#!(img|txt)_attn_(qkv|proj) double_blocks.#.(img|txt)_(mlp.fc[12]|mod.linear)"
             " single_blocks.#.modulation.linear txt_in.individual_token_refiner context_embedder.token_refiner"
@@ -312,8 +312,8 @@ _SPELLINGS = {
     }.items()
 }
 
-# Names that several families have, and what the width that a module reads says of them. Each is no more than likely:
-# Kolors reads the width of SDXL, Chroma has the blocks of Flux.
+# Names shared by several families -> likely label by the input width of a module. These are guesses: Kolors has the
+# width of SDXL, Chroma the blocks of Flux.
 _GUESSES = (
     (
         _names("(down|mid|up|input|middle|output)_blocks?.%attn2.to_[kv]"),
@@ -346,7 +346,7 @@ _GUESSES = (
 )
 
 _UNET_BLOCK = _names("(down|mid|up|input|middle|output)_block")
-# What programs put in front of the name that a module has in its model; the first two flatten the name.
+# Prefixes that programs add to a module's name in its model; programs with a prefix in _FLAT flatten the name.
 _FLAT = re.compile(r"lora_(unet|transformer)_|lycoris_")
 _DOTTED = re.compile(r"transformer(_\d)?\.|(model\.)?diffusion_model\.|base_model\.model\.|unet\.|pipe\.dit\.")
 _READS_WIDTH = re.compile(r".*(to_q|to_query|qkv|qkv_mlp_proj|[._]q|q_proj|linear1|w[12]q)")
@@ -354,7 +354,7 @@ _READS_WIDTH = re.compile(r".*(to_q|to_query|qkv|qkv_mlp_proj|[._]q|q_proj|linea
 _STATED = ("modelspec.architecture", "ss_base_model_version")
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,80}")
 _UNSET = frozenset({"None", "none", "null", "unknown"})
-# Two text encoders of CLIP beside a UNet: SDXL alone has them.
+# Only SDXL has two CLIP text encoders with a UNet.
 _SECOND_TEXT, _ANY_UNET = re.compile(r"lora_te2_|text_encoder_2\."), re.compile(r"lora_unet_|unet\.")
 _CLIP = re.compile(r"lora_te\d?_text_model|text_encoder(_\d)?\.(text_model|encoder)|(text_encoders\.)?clip_")
 _NUMBER = re.compile(r"\d+")
@@ -365,8 +365,8 @@ class ImageBase(NamedTuple):
     """The base model of an image adapter.
 
     Attributes:
-        label: What it is called; None if nothing tells.
-        is_guess: Only widths tell, which other models may have too.
+        label: The label; None if unknown.
+        is_guess: The label follows only from widths, which other models may share.
     """
 
     label: str | None
@@ -377,14 +377,13 @@ UNKNOWN = ImageBase(None)
 
 
 def base_of(metadata: Mapping[str, str], widths: Mapping[str, int]) -> ImageBase:
-    """Return the base model of an adapter: its header says it, or the names of its blocks, or else their widths.
+    """Return the base model of an adapter, from its header, the names of its blocks, or their widths.
 
     Args:
-        metadata: That of its header.
-        widths: Its modules in natural order, as its file calls them -> the width that each reads, or 0 where that is
-            not known.
+        metadata: Metadata of its header.
+        widths: Names of its modules in the file, in natural order -> input width, or 0 if unknown.
     """
-    # One module of each kind is enough, which is the last: models have thousands, and differ in how many blocks.
+    # The last module of each kind is enough: models have thousands, and differ in the number of blocks.
     named = ((inner_name(name), width) for name, width in widths.items())
     inner = dict({_NUMBER.sub("#", name): (name, width) for name, width in named}.values())
     for key in _STATED:
@@ -400,11 +399,11 @@ def base_of(metadata: Mapping[str, str], widths: Mapping[str, int]) -> ImageBase
 
 
 def families_of(names: Collection[str], base: ImageBase) -> list[Family]:
-    """Return the families that an adapter may be of, the likeliest first: one where its base model is certain.
+    """Return the possible families of an adapter, likeliest first; only one if its base model is certain.
 
     Args:
         names: Its modules, without their prefixes.
-        base: What is known of its base model.
+        base: Its base model, possibly a guess.
     """
     known = _with_label(base.label)
     if known and not base.is_guess:
@@ -417,7 +416,7 @@ def families_of(names: Collection[str], base: ImageBase) -> list[Family]:
 
 
 def inner_name(module: str) -> str:
-    """Return the name that a module has in its model; that of a flattened one has "_" for every dot."""
+    """Return a module's name in its model; flattened names have "_" for every dot."""
     if (flat := _FLAT.match(module)) is not None:
         return module[flat.end() :].replace(".", "_")
     dotted = _DOTTED.match(module)
@@ -425,7 +424,7 @@ def inner_name(module: str) -> str:
 
 
 def _stated(text: str, widths: Mapping[str, int]) -> str | None:
-    """Return the label for what a header calls a model; None if it is no spelling of one that is known."""
+    """Return the label for a header's spelling of a model; None if the spelling is unknown."""
     plain = re.sub(r"[^a-z0-9]", "", text.lower())
     label = next((label for spelling, label in _SPELLINGS.items() if spelling.fullmatch(plain)), None)
     family = next((one for one in FAMILIES if one.label == label), None)
@@ -433,12 +432,12 @@ def _stated(text: str, widths: Mapping[str, int]) -> str | None:
 
 
 def _named(names: Collection[str]) -> Iterator[Family]:
-    """Yield the families that have some of these names, and no other family has them."""
+    """Yield the families for which some of these names are unique."""
     return (family for family in FAMILIES if family.own is not None and any(map(family.own.match, names)))
 
 
 def _guessed(widths: Mapping[str, int], *, with_clip: bool) -> str | None:
-    """Return the label that widths make likely; an adapter that also changes CLIP is of a model that has it."""
+    """Return the label that the widths suggest; an adapter that also changes CLIP needs a model with CLIP."""
     for names, sizes in _GUESSES:
         for name, width in widths.items():
             if width in sizes and names.match(name):
@@ -449,11 +448,11 @@ def _guessed(widths: Mapping[str, int], *, with_clip: bool) -> str | None:
 
 
 def _with_label(label: str | None) -> list[Family]:
-    """Return the families of a label: one, or none."""
+    """Return the families with a label, at most one."""
     return [family for family in FAMILIES if label in family.labels]
 
 
 def _sized(family: Family, widths: Mapping[str, int]) -> str:
-    """Return the label of a family's model by the width that its blocks read."""
+    """Return the label of a family's model by the input width of its blocks."""
     width = next((width for name, width in widths.items() if _READS_WIDTH.fullmatch(name) and width in family.sizes), 0)
     return family.sizes.get(width, family.label)

@@ -1,6 +1,6 @@
-"""What trainers note in the header of an adapter in a single file, in words for people.
+"""Extract a trainer's notes from the header of a single-file adapter, for display.
 
-Everything in a header is text that anybody may have written: it is escaped and cut short before it is shown.
+Header text is untrusted: it is escaped and truncated before it is shown.
 
 Sources: kohya-ss/sd-scripts (`ss_*`), the modelspec standard (`modelspec.*`), ostris/ai-toolkit (`training_info`).
 """
@@ -13,14 +13,14 @@ from collections.abc import Mapping
 
 from registry.names import escape
 
-_MOST_TAGS = 8
+_MAX_TAGS = 8
 _MAX_TEXT = 200
 _MAX_JSON = 16 << 20
 _UNSET = frozenset({"", "None", "null", "none"})
 
 
 def header_notes(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return what a reader wants to know first, by name: title, trigger words, tags, and how it was trained."""
+    """Return the most useful notes by name: title, trigger words, tags, and training settings."""
     notes = {
         "title": _first(metadata, "modelspec.title", "ss_output_name", "name"),
         "trained on": _first(metadata, "ss_sd_model_name", "modelspec.implementation_base_model"),
@@ -33,13 +33,13 @@ def header_notes(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def trigger_words(metadata: Mapping[str, str]) -> str | None:
-    """Return what calls the adapter up in a prompt: the noted trigger words, or the most frequent tags."""
+    """Return the trigger words for prompts, or the most frequent tags if there are none."""
     noted = _first(metadata, "modelspec.trigger_phrase", "ss_trigger_words", "trigger_word")
     return noted or ", ".join(frequent_tags(metadata)) or None
 
 
-def frequent_tags(metadata: Mapping[str, str], most: int = _MOST_TAGS) -> dict[str, int]:
-    """Return the tags of the training images that occur most often, with their counts."""
+def frequent_tags(metadata: Mapping[str, str], most: int = _MAX_TAGS) -> dict[str, int]:
+    """Return the most frequent tags of the training images, with their counts."""
     count: Counter[str] = Counter()
     folders = _json(metadata.get("ss_tag_frequency"))
     for tags in folders.values() if isinstance(folders, dict) else ():

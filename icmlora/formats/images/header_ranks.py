@@ -1,11 +1,11 @@
-"""What the header of an adapter in a single file says of its ranks, and how it stays true when they change.
+"""Update the ranks in the header of a single-file adapter.
 
-    ss_network_dim      the rank, "Dynamic" where modules have several, as sd-scripts' own resizing writes it
-    ss_network_alpha    what the alphas of the modules are; goes with the rank where the file has no alphas
-    ss_network_args     more ranks, such as those of convolutions: taken out where they are true no longer
-    sshs_model_hash ... digests of tensors that the file does not have any more
+    ss_network_dim      the rank; "Dynamic" if modules have several, as sd-scripts' own resizing writes it
+    ss_network_alpha    alpha of the modules; updated with the rank if the file has no alphas
+    ss_network_args     more ranks, such as ranks of convolutions: removed if no longer valid
+    sshs_model_hash ... digests of the old tensors: removed
 
-All else that a trainer noted stays as it is: title, trigger words, tags.
+All other notes are unchanged: title, trigger words, tags.
 
 Source: kohya-ss/sd-scripts, networks/resize_lora.py.
 """
@@ -22,12 +22,12 @@ _ALPHAS = frozenset({"conv_alpha", "block_alphas", "conv_block_alphas"})
 
 
 def with_ranks(metadata: Mapping[str, str], ranks: Iterable[int], *, alphas_stay: bool) -> dict[str, str]:
-    """Return the metadata of a header for new tensors; what is not stated is not added.
+    """Return the metadata of a header for new tensors; missing entries are not added.
 
     Args:
-        metadata: That of the old header.
-        ranks: Those of all modules.
-        alphas_stay: The file has the same alphas as before. Otherwise the alpha of each module is its rank.
+        metadata: Metadata of the old header.
+        ranks: Ranks of all modules.
+        alphas_stay: The file keeps its alphas. Otherwise the alpha of each module is its rank.
     """
     found = {name: text for name, text in metadata.items() if name not in _DIGESTS}
     stated = _stated(ranks)
@@ -41,10 +41,10 @@ def with_ranks(metadata: Mapping[str, str], ranks: Iterable[int], *, alphas_stay
 
 
 def of_lora(metadata: Mapping[str, str], ranks: Iterable[int]) -> dict[str, str]:
-    """Return the metadata of a header for LoRA with alpha = r in kohya's naming, whatever trained it."""
+    """Return the metadata of a header for LoRA with alpha = r in kohya's naming, from any trainer's metadata."""
     stated = _stated(ranks)
     found = with_ranks(metadata, (), alphas_stay=False)
-    found.pop("ss_network_args", None)  # of another network
+    found.pop("ss_network_args", None)  # valid only for the old network
     return found | {"ss_network_module": "networks.lora", "ss_network_dim": stated, "ss_network_alpha": stated}
 
 
@@ -54,7 +54,7 @@ def _stated(ranks: Iterable[int]) -> str:
 
 
 def _without(text: str, names: frozenset[str]) -> str:
-    """Take entries out of a JSON object; what is none stays."""
+    """Return a JSON object without some entries; other text is unchanged."""
     try:
         fields = json.loads(text)
     except ValueError:

@@ -1,9 +1,9 @@
-"""Files of kohya's sd-scripts, and of the many programs that save the same: LoRA and LoCon.
+"""Files of kohya's sd-scripts and the many programs that use the same format: LoRA and LoCon.
 
     lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight    also lora_te_, lora_te1_, lora_te2_ ...
 
-The names of modules are flattened: `_` stands for `_` or for `.`. Layers need numbers of their own, so here a number
-between underscores has dots around it. Flattening that gives the name in the file again.
+Module names are flattened: `_` means `_` or `.`. icm needs separate layer numbers, so here a number between underscores
+gets dots around it. Flattening the result restores the name in the file.
 
 Source: kohya-ss/sd-scripts, networks/lora.py.
 """
@@ -28,7 +28,7 @@ def dotted(stem: str) -> str:
 
 
 def flattened(module: str) -> str:
-    """Return the name that a file has for a module."""
+    """Return a module's name in the file."""
     return module.replace(".", "_")
 
 

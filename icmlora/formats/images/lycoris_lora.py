@@ -1,9 +1,9 @@
-"""LoHa, LoKr and whole differences of LyCORIS as LoRA of a rank: dW of each module, then its largest singular values.
+"""Convert LyCORIS' LoHa, LoKr and full differences to LoRA: dW of each module, then its largest singular values.
 
     LoHa   dW = alpha / r * (w1_a @ w1_b) * (w2_a @ w2_b)        LoKr   dW = alpha / r * kron(w1, w2)
     full   dW = diff                                             LoCon  dW = alpha / r * up @ down
 
-OFT, GLoRA, IA3 and DoRA are made of the base model's weights, which a file does not have; they are refused by name.
+OFT, GLoRA, IA3 and DoRA depend on the base model's weights, which a file does not have; they are refused by name.
 
 Source: KohakuBlueleaf/LyCORIS, lycoris/functional, which computes dW.
 """
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 _Parts = Mapping[str, "Tensor"]
 
 _EXACT = 512
-"""Up to this number of rows or columns the whole decomposition is made; it takes less than a second then."""
-_MORE, _ITERATIONS = 16, 8
-"""Of larger ones: so many singular values more than are wanted, and so many iterations, to have those exact."""
+"""Maximum number of rows or columns for a full decomposition, which takes less than a second."""
+_OVERSAMPLING, _ITERATIONS = 16, 8
+"""For larger matrices: extra singular values and iterations, to get the requested values exactly."""
 _MAX_VALUES = 1 << 28
-"""Most values of one dW: 1 GiB, four times the largest layer of Flux."""
-# LoHa and LoKr have the kernel of a convolution as a part of its input. Of the UNets of Stable Diffusion, these layers
-# have one of 3 x 3 and of 1 x 1; `proj_in` and `proj_out` are convolutions in version 1 only, which is known by its
-# header or by the width of its text encoder.
+"""Maximum number of values of one dW: 1 GiB, four times the largest layer of Flux."""
+# LoHa and LoKr fold the kernel of a convolution into its input. In Stable Diffusion's UNets, these layers have kernels
+# of 3 x 3 and 1 x 1; `proj_in` and `proj_out` are convolutions in version 1 only, which is detected by the header or by
+# the width of the text encoder.
 _KERNEL_3 = re.compile(
     r".*_(resnets_\d+_conv[12]|(down|up)samplers_\d+_conv|in_layers_2|out_layers_3|blocks_\d+_\d+_(op|conv)|conv_in"
     r"|conv_out|input_blocks_0_0|out_2)"
@@ -52,10 +52,10 @@ _V1, _V1_WIDTH = "stable-diffusion-v1", 768
 
 
 class LowRank(NamedTuple):
-    """What was made of an adapter.
+    """The result of a conversion to LoRA.
 
     Attributes:
-        weights: A file of LoCon, float32, with the same names of modules and alpha = r.
+        weights: A LoCon file, float32, with the same module names and alpha = r.
         errors: Module -> ||dW' - dW||^2 and ||dW||^2.
     """
 
@@ -64,14 +64,14 @@ class LowRank(NamedTuple):
 
 
 def low_rank(weights: bytes, rank: int) -> LowRank:
-    """Return the LoRA of a rank that is closest to an adapter of LyCORIS.
+    """Return the LoRA of a given rank that is closest to a LyCORIS adapter.
 
     Args:
-        weights: Its file.
-        rank: The largest rank of a module.
+        weights: The file of the adapter.
+        rank: Maximum rank of a module.
 
     Raises:
-        AdapterRefused: It is damaged, or a part of it is not a change of weights by itself.
+        AdapterRefused: The file is damaged, or a part of it is not a weight change.
         DataError: lycoris-lora is not installed.
     """
     header = read_header(weights)
@@ -96,14 +96,14 @@ def low_rank(weights: bytes, rank: int) -> LowRank:
 
 
 def format_of_lora(weights: bytes) -> str:
-    """Return the format of what `low_rank` makes of an adapter: that in which its modules have the names they have."""
+    """Return the format of the result of `low_rank`, according to the module names."""
     header = read_header(weights)
     has_dots = any("." in _split(info.name)[0] for info in header.tensors)
     return "comfyui" if has_dots else "lycoris"
 
 
 def _modules(weights: bytes, header: TensorHeader) -> dict[str, dict[str, Tensor]]:
-    """Return the parts of each module by name; what is no change of weights is refused."""
+    """Return the parts of each module by name; refuse anything but weight changes."""
     for info in header.tensors:
         what = "DoRA" if info.name.endswith(".dora_scale") else other_method(info.name)
         if what in ("DoRA", "OFT", "GLoRA", "IA3"):
@@ -128,13 +128,13 @@ def _modules(weights: bytes, header: TensorHeader) -> dict[str, dict[str, Tensor
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Return module and part of a tensor; the name of a module may have dots, as ai-toolkit's have."""
+    """Return module and part of a tensor; a module's name may have dots, as in ai-toolkit."""
     stem, _, part = name.removesuffix(".weight").rpartition(".")
     return stem, part + name[len(name.removesuffix(".weight")) :]
 
 
 def _delta(stem: str, parts: _Parts) -> Tensor:
-    """Return dW of a module: (out, in[, k, k]), or (out, in * k * k) where nothing tells the kernel."""
+    """Return dW of a module: (out, in[, k, k]), or (out, in * k * k) if the kernel is unknown."""
     made = _functional()
     _check_size(stem, parts)
     try:
@@ -153,7 +153,7 @@ def _delta(stem: str, parts: _Parts) -> Tensor:
 
 
 def _kronecker(lokr: Any, parts: _Parts) -> Tensor:
-    """Return dW of LoKr; its first factor is whole, or of two, and the second may have a core besides."""
+    """Return dW of LoKr; both factors may be split in two, and the second may also have a core."""
     w1 = parts["lokr_w1"] if "lokr_w1" in parts else parts["lokr_w1_a"] @ parts["lokr_w1_b"]
     if "lokr_w2" in parts:
         w2 = parts["lokr_w2"]
@@ -162,8 +162,8 @@ def _kronecker(lokr: Any, parts: _Parts) -> Tensor:
     else:
         a, b = parts["lokr_w2_a"], parts["lokr_w2_b"]
         w2 = (a @ b.flatten(1)).reshape(len(a), *b.shape[1:])
-    # With two whole factors there is no rank, and LyCORIS has no scale. (Its `diff_weight` of a core takes a width for
-    # the rank, so it is not used here.)
+    # With two whole factors there is no rank, and LyCORIS has no scale. (Its `diff_weight` mistakes a width for the
+    # rank if there is a core, so it is not used here.)
     of = next((name for name in ("lokr_w2_b", "lokr_w1_b") if name in parts), None)
     found: Tensor = lokr.make_kron(w1, w2, 1.0 if of is None else _scale(parts, of))
     return found
@@ -171,20 +171,22 @@ def _kronecker(lokr: Any, parts: _Parts) -> Tensor:
 
 def _checked(stem: str, delta: Tensor) -> Tensor:
     if delta.dim() < 2:
-        raise AdapterRefused(f"{stem}: a change of shape {list(delta.shape)} does not fit any layer", kind="shape")
+        raise AdapterRefused(
+            f"{stem}: a weight change of shape {list(delta.shape)} does not fit any layer", kind="shape"
+        )
     if not delta.isfinite().all():
         raise AdapterRefused(f"{stem}: its dW exceeds float32", kind="overflow")
     return delta
 
 
 def _scale(parts: _Parts, name: str) -> float:
-    """Return alpha / r; an alpha of 0, or none, stands for the rank."""
+    """Return alpha / r; a missing alpha or 0 means alpha = r."""
     alpha, rank = parts.get("alpha"), parts[name].shape[0]
     return 1.0 if alpha is None or not float(alpha) else float(alpha) / rank
 
 
 def _check_size(stem: str, parts: _Parts) -> None:
-    """Refuse a dW of more values than any layer has; a small file can state one."""
+    """Refuse a dW larger than any layer, which a small file can declare."""
     values = 1
     for whole, names in _HALVES.items():
         if whole in parts:
@@ -198,7 +200,7 @@ def _check_size(stem: str, parts: _Parts) -> None:
 
 
 def _kernel(stem: str, inputs: int, is_v1: bool) -> tuple[int, ...]:
-    """Return the kernel of a layer by its name, for a dW that has it in its input; empty for a linear layer."""
+    """Return the kernel of a layer by its name, if dW folds it into the input; empty for a linear layer."""
     stem = stem.replace(".", "_")
     if _KERNEL_3.fullmatch(stem) and inputs % 9 == 0:
         return (3, 3)
@@ -206,14 +208,14 @@ def _kernel(stem: str, inputs: int, is_v1: bool) -> tuple[int, ...]:
 
 
 def _largest(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return A (r, in) and B (out, r) of the largest singular values; the same dW gives the same factors."""
+    """Return A (r, in) and B (out, r) of the largest singular values; deterministic."""
     rank = min(rank, *delta.shape)
-    if min(delta.shape) <= max(_EXACT, rank + _MORE):
+    if min(delta.shape) <= max(_EXACT, rank + _OVERSAMPLING):
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            u, s, v = torch.svd_lowrank(delta, q=rank + _MORE, niter=_ITERATIONS)
+            u, s, v = torch.svd_lowrank(delta, q=rank + _OVERSAMPLING, niter=_ITERATIONS)
             vh = v.mT
     root = s[:rank].sqrt()
     return root[:, None] * vh[:rank], u[:, :rank] * root
@@ -235,7 +237,7 @@ _PARTS = frozenset(
         *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
     }
 )
-# Of each of two halves whose sizes multiply: the whole one, or its factors and the core between them.
+# Parts whose sizes multiply: a whole matrix -> its two factors and the core between them, which may replace it.
 _HALVES = {
     "": ("hada_w1_a", "hada_w1_b", "hada_t1"),
     "lokr_w1": ("lokr_w1_a", "lokr_w1_b", ""),

@@ -1,10 +1,10 @@
-"""Names of image adapters in another program's language, checked against the models of diffusers.
+"""Rename the tensors of image adapters between formats, checked against the models of diffusers.
 
     any program's ──names of diffusers' model, flattened or not──▶ transformer.….lora_A.weight
     any program's ──diffusers' converter of the model's family───▶ transformer.….lora_A.weight
     diffusers' ──convert_*_to_peft──▶ unet.….lora_A.weight ──convert_state_dict_to_kohya──▶ lora_unet_….lora_down.weight
 
-Nothing counts as renamed that names no module of the model. Fused layers come back as several, with parts of the same
+Every new name must be a module of the model. Fused layers are split into several layers, with parts of the same
 tensors.
 """
 
@@ -30,10 +30,10 @@ _HALVES = (
     re.compile(r"(?P<stem>.+?)\.(lora_A(\.default)?|lora_down|lora\.down|down)\.weight"),
     re.compile(r"(?P<stem>.+?)\.(lora_B(\.default)?|lora_up|lora\.up|up)\.weight"),
 )
-# DiffSynth has the rows of MiniMax-H3's fused layers head by head, which only its spelling tells.
+# DiffSynth stores the rows of MiniMax-H3's fused layers head by head, detectable only by its spelling.
 _BY_HEADS = re.compile(r"(.+\.)?blocks\.\d+\.attn\.qkv_proj\.lora_B\.default\.weight")
 _COMPONENT = re.compile(r"(unet|transformer(_\d)?|text_encoder(_\d)?)\.")
-# Where text encoders are; any other one is T5 or a language model, into which diffusers loads no adapters.
+# Prefixes of CLIP text encoders. All others are T5 or language models; diffusers loads no adapters into them.
 _TEXT: Mapping[re.Pattern[str], str] = {
     re.compile(r"lora_te1?_|(text_encoders\.)?clip_l\.(transformer\.)?|text_encoder(_1)?\."): "text_encoder",
     re.compile(r"lora_te2_|(text_encoders\.)?clip_g\.(transformer\.)?|text_encoder_2\."): "text_encoder_2",
@@ -45,14 +45,14 @@ _UNETS = tuple(family for family in FAMILIES if family.model == UNET)
 
 
 def to_diffusers(tensors: Tensors, base: ImageBase = UNKNOWN) -> dict[str, Tensor]:
-    """Rename factors with alpha = r to diffusers' names of today, `unet.….lora_A.weight`.
+    """Rename factors with alpha = r to diffusers' current names, `unet.….lora_A.weight`.
 
     Args:
         tensors: The factors, by their names in a file.
-        base: Its base model, as far as that is known.
+        base: The base model, if known.
 
     Raises:
-        AdapterRefused: diffusers does not know the names, or would not find such modules in its model.
+        AdapterRefused: diffusers does not know the names, or its model has no such modules.
         DataError: diffusers is not installed.
     """
     from_diffusers()
@@ -75,14 +75,14 @@ def to_diffusers(tensors: Tensors, base: ImageBase = UNKNOWN) -> dict[str, Tenso
 
 
 def diffusers_to_kohya(tensors: Tensors, *, is_sdxl: bool) -> dict[str, Tensor]:
-    """Rename factors of any of diffusers' generations to kohya's names, without alphas.
+    """Rename factors from any generation of diffusers' names to kohya's names, without alphas.
 
     Args:
         tensors: The factors, by their names in a file.
         is_sdxl: SDXL has two text encoders, and kohya's programs number them.
 
     Raises:
-        AdapterRefused: diffusers has no converter for a part of them, or no such modules in its models.
+        AdapterRefused: diffusers has no converter for a part, or its models have no such modules.
         DataError: diffusers is not installed.
     """
     utils = from_diffusers("utils")
@@ -94,8 +94,8 @@ def diffusers_to_kohya(tensors: Tensors, *, is_sdxl: bool) -> dict[str, Tensor]:
             raise AdapterRefused(fact, kind="layers", hint=_KEEP)
         module = inner.partition(".lora_")[0]
         if (_unet_name(module) if part == "unet" else clip_name(module)) is None:
-            raise _lost(f"{part}.{module}", f"no {'Stable Diffusion' if part == 'unet' else 'CLIP'} has such a module")
-    # transformers has had this prefix in every text encoder until version 5, and kohya's programs still do.
+            raise _lost(f"{part}.{module}", f"{'Stable Diffusion' if part == 'unet' else 'CLIP'} has no such module")
+    # transformers used this prefix in every text encoder until version 5, and kohya's programs still do.
     full = {_SHORT_TEXT.sub(r"\1text_model.", name): name for name in named}
     found: dict[str, Tensor] = utils.convert_state_dict_to_kohya({name: named[key] for name, key in full.items()})
     one_encoder = {} if is_sdxl or any(name.startswith("lora_te2_") for name in found) else {"lora_te1_": "lora_te_"}
@@ -107,10 +107,10 @@ def diffusers_to_kohya(tensors: Tensors, *, is_sdxl: bool) -> dict[str, Tensor]:
 
 
 def lycoris_to_kohya(tensors: Tensors) -> dict[str, Tensor]:
-    """Rename LoCon of a UNet, which differs from kohya's in a prefix alone.
+    """Rename LoCon of a UNet, which differs from kohya's names only in a prefix.
 
     Raises:
-        AdapterRefused: It is of another model.
+        AdapterRefused: A module is not in a UNet.
         DataError: diffusers is not installed.
     """
     found = {_UNET_OF_LYCORIS.sub("lora_unet_", name): values for name, values in tensors.items()}
@@ -135,12 +135,12 @@ def _paired(tensors: Tensors) -> Pairs:
                 halves.setdefault(match["stem"], {})[half] = values
                 break
         else:
-            raise _lost(name, "its name is not the name of a factor")
+            raise _lost(name, "it is not a LoRA factor")
     return {stem: (pair[0], pair[1]) for stem, pair in halves.items()}
 
 
 def _renamed(pairs: Pairs, family: Family) -> dict[str, Tensor]:
-    """Rename the factors of the model itself."""
+    """Rename the factors of the UNet or transformer."""
     if not pairs:
         return {}
     if family.model is None:
@@ -161,24 +161,24 @@ def _renamed(pairs: Pairs, family: Family) -> dict[str, Tensor]:
     try:
         found = converter(pairs)
     except REFUSALS as error:
-        what = " ".join(str(error).split())[:300] or "its modules have other widths"
+        what = " ".join(str(error).split())[:300] or "the widths of its modules differ"
         fact = f"diffusers does not convert this adapter of {family.label}: {what}"
         raise AdapterRefused(fact, kind="layers", hint=_KEEP) from error
     return {_checked(name, family): values for name, values in _peft_names(found).items()}
 
 
 def _component(stem: str, family: Family) -> str:
-    """Return what a pipeline calls the model that a module is in; Wan 2.2 has two."""
+    """Return the pipeline component that contains a module; Wan 2.2 has two transformers."""
     match = _COMPONENT.match(stem)
     return match[1] if match is not None and match[1].startswith(family.component) else family.component
 
 
 def _checked(name: str, family: Family) -> str:
-    """Return what a converter made with the component that it is in, if its model has such a module."""
-    name = name if _COMPONENT.match(name) else f"{family.component}.{name}"  # Flux's embedders come back without
+    """Return a converted name with its component; refuse it if the model has no such module."""
+    name = name if _COMPONENT.match(name) else f"{family.component}.{name}"  # Flux's embedders lack the component
     module, _, half = name.partition(".")[2].rpartition(".lora_")
     if half not in ("A.weight", "B.weight") or modules_of(family).find(module) != module:
-        fact = f"diffusers makes {name} of a part of it, and its {family.model} has no such module"
+        fact = f"diffusers converts a part of it to {name}, but its {family.model} has no such module"
         raise AdapterRefused(fact, kind="layers", hint=_KEEP)
     return name
 
@@ -198,7 +198,7 @@ def _renamed_text(pairs: Pairs, family: Family) -> dict[str, Tensor]:
 
 
 def _loaded(encoders: Collection[str]) -> str:
-    return f"adapters into CLIP alone, the {' and the '.join(encoders)}" if encoders else "none into the text encoders"
+    return f"adapters only into CLIP, the {' and the '.join(encoders)}" if encoders else "none into the text encoders"
 
 
 def _unet_name(module: str) -> str | None:
@@ -206,7 +206,7 @@ def _unet_name(module: str) -> str | None:
 
 
 def _peft_names(tensors: Tensors) -> dict[str, Tensor]:
-    """Rename factors of diffusers' generations to PEFT's names."""
+    """Rename factors from any generation of diffusers' names to PEFT's names."""
     utils, old = from_diffusers("utils"), from_diffusers("utils.state_dict_utils").StateDictType
     found: dict[str, Tensor] = {}
     for name, values in tensors.items():

@@ -1,11 +1,10 @@
-"""Adapters in a single safetensors file, without a configuration: what programs for images save and share.
+"""Adapters in a single safetensors file without a configuration, as image programs save and share them.
 
-    NAME.safetensors       factors, their alphas, and in the header what the trainer noted, such as trigger words
-    NAME.preview.png ...   pictures and notes that belong to it, kept with it
+    NAME.safetensors       factors, their alphas, and the trainer's notes in the header, such as trigger words
+    NAME.preview.png ...   its images and notes, kept with it
 
-Each file that names one of these formats says how its programs call modules and factors (`Naming`), and how the scale
-is found where the file has no alpha. All else is the same and is here. Checking, decoding and writing are imported by
-the methods that need them.
+The module of each such format defines the names of modules and factors (`Naming`), and the scale if the file has no
+alpha. This module has the common rest. Methods import checking, decoding and writing when needed.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 SUFFIX = ".safetensors"
 
 Scales = Callable[[Mapping[str, str], str, int], float]
-"""Metadata of the header, module and rank -> the factor between up @ down and dW, where the file has no alpha."""
+"""Metadata of the header, module and rank -> the factor between up @ down and dW, if the file has no alpha."""
 
 Restated = Callable[[Mapping[str, str], Mapping[str, int]], Mapping[str, str]]
 """Metadata of the header, module -> the rank to write -> the metadata to write."""
@@ -54,9 +53,9 @@ _IMAGES = ("png", "jpg", "jpeg", "webp", "gif")
 COMPANIONS = frozenset(
     {*_IMAGES, *(f"preview.{kind}" for kind in _IMAGES), "civitai.info", "cm-info.json", "metadata.json", "json", "txt"}
 )
-"""What follows the name of an adapter in the names of files that belong to it."""
+"""File names that belong to an adapter, without the adapter's name."""
 
-# Weights of other kinds, which other formats or nobody reads.
+# Weights of other kinds, which this format does not read.
 _OTHERS = re.compile(
     r"(adapter_model|adapters|\d+_adapters|model|diffusion_pytorch_model|value_head|optimizer|consolidated)([-.].*)?"
     r"|pytorch_model.*|.*-\d{5}-of-\d{5}"
@@ -68,13 +67,13 @@ class SingleFileFormat(AdapterFormat):
     """One naming of adapters in a single file.
 
     Args:
-        name: The name under which the store notes the format.
-        about: What it is, in a few words.
-        naming: How it names tensors.
-        scales: The scale of a module without an alpha. Default: 1, as loaders take it.
-        restated: The header's metadata for the ranks of its modules, where it states them. Default: word for word.
-        folder_file: The name of the file where an adapter is a folder of its own, as the hub has it.
-        takes_damaged: Also find files whose header cannot be read, so that somebody reports them.
+        name: The name of the format in the store.
+        about: A short description.
+        naming: Its names of tensors.
+        scales: The scale of a module without an alpha. Default: 1, as loaders assume.
+        restated: Updates ranks in the header's metadata. Default: metadata is unchanged.
+        folder_file: The file name if the adapter is a folder, as on the hub.
+        takes_damaged: Also find files with an unreadable header, to report them.
     """
 
     is_for_images = True
@@ -97,7 +96,7 @@ class SingleFileFormat(AdapterFormat):
         self._folder_file, self._takes_damaged = folder_file, takes_damaged
 
     def find(self, folder: Folder) -> list[AdapterPaths]:
-        """Find every file whose tensors have names of this format: each is an adapter, named after the file."""
+        """Return an adapter for every file whose tensors have names of this format."""
         found: dict[str, AdapterPaths] = {}
         names = sorted(folder.files)
         for name in names:
@@ -116,7 +115,7 @@ class SingleFileFormat(AdapterFormat):
         return list(_in_runs(found, folder))
 
     def _summary(self, config: bytes, weights: Buffer) -> AdapterSummary:
-        """Check an adapter and summarise it; one of another method than LoRA is kept as it is."""
+        """Check an adapter and summarise it; other methods than LoRA get no code."""
         from icmlora.formats.images.single_file_check import check_file
 
         return check_file(weights, self._naming).summary
@@ -128,7 +127,7 @@ class SingleFileFormat(AdapterFormat):
         return read_adapter(weights, check_file(weights, self._naming), self._scales)
 
     def look(self, weights: bytes) -> tuple[SortedFile, Mapping[str, str]]:
-        """Sort the tensors of an adapter by its header alone, and return its metadata; raises as `inspect` does."""
+        """Return the sorted tensors of an adapter from its header alone, and its metadata; raises as `inspect` does."""
         from icmlora.formats.images.single_file_names import sort_file
         from icmlora.io.safetensors import read_header
 
@@ -136,7 +135,7 @@ class SingleFileFormat(AdapterFormat):
         return sort_file(header, self._naming), header.metadata
 
     def named_factors(self, weights: bytes) -> tuple[dict[str, Tensor], CheckedFile]:
-        """Read the factors under their own names, float32 and in their own shapes, as if alpha was the rank.
+        """Read the factors in float32 with the file's names and shapes, scaled so that alpha = r.
 
         Raises:
             AdapterRefused: As `read` does.
@@ -168,14 +167,14 @@ class SingleFileFormat(AdapterFormat):
         return AdapterBytes(write_like(adapter, self._naming, self._scales, self._restated, like, dtype, extras))
 
     def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:
-        """Name what belongs to the file after it; the card has no place next to it."""
+        """Name the files; the model card is dropped."""
         laid_out = super().lay_out(files, name)
         _, weights = laid_out.popitem()
         return {**laid_out, self._folder_file or f"{name}{SUFFIX}": weights}
 
 
 def _companions(stem: str, names: Sequence[str], folder: Folder) -> dict[str, Path]:
-    """Return the files that belong to an adapter; `names` is all files in order, of which there may be very many."""
+    """Return the files that belong to an adapter; `names` are all files, sorted, possibly very many."""
     start = f"{stem}."
     first = bisect_left(names, start)
     following = takewhile(lambda name: name.startswith(start), (names[place] for place in range(first, len(names))))
@@ -184,10 +183,10 @@ def _companions(stem: str, names: Sequence[str], folder: Folder) -> dict[str, Pa
 
 
 def _in_runs(found: Mapping[str, AdapterPaths], folder: Folder) -> Iterator[AdapterPaths]:
-    """Mark the files that one training left as checkpoints of one run: those that its trainer's notes hold together.
+    """Yield the adapters, marking files with the same training in their notes as checkpoints of one run.
 
     kohya saves `NAME-000010`, `NAME-step00000500` and `NAME`, ai-toolkit `NAME_000000500` and `NAME`. Files that only
-    look alike stay apart.
+    have similar names stay separate.
     """
     training: dict[str, tuple[str, str]] = {}
     for file, paths in found.items():

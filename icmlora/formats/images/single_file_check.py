@@ -1,4 +1,4 @@
-"""Check an adapter in a single file completely, with numpy alone: what `icm ingest` does. Never imports torch."""
+"""Check a single-file adapter completely during `icm ingest`, with numpy only. Never imports torch."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from icmlora.io.finite import bits, check_finite, is_zero
 from icmlora.io.safetensors import TensorHeader, TensorInfo, header_text, read_header
 
 HEADER = "header.metadata"
-"""The name under which the header's metadata is kept, word for word, as one more tensor of bytes."""
+"""Name of the extra tensor of bytes that holds the header's metadata verbatim."""
 NOTHING = "does nothing"
 
 
 @dataclass(frozen=True)
 class CheckedFile:
-    """What is known of an adapter.
+    """A checked adapter.
 
     Attributes:
-        factors: Its modules; those of another method than LoRA are not among them.
-        alphas: Module to alpha, where the file has one.
-        metadata: That of the header.
-        summary: What the store notes.
+        factors: Its modules, without modules of other methods than LoRA.
+        alphas: Module to alpha, if the file has one.
+        metadata: Metadata of the header.
+        summary: Its summary.
     """
 
     factors: tuple[Factors, ...]
@@ -45,8 +45,8 @@ def check_file(weights: Buffer, naming: Naming) -> CheckedFile:
     """Check a file.
 
     Raises:
-        AdapterRefused: It is damaged, or its scale is unknown; `kind` says how.
-        UnsafeInput: Hostile names, or limits broken.
+        AdapterRefused: It is damaged, or its scale is unknown; `kind` states the reason.
+        UnsafeInput: Hostile names, or exceeded limits.
     """
     header = read_header(weights)
     found = sort_file(header, naming)
@@ -61,7 +61,7 @@ def check_file(weights: Buffer, naming: Naming) -> CheckedFile:
         reason, does_nothing = f"{NOTHING}: up @ down is zero in every module", True
     coded = () if reason is not None else found.factors
     tensors = [tensor for factors in found.factors for tensor in (factors.down, factors.up)] or header.tensors
-    # Another method's tensors are named after their modules too.
+    # Tensors of other methods are named after their modules too.
     widths = {one.module: one.shape.inputs for one in found.factors}
     widths = widths or {tensor.name.rpartition(".")[0]: 0 for tensor in header.tensors}
     base = base_of(header.metadata, widths)
@@ -103,12 +103,12 @@ def _why_no_code(header: TensorHeader, found: SortedFile) -> str | None:
     if not header.tensors:
         return f"{NOTHING}: it holds no tensors"
     if found.other_method is not None:
-        return f"it is {found.other_method}, not LoRA alone"
+        return f"it is {found.other_method}, not plain LoRA"
     return None if found.factors else "it has no LoRA factors"
 
 
 def _check_stated_alpha(metadata: Mapping[str, str], factors: tuple[Factors, ...]) -> None:
-    """Refuse a file whose alphas are gone although its header says that they are not the ranks."""
+    """Refuse a file without alphas whose header states an alpha other than the rank."""
     if not factors or any(factor.alpha is not None for factor in factors):
         return
     alpha, rank = (_number(metadata.get(f"ss_network_{key}")) for key in ("alpha", "dim"))
@@ -127,7 +127,7 @@ def _number(text: str | None) -> float | None:
 
 
 def _metadata_tensor(weights: Buffer, header: TensorHeader) -> tuple[TensorInfo, ...]:
-    """Find the header's metadata in the file, as a tensor of bytes."""
+    """Return the header's metadata as a tensor of bytes in the file."""
     if not header.metadata:
         return ()
     text = header_text(weights).decode()
@@ -140,11 +140,11 @@ def _metadata_tensor(weights: Buffer, header: TensorHeader) -> tuple[TensorInfo,
             begin = 8 + len(text[: match.end()].encode())
             size = len(text[match.end() : end].encode())
             return (TensorInfo(HEADER, "U8", (size,), begin, begin + size),)
-    raise AdapterRefused("the header writes __metadata__ in an unusual way", kind="damaged")
+    raise AdapterRefused("__metadata__ cannot be located in the header", kind="damaged")
 
 
 def _template(factors: tuple[Factors, ...], alphas: Mapping[str, float], naming: Naming) -> str:
-    """Note what differs from linear factors of one type, one alpha and the naming's first style."""
+    """Return a note of differences from linear factors of one type, one alpha and the naming's first style."""
     noted = {one.module: None if one.alpha is None else [alphas[one.module], one.alpha.dtype] for one in factors}
     alpha = json.loads(commonest(json.dumps(found) for found in noted.values()))
     style = commonest(one.style for one in factors)

@@ -1,12 +1,12 @@
-"""The tensors of an adapter in a single file: which module each belongs to, and which part of it.
+"""Assign the tensors of a single-file adapter to modules and their parts.
 
     lora_unet_mid_block_attentions_0_proj_in.lora_down.weight
     |---------------- stem ----------------|--- part -------|
 
-    down    (r, in[, k, k])      mid     (r, r, k, k), where a convolution is split in three
+    down    (r, in[, k, k])      mid     (r, r, k, k), if a convolution is split in three
     up      (out, r[, 1, 1])     alpha   one number; dW = alpha / r * up @ down
 
-Programs differ in stems and parts: a `Naming` is one of their languages. What none of its styles names is an extra.
+Programs differ in stems and parts; a `Naming` describes one of them. Tensors that match none of its styles are extras.
 
 Sources: kohya-ss/sd-scripts, networks/lora.py; KohakuBlueleaf/LyCORIS, lycoris/modules.
 """
@@ -28,13 +28,13 @@ from icmlora.io.safetensors import FLOAT_TYPES, TensorHeader, TensorInfo
 from registry.names import is_module_name, natural_key
 
 NUMBERS = FLOAT_TYPES | {"I64", "I32", "I16"}
-"""Types of an alpha: some trainers save it as the whole number that they were given."""
+"""Types of an alpha: some trainers save it as the integer from their settings."""
 
 FactorPart = Literal["down", "up", "mid", "alpha"]
 
-# A LoRA factor in whatever naming; one that the file's own naming does not know belongs to another one.
+# A LoRA factor in any naming; if the file's own naming does not match it, it belongs to another naming.
 _FACTOR = re.compile(r"(?P<stem>.+?)[._](lora\d?[._](down|up|[AB])|lora_linear_layer\.(down|up))(\.default)?\.weight")
-# Factors of other methods than LoRA, as LyCORIS names them, and whole differences.
+# Factors of methods other than LoRA, as LyCORIS names them.
 _OTHER_METHODS: Mapping[re.Pattern[str], str] = {
     re.compile(r".+\.hada_(w1_[ab]|w2_[ab]|t[12])"): "LoHa",
     re.compile(r".+\.lokr_(w1|w2|w1_[ab]|w2_[ab]|t[12])"): "LoKr",
@@ -45,13 +45,13 @@ _OTHER_METHODS: Mapping[re.Pattern[str], str] = {
 
 
 def other_method(key: str) -> str | None:
-    """Return the method that a tensor of this name belongs to, if it is another one than LoRA."""
+    """Return the method of a tensor name, if it is not LoRA; None otherwise."""
     return next((name for pattern, name in _OTHER_METHODS.items() if pattern.fullmatch(key)), None)
 
 
 @dataclass(frozen=True)
 class Style:
-    """How one naming calls the two factors of a module; `{}` stands for its stem, or `{parent}` and `{leaf}` do."""
+    """Names of the two factors of a module; `{}` is its stem, or `{parent}` and `{leaf}` are the parts of the stem."""
 
     down: str
     up: str
@@ -79,14 +79,14 @@ class Style:
 
 @dataclass(frozen=True)
 class Naming:
-    """How a program names the tensors of an adapter.
+    """A program's names for the tensors of an adapter.
 
     Attributes:
-        stem: What the stem of a module looks like.
-        styles: How factors are called, the usual way first.
-        module: Turns a stem into a dotted name, in which layers have numbers of their own.
-        stem_of: Turns it back.
-        is_mark: Says of the name of a tensor whether a file with it is of this naming. Default: that of a factor.
+        stem: Pattern of a module's stem.
+        styles: Names of factors, the usual style first.
+        module: Converts a stem to a dotted name with separate layer numbers.
+        stem_of: Inverse of `module`.
+        is_mark: Returns whether a tensor name identifies this naming. Default: names of factors do.
     """
 
     stem: re.Pattern[str]
@@ -96,11 +96,11 @@ class Naming:
     is_mark: Callable[[str], bool] | None = None
 
     def owns(self, keys: Iterable[str]) -> bool:
-        """Say whether a file with tensors of these names is of this naming."""
+        """Return whether a file with these tensor names uses this naming."""
         return any(map(self.is_mark or self._split, keys))
 
     def split(self, key: str) -> tuple[str, FactorPart, int] | None:
-        """Return the stem, the part and the number of the style of a tensor; None for one that is no factor."""
+        """Return stem, part and style number of a tensor; None if it is not a factor."""
         for suffix, part in _SCALARS.items():
             stem = key.removesuffix(suffix)
             if stem != key and self.stem.fullmatch(stem):
@@ -120,7 +120,7 @@ _SCALARS: Mapping[str, FactorPart] = {".alpha": "alpha", ".lora_mid.weight": "mi
 
 @dataclass(frozen=True)
 class Factors:
-    """The tensors of one module, as the file has them."""
+    """The tensors of one module in the file."""
 
     module: str
     style: int
@@ -148,14 +148,14 @@ class SortedFile:
     factors: tuple[Factors, ...]
     extras: tuple[TensorInfo, ...]
     other_method: str | None = None
-    """What it is besides or instead of LoRA, which cannot have a code."""
+    """Another method that the file uses in addition to or instead of LoRA, and that cannot have a code."""
 
 
 def sort_file(header: TensorHeader, naming: Naming) -> SortedFile:
     """Match the factors of each module.
 
     Raises:
-        AdapterRefused: A factor without the other, one named in another way, or shapes that do not fit.
+        AdapterRefused: A factor is missing or belongs to another naming, or shapes do not fit.
     """
     parts: defaultdict[str, dict[FactorPart, TensorInfo]] = defaultdict(dict)
     styles: dict[str, int] = {}
@@ -196,7 +196,7 @@ def _check_modules(factors: tuple[Factors, ...]) -> None:
             raise AdapterRefused(f"{name} does not name a module", kind="unknown-tensor")
     if len(set(names)) < len(names):
         raise AdapterRefused("two modules have the same name", kind="duplicate-key")
-    # Factors of square layers fit together also when both are turned; then all ranks are above the widths.
+    # Transposed factors of square layers also fit together; then all ranks exceed the widths.
     if factors and all(one.shape.rank > max(one.shape.inputs, one.shape.outputs) for one in factors):
         down, up = factors[0].down, factors[0].up
         raise AdapterRefused(f"{_shown(down)} and {_shown(up)} are transposed", kind="shape", hint=_ORIENTATION)
@@ -216,9 +216,9 @@ def _factors(module: str, style: int, parts: Mapping[FactorPart, TensorInfo]) ->
     down, up, mid, alpha = parts["down"], parts["up"], parts.get("mid"), parts.get("alpha")
     for tensor in (down, up):
         if len(tensor.shape) < 2 or 0 in tensor.shape:
-            raise AdapterRefused(f"{tensor.name} has the shape {list(tensor.shape)}", kind="shape")
+            raise AdapterRefused(f"{tensor.name} has the invalid shape {list(tensor.shape)}", kind="shape")
         if tensor.dtype not in FLOAT_TYPES:
-            raise AdapterRefused(f"{tensor.name} has the type {tensor.dtype}", kind="dtype")
+            raise AdapterRefused(f"{tensor.name} has the unsupported type {tensor.dtype}", kind="dtype")
     inner = down.shape[0] if mid is None else mid.shape[0]
     if inner != up.shape[1] or prod(up.shape[2:]) != 1 or (mid is not None and not _is_core(mid, down)):
         if mid is None and down.shape[-1] == up.shape[0] and len(down.shape) == 2:
@@ -227,7 +227,7 @@ def _factors(module: str, style: int, parts: Mapping[FactorPart, TensorInfo]) ->
         fact = f"{_shown(down)} and {_shown(up)} do not fit together"
         raise AdapterRefused(fact, kind="shape", hint=_ORIENTATION)
     if up.shape[1] > MAX_RANK:
-        raise AdapterRefused(f"{up.name} has the rank {up.shape[1]:,}", kind="rank")
+        raise AdapterRefused(f"{up.name} has rank {up.shape[1]:,}, more than {MAX_RANK:,}", kind="rank")
     if alpha is not None and (alpha.shape not in ((), (1,)) or alpha.dtype not in NUMBERS):
         fact = f"{alpha.name} is {alpha.dtype} {list(alpha.shape)}, not one number"
         raise AdapterRefused(fact, kind="alpha")
@@ -242,5 +242,5 @@ def _shown(tensor: TensorInfo) -> str:
 
 
 def _is_core(mid: TensorInfo, down: TensorInfo) -> bool:
-    """Say whether a tensor can stand between the factors of a convolution."""
+    """Return whether a tensor can be the core between the factors of a convolution."""
     return len(mid.shape) > 2 and mid.shape[1] == down.shape[0] and prod(down.shape[2:]) == 1

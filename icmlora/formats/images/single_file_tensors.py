@@ -1,9 +1,9 @@
-"""The tensors of an adapter in a single file, from the file to factors and back.
+"""Convert the tensors of a single-file adapter to factors and back.
 
     down (r, in[, k, k]), up (out, r[, 1, 1]), alpha  ──▶  A (r, in k k), B (out, r) with alpha / r folded in
     up, mid (r, s, k, k), down (s, in, 1, 1)          ──▶  A[i, (in, k, k)] = sum_j mid[i, j, k, k] down[j, in]
 
-A convolution in three factors comes back in two, which compute the same (LyCORIS' `rebuild_tucker`).
+A convolution in three factors is written in two equivalent factors (LyCORIS' `rebuild_tucker`).
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _MAX_KERNEL = 64
 
 
 def read_adapter(weights: bytes, checked: CheckedFile, scales: Scales) -> LoadedAdapter:
-    """Read the factors in float32, with the scale folded into B, and the extras as they are.
+    """Read the factors in float32 with the scale folded into B, and the extras unchanged.
 
     Raises:
-        AdapterRefused: There can be no code of it, or its scale makes its values exceed float32.
+        AdapterRefused: The adapter can have no code, or its scaled values exceed float32.
     """
 
     def module(one: Factors, values: Mapping[str, torch.Tensor]) -> LoraModule:
@@ -57,7 +57,7 @@ def read_adapter(weights: bytes, checked: CheckedFile, scales: Scales) -> Loaded
 
 
 def named_factors(weights: bytes, checked: CheckedFile, scales: Scales) -> dict[str, torch.Tensor]:
-    """Read the factors by their names in the file, with the scale folded in; a convolution in three comes in two."""
+    """Read the factors by name in the file, with the scale folded in; three-factor convolutions get two factors."""
     found: dict[str, torch.Tensor] = {}
     modules = read_adapter(weights, checked, scales).adapter.modules
     for one, module in zip(checked.factors, modules, strict=True):
@@ -67,7 +67,7 @@ def named_factors(weights: bytes, checked: CheckedFile, scales: Scales) -> dict[
 
 
 def _scale(alpha: float | None, shape: ModuleShape, metadata: Mapping[str, str], scales: Scales) -> float:
-    """Return the factor between up @ down and dW; as in kohya's programs, an alpha of 0 stands for the rank."""
+    """Return the factor between up @ down and dW; as in kohya's programs, alpha 0 means alpha = r."""
     if alpha is None:
         return scales(metadata, shape.module, shape.rank)
     return alpha / shape.rank if alpha else 1.0
@@ -82,10 +82,10 @@ def write_like(
     dtype: str | None,
     extras: Mapping[str, RawTensor],
 ) -> bytes:
-    """Write a file in the form of another adapter; modules that `adapter` lacks become zeros.
+    """Serialise an adapter in the form of another adapter; missing modules become zeros.
 
     Raises:
-        AdapterRefused: The form does not fit, or a type cannot hold a value.
+        AdapterRefused: The form does not fit, or a value overflows its type.
     """
     details, stated, kept = _Details.parse(like), *_split(extras)
     metadata = restated(stated, {shape.module: shape.rank for shape in like.layout})
@@ -113,10 +113,10 @@ def write_like(
 
 
 def write_fresh(adapter: Adapter, naming: Naming, dtype: str, metadata: Mapping[str, str]) -> bytes:
-    """Write linear layers under the naming's first style, with alpha = r.
+    """Serialise linear layers in the naming's first style, with alpha = r.
 
     Raises:
-        AdapterRefused: The naming has no name for a module, or the type cannot hold a value.
+        AdapterRefused: The naming has no name for a module, or a value overflows the type.
     """
     tensors: dict[str, RawTensor] = {}
     for module in adapter.modules:
@@ -150,12 +150,12 @@ def _scalar(value: float, dtype: str, shape: tuple[int, ...]) -> RawTensor:
     return raw_tensor("alpha", torch.full(shape, value, dtype=torch.float64), dtype)
 
 
-_Alpha = tuple[float, str]  # its value and the type that it is written in
+_Alpha = tuple[float, str]  # value and type
 
 
 @dataclass(frozen=True)
 class _Details:
-    """The template that `SingleFileFormat.inspect` noted, read as hostile input: a bundle may come from anywhere."""
+    """The template from `SingleFileFormat.inspect`, parsed as untrusted input: it may come from a bundle."""
 
     style: int
     alpha: _Alpha | None

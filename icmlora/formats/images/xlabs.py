@@ -1,6 +1,6 @@
 """Files of XLabs' trainer for Flux.
 
-    double_blocks.0.processor.qkv_lora1.down.weight    qkv of the image; `lora2` is of the text, `proj_lora1` the output
+    double_blocks.0.processor.qkv_lora1.down.weight    qkv of the image; `lora2` is the text, `proj_lora1` the output
 
 Source: XLabs-AI/x-flux; huggingface/diffusers, loaders/lora_conversion_utils.py.
 """

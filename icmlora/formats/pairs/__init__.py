@@ -1,1 +1,1 @@
-"""Adapters as plain pairs of A and B: MLX-LM and GGUF."""
+"""Adapters with plain pairs of A and B: MLX-LM and GGUF."""

@@ -1,9 +1,9 @@
 """Pairs of factors as MLX-LM and llama.cpp store them: `M.lora_a` and `M.lora_b`. Never imports torch.
 
-    linear layer    lora_a (in, r) or (r, in)    lora_b (r, out) or (out, r), as the format has them
-    E experts       lora_a (E, r, in)            lora_b (E, out, r); each expert is a module of its own: M.0, M.1 ...
+    linear layer    lora_a (in, r) or (r, in)    lora_b (r, out) or (out, r), depending on the format
+    E experts       lora_a (E, r, in)            lora_b (E, out, r); each expert is a separate module: M.0, M.1 ...
 
-All other tensors of a file are extras. What was noted of a file's form is `PairForm`, from which `lora_pair_tensors`
+All other tensors of a file are extras. `PairForm` holds the notes on a file's form, with which `ab_tensors.write_pairs`
 writes a decoded adapter in that form.
 
 Sources: ml-explore/mlx-lm, tuner/lora.py and models/switch_layers.py; ggml-org/llama.cpp, convert_lora_to_gguf.py.
@@ -27,21 +27,21 @@ from icmlora.io.safetensors import FLOAT_TYPES, ITEM_BYTES, TensorHeader, Tensor
 from registry.names import is_module_name, natural_key
 
 TASK_TYPE = "CAUSAL_LM"
-"""What both programs run: language models."""
-_MOST_EXPERTS = 1024
-_MOST_MODULES = 50_000
+"""Both programs run language models."""
+_MAX_EXPERTS = 1024
+_MAX_MODULES = 50_000
 
 
 @dataclass(frozen=True)
 class LoraPair:
-    """Both factors of one module, or of all its experts, as the file has them.
+    """Both factors of one module, or of all its experts, in the file.
 
     Attributes:
         module: Name of the module, without the format's own parts.
         a: The first factor.
-        b: The second one.
-        a_is_turned: Whether A is stored as (in, r), and not as (r, in).
-        b_is_turned: Whether B is stored as (r, out), and not as (out, r).
+        b: The second factor.
+        a_is_turned: Whether A is stored as (in, r) instead of (r, in).
+        b_is_turned: Whether B is stored as (r, out) instead of (out, r).
     """
 
     module: str
@@ -52,12 +52,12 @@ class LoraPair:
 
     @property
     def experts(self) -> int:
-        """How many modules of the layout it is."""
+        """Number of its modules in the layout."""
         return self.a.shape[0] if len(self.a.shape) == 3 else 1
 
     @property
     def rank(self) -> int:
-        """The rank of each of them."""
+        """The rank of each module."""
         return self.a.shape[-1] if self.a_is_turned else self.a.shape[-2]
 
     @property
@@ -69,14 +69,14 @@ class LoraPair:
         return tuple(ModuleShape(name, self.rank, inputs, outputs) for name in names)
 
     def check(self) -> None:
-        """Refuse shapes that are not those of two factors."""
+        """Refuse shapes that do not form a factor pair."""
         a, b = self.a, self.b
         if len(a.shape) not in (2, 3) or len(a.shape) != len(b.shape) or 0 in (*a.shape, *b.shape):
-            raise AdapterRefused(f"{self._shapes} are not two factors", kind="shape")
+            raise AdapterRefused(f"{self._shapes} are not a pair of factors", kind="shape")
         ranks = self.rank, b.shape[-2] if self.b_is_turned else b.shape[-1]
         if ranks[0] != ranks[1] or a.shape[:-2] != b.shape[:-2]:
             raise AdapterRefused(f"{self._shapes} do not fit together", kind="shape", hint=_TURNED)
-        if self.experts > _MOST_EXPERTS or self.rank > MAX_RANK:
+        if self.experts > _MAX_EXPERTS or self.rank > MAX_RANK:
             raise AdapterRefused(f"{self._shapes} have more experts or a higher rank than icm supports", kind="rank")
 
     @property
@@ -88,9 +88,9 @@ _TURNED = "its factors are swapped; convert it again"
 
 
 def check_orientation(pairs: Sequence[LoraPair]) -> None:
-    """Refuse factors that all have a rank above both widths: those of square layers fit together when turned, too.
+    """Refuse factors whose ranks all exceed both widths: transposed factors of square layers fit together, too.
 
-    A single module may have such a rank, where one rank was asked for in all modules.
+    A single module may have such a rank if training used one rank for all modules.
     """
     if pairs and all(pair.rank > max(pair.shapes[0][2:]) for pair in pairs):
         fact = f"{pairs[0].a.name} {list(pairs[0].a.shape)} would have rank {pairs[0].rank}, which is above both widths"
@@ -108,15 +108,15 @@ class SortedPairs:
 def sort_pairs(
     tensors: Iterable[TensorInfo], suffix: str, pair: Callable[[str, TensorInfo, TensorInfo], LoraPair]
 ) -> SortedPairs:
-    """Match every `lora_a` with its `lora_b`, and set aside what is neither.
+    """Match every `lora_a` with its `lora_b`; other tensors are extras.
 
     Args:
         tensors: The tensors of a file.
-        suffix: What is between the name of a module and `.lora_a`.
-        pair: Makes a pair of the module's name, A and B.
+        suffix: Text between a module's name and `.lora_a`.
+        pair: Builds a pair from the module's name, A and B.
 
     Raises:
-        AdapterRefused: A factor without the other, shapes that do not fit, or another tensor of a LoRA.
+        AdapterRefused: A factor is missing, shapes do not fit, or there are other LoRA tensors.
     """
     halves: defaultdict[str, dict[str, TensorInfo]] = defaultdict(dict)
     extras: list[TensorInfo] = []
@@ -140,7 +140,7 @@ def sort_pairs(
     pairs = tuple(pair(name, found["lora_a"], found["lora_b"]) for name, found in ordered)
     for one in pairs:
         one.check()
-    if sum(one.experts for one in pairs) > _MOST_MODULES:
+    if sum(one.experts for one in pairs) > _MAX_MODULES:
         raise AdapterRefused("it has too many experts", kind="rank")
     names = Counter(shape.module for one in pairs for shape in one.shapes)
     if twice := next((name for name, count in names.items() if count > 1), None):
@@ -157,14 +157,14 @@ def summary_of(
     form: Mapping[str, object],
     does_nothing: bool = False,
 ) -> AdapterSummary:
-    """Summarise an adapter; its values are looked at.
+    """Check the values of an adapter, and return its summary.
 
     Args:
-        facts: What the adapter says of its base model.
-        header: Where its tensors are.
+        facts: The adapter's facts about its base model.
+        header: The file's header.
         sorted_pairs: Its factors and extras.
         weights: The whole file.
-        form: What else its format notes of its form.
+        form: Additional notes of the format on its form.
         does_nothing: Its scale is zero.
     """
     from icmlora.io.finite import check_finite, is_zero  # imports numpy, which listing formats does not need
@@ -225,12 +225,12 @@ def _noted(pairs: Sequence[LoraPair], form: Mapping[str, object]) -> str:
 
 @dataclass(frozen=True)
 class PairForm:
-    """What `summary_of` noted, read as hostile input.
+    """The note from `summary_of`, parsed as untrusted input.
 
     Attributes:
-        experts: Module -> how many modules of the layout it is.
-        type_of: Says the type of a factor by its name.
-        own: What the format noted itself.
+        experts: Module -> number of its modules in the layout.
+        type_of: Returns the type of a factor by its name.
+        own: The format's own notes.
     """
 
     experts: Mapping[str, int]
@@ -247,7 +247,7 @@ class PairForm:
         with reading(like) as found:
             experts = {module: index(count) for module, count in found.pop("experts", {}).items()}
             made = cls(experts, types_of(found, like), dict(found))
-            if not all(0 < count <= _MOST_EXPERTS for count in experts.values()):
+            if not all(0 < count <= _MAX_EXPERTS for count in experts.values()):
                 raise bad_note()
             found.clear()
         return made

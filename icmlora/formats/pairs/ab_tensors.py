@@ -1,4 +1,4 @@
-"""The tensors of pairs of factors (icmlora/formats/pairs/ab_pairs.py), from a file to modules and back."""
+"""Convert factor pairs (icmlora/formats/pairs/ab_pairs.py) between files and modules."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from icmlora.io.tensors import dtype_name, raw_tensor
 def read_pairs(
     weights: bytes, summary: AdapterSummary, sorted_pairs: SortedPairs, scale: Callable[[int], float]
 ) -> LoadedAdapter:
-    """Read the factors in float32, and the extras as they are.
+    """Read the factors in float32, and the extras unchanged.
 
     Args:
         weights: The whole file.
-        summary: That of the adapter.
+        summary: Summary of the adapter.
         sorted_pairs: Its factors and extras.
-        scale: Rank -> what stands between B @ A and dW.
+        scale: Rank -> factor between B @ A and dW.
 
     Raises:
-        AdapterRefused: There can be no code of it, or its scale makes its values exceed float32.
+        AdapterRefused: The adapter can have no code, or its scaled values exceed float32.
     """
     pairs = sorted_pairs.pairs
     factors = [tensor for pair in pairs for tensor in (pair.a, pair.b)]
@@ -54,20 +54,20 @@ def write_pairs(
     dtype: str | None,
     rank: int | None = None,
 ) -> dict[str, RawTensor]:
-    """Write the factors of an adapter in the form of another one; modules that `adapter` lacks become zeros.
+    """Return the factors of an adapter in the form of another adapter; missing modules become zeros.
 
     Args:
-        adapter: What to write.
-        like: The form of the other one.
-        form: What its format noted of it.
-        turned: Module -> whether A is stored as (in, r), and whether B is as (r, out).
-        suffix: What is between the name of a module and `.lora_a`.
-        scale: Rank -> what the program that reads it multiplies B @ A by.
-        dtype: Number format of the factors; that of the form by default.
-        rank: One rank for all modules instead of those of the form.
+        adapter: The adapter.
+        like: The form of the other adapter.
+        form: The format's notes on that form.
+        turned: Module -> whether A is stored as (in, r), and whether B is stored as (r, out).
+        suffix: Text between a module's name and `.lora_a`.
+        scale: Rank -> factor between B @ A and dW in the program that reads the file.
+        dtype: Number format of the factors; by default as in the form.
+        rank: One rank for all modules, instead of the ranks of the form.
 
     Raises:
-        AdapterRefused: A module has a higher rank than `rank`, the form does not fit, or a type cannot hold a value.
+        AdapterRefused: A module has a higher rank than `rank`, the form does not fit, or a value overflows its type.
     """
     tensors: dict[str, RawTensor] = {}
     for module, parts in fitted_parts(adapter, like.layout, form.experts, rank):

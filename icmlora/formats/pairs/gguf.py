@@ -1,11 +1,11 @@
 """Adapters of llama.cpp: single files `NAME.gguf` whose `general.type` is `adapter`.
 
     blk.0.attn_q.weight.lora_a (r, in)   lora_b (out, r)   dW = alpha / r * lora_b @ lora_a;  without alpha: factor 1
-    token_embd.weight.lora_a (rows, r)                     an embedding has A the other way round
-    blk.0.ffn_up_exps.weight.lora_a (E, r, in)             experts are modules of their own: blk.0.ffn_up_exps.0 ...
+    token_embd.weight.lora_a (rows, r)                     an embedding has A transposed
+    blk.0.ffn_up_exps.weight.lora_a (E, r, in)             experts are separate modules: blk.0.ffn_up_exps.0 ...
 
-Modules have llama.cpp's names, and rows of B its order: what transformers calls them depends on the base model, which
-is not here. `icmlora.formats.pairs.gguf_lora.with_base_names` translates an adapter once the base model is known.
+Modules have llama.cpp's names, and rows of B its order: their names in transformers depend on the base model, which is
+unknown here. `icmlora.formats.pairs.gguf_lora.with_base_names` translates an adapter when the base model is known.
 
 Source: ggml-org/llama.cpp, convert_lora_to_gguf.py and src/llama-adapter.cpp.
 """
@@ -70,7 +70,7 @@ _NAME = "general.base_model.0.name"
 _ADDRESS = "general.base_model.0.repo_url"
 _IS_ADAPTER = b"general.type" + (8).to_bytes(4, "little") + (7).to_bytes(8, "little") + b"adapter"
 _PEEK_BYTES = 64 * 1024
-# llama.cpp's converter puts this before whatever a PEFT adapter calls its base model, a path too.
+# llama.cpp's converter prepends this to a PEFT adapter's base model name, even if it is a path.
 _HUB = re.compile(r"https://(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+|/.+?)/?", re.ASCII)
 _MAX_ALPHA = 1e30
 _WEIGHT = ".weight"
@@ -81,7 +81,7 @@ _BASE = "run `icm materialize --format peft` on a machine that has the configura
 @dataclass(frozen=True)
 class _Parsed:
     header: GgufHeader
-    alpha: float  # 0 stands for none
+    alpha: float  # 0 if missing
     tensors: SortedPairs
 
     def scale(self, rank: int) -> float:
@@ -108,7 +108,7 @@ class GgufFormat(AdapterFormat):
     about = "a single file NAME.gguf for llama.cpp"
 
     def find(self, folder: Folder) -> list[AdapterPaths]:
-        """Find every GGUF file that says it is an adapter; whole models are passed over."""
+        """Return every GGUF file that declares itself an adapter; whole models are skipped."""
         stems = ((without_suffix(name, SUFFIX), path) for name, path in sorted(folder.files.items()))
         return [AdapterPaths(folder.path / stem, path) for stem, path in stems if stem and _says_adapter(path)]
 
@@ -117,7 +117,7 @@ class GgufFormat(AdapterFormat):
         return _parse(weights).summary(weights)
 
     def _load(self, config: bytes, weights: bytes) -> LoadedAdapter:
-        """Read the factors under llama.cpp's names, and the other tensors as they are."""
+        """Read the factors under llama.cpp's names, and the other tensors unchanged."""
         from icmlora.formats.pairs.ab_tensors import read_pairs
 
         self.read_config(config)
@@ -136,7 +136,7 @@ class GgufFormat(AdapterFormat):
     def _alike(
         self, adapter: Adapter, like: Template, dtype: str | None, rank: int | None, extras: Extras, metadata: Texts
     ) -> AdapterBytes:
-        """Write an adapter with the keys of another one; with `rank` alpha is the rank, so that the scale is 1."""
+        """Write an adapter with the keys of another adapter; with `rank`, alpha = rank, so the scale is 1."""
         from icmlora.formats.pairs.ab_tensors import write_pairs
 
         form = PairForm.parse(like)
@@ -158,10 +158,10 @@ class GgufFormat(AdapterFormat):
 
 
 def architecture_of(weights: Buffer) -> str:
-    """Return what llama.cpp calls the architecture of an adapter's base model.
+    """Return llama.cpp's name for the architecture of an adapter's base model.
 
     Raises:
-        AdapterRefused: The file is damaged, or does not say so.
+        AdapterRefused: The file is damaged, or does not name the architecture.
     """
     found = read_gguf(weights).text(ARCHITECTURE)
     if found is None:
@@ -170,7 +170,7 @@ def architecture_of(weights: Buffer) -> str:
 
 
 def _says_adapter(path: Path) -> bool:
-    """Look at the start of a file; one that cannot be read may have nothing to do with icm."""
+    """Return whether a file starts as a GGUF adapter; False if it cannot be read."""
     try:
         with open_regular(path, max_bytes=2**62) as (descriptor, size):
             head = read_exactly(descriptor, min(size, _PEEK_BYTES), 0)
@@ -191,7 +191,7 @@ def _parse(weights: Buffer) -> _Parsed:
 
 
 def _turned(module: str) -> tuple[bool, bool]:
-    """Say whether the factors of a module are stored the other way round."""
+    """Return whether A and B of a module are stored transposed."""
     return module == _EMBEDDING, False
 
 
@@ -204,19 +204,19 @@ def _alpha(header: GgufHeader) -> float:
 
 
 def _scale(alpha: float, rank: int) -> float:
-    """Return what llama.cpp multiplies B @ A by: alpha 0 stands for no alpha."""
+    """Return llama.cpp's factor for B @ A; alpha 0 means no alpha."""
     return alpha / rank if alpha else 1.0
 
 
 def _base_of(header: GgufHeader) -> str | None:
-    """Return the base model's name on the hub, or else the name that the file gives it."""
+    """Return the base model's name on the hub, or else its name in the file."""
     address = _HUB.fullmatch(header.text(_ADDRESS) or "")
     label = address[1] if address else header.text(_NAME)
     return None if label is None or len(label) > MAX_LABEL else label
 
 
 def _values_of(form: PairForm) -> dict[str, GgufValue]:
-    """Read the keys of the original; a template may come from anywhere."""
+    """Read the keys of the original from an untrusted template."""
     noted = form.own.get("header")
     if not isinstance(noted, str) or form.own.keys() != {"header"}:
         raise bad_note()

@@ -1,9 +1,9 @@
-"""GGUF files, read strictly and written deterministically; the header only, and without the `gguf` package.
+"""Read GGUF headers strictly and write GGUF files deterministically, without the `gguf` package.
 
     | "GGUF" | version 3 | tensors, keys (8 each) | keys and values | names, shapes, types, offsets | padding | data |
 
-The package maps a file into memory and believes the counts in it, so a file of 40 bytes can keep it busy for years.
-Here every count is checked against the bytes that are left. Keys and values are kept as the bytes that they were.
+The package maps a file into memory and trusts its counts, so a file of 40 bytes can keep it busy for years. This reader
+checks every count against the remaining bytes, and keeps keys and values as the original bytes.
 
 Source: ggml-org/ggml, docs/gguf.md.
 """
@@ -31,21 +31,21 @@ from icmlora.io.safetensors import (
 from registry.names import escape
 
 _MAGIC = b"GGUF"
-_VERSIONS = (2, 3)  # equal but for the byte order, which is little endian here
+_VERSIONS = (2, 3)  # version 3 only adds big endian, which icm refuses
 _HEAD = struct.Struct("<4sIQQ")
-_MOST_KEYS = 4096
-_MOST_DIMENSIONS = 4
+_MAX_KEYS = 4096
+_MAX_DIMENSIONS = 4
 _KEY = re.compile(r"[!-~]{1,256}")
 _ALIGNMENT = 32
 _ALIGNMENT_KEY = "general.alignment"
 
-# Types of values, by number; those of a fixed size with the code that `struct` has for them.
+# Types of values with a fixed size, by number, and their `struct` codes.
 _SCALARS: Mapping[int, str] = {
     **{0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f"},
     **{7: "?", 10: "Q", 11: "q", 12: "d"},
 }
 _UINT32, _FLOAT32, _TEXT, _ARRAY = 4, 6, 8, 9
-# Types of tensors by number, as safetensors names them. All others are quantised.
+# Safetensors names of tensor types by number. All other types are quantised.
 _TYPES: Mapping[int, str] = {
     **{0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32"},
     **{27: "I64", 28: "F64", 30: "BF16"},
@@ -55,21 +55,21 @@ _NUMBERS = {name: number for number, name in _TYPES.items()}
 
 @dataclass(frozen=True)
 class GgufValue:
-    """One value of a header, as its type and bytes."""
+    """The type and bytes of a header value."""
 
     kind: int
     data: bytes
 
     @property
     def content(self) -> str | int | float | bool | None:
-        """A text or number; None for a list, which is only kept."""
+        """The text or number; None for a list, which is kept but not parsed."""
         if self.kind == _TEXT:
             return self.data[8:].decode("utf-8", "replace")
         return None if self.kind == _ARRAY else struct.unpack(f"<{_SCALARS[self.kind]}", self.data)[0]
 
     @classmethod
     def of(cls, content: str | int | float) -> GgufValue:
-        """Make a value of a text, a whole number (32 bits, unsigned) or a number (32 bits)."""
+        """Build a value from a text, an integer (uint32) or a float (float32)."""
         if isinstance(content, str):
             data = content.encode()
             return cls(_TEXT, struct.pack("<Q", len(data)) + data)
@@ -79,17 +79,17 @@ class GgufValue:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """A checked header: keys in their order, tensors in the order of their data.
+    """A validated header: keys in file order, tensors in the order of their data.
 
-    A tensor's shape has its innermost dimension last, as numpy and torch have it; GGUF counts the other way round. The
-    type of a quantised tensor is called as the `gguf` package calls it.
+    A tensor's shape has its innermost dimension last, as in numpy and torch; GGUF has the reverse order. Types of
+    quantised tensors are named as in the `gguf` package.
     """
 
     values: Mapping[str, GgufValue]
     tensors: tuple[TensorInfo, ...] = field(default=())
 
     def text(self, key: str) -> str | None:
-        """Return a text, or None if there is none under this key."""
+        """Return the text under a key, or None."""
         found = self.values.get(key)
         content = None if found is None else found.content
         return content if isinstance(content, str) and content else None
@@ -99,19 +99,19 @@ def read_gguf(data: Buffer, size: int | None = None) -> GgufHeader:
     """Read and check the header of a file in memory.
 
     Args:
-        data: The file, or its start with all of the header.
-        size: Bytes of the whole file, if `data` is not all of it.
+        data: The file, or its start with the complete header.
+        size: Size of the file in bytes, if `data` is only its start.
 
     Raises:
         AdapterRefused: It is damaged.
-        UnsafeInput: It is beyond the limits, or has a name twice or one that is not plain.
+        UnsafeInput: It exceeds the limits, or has a duplicate or invalid name.
     """
     cursor = _Cursor(memoryview(data))
     magic, version, tensors, keys = cursor.unpack(_HEAD)
     if magic != _MAGIC:
         raise AdapterRefused("not a GGUF file", kind="damaged")
     if version not in _VERSIONS:
-        raise AdapterRefused(f"GGUF of version {version:#x}, or of another byte order", kind="damaged")
+        raise AdapterRefused(f"unsupported GGUF version {version:#x}, or big-endian file", kind="damaged")
     values = _values(cursor, keys)
     if tensors > MAX_TENSORS:
         raise UnsafeInput(f"claims {tensors:,} tensors, more than {MAX_TENSORS:,}", kind="limits")
@@ -121,14 +121,14 @@ def read_gguf(data: Buffer, size: int | None = None) -> GgufHeader:
 
 
 def parse_values(data: bytes) -> dict[str, GgufValue]:
-    """Read keys and values that `encode_values` wrote; raises as `read_gguf` does."""
+    """Parse the output of `encode_values`; raises as `read_gguf` does."""
     cursor = _Cursor(memoryview(data))
     (count,) = cursor.unpack(struct.Struct("<Q"))
     return _values(cursor, count)
 
 
 def encode_values(values: Mapping[str, GgufValue]) -> bytes:
-    """Write how many keys there are, and then keys and values in their order."""
+    """Serialise the number of keys, then keys and values in order."""
     parts = [struct.pack("<Q", len(values))]
     for key, value in values.items():
         parts += [struct.pack("<Q", len(key)), key.encode("ascii"), struct.pack("<I", value.kind), value.data]
@@ -136,10 +136,10 @@ def encode_values(values: Mapping[str, GgufValue]) -> bytes:
 
 
 def encode_gguf_file(values: Mapping[str, GgufValue], tensors: Mapping[str, RawTensor]) -> bytes:
-    """Write a file; the same values and tensors give the same bytes.
+    """Serialise a file deterministically.
 
     Raises:
-        AdapterRefused: A tensor has a type that GGUF files do not have.
+        AdapterRefused: GGUF does not support the type of a tensor.
     """
     alignment, offset = _alignment(values), 0
     infos, data = [], []
@@ -158,7 +158,7 @@ def encode_gguf_file(values: Mapping[str, GgufValue], tensors: Mapping[str, RawT
 
 
 class _Cursor:
-    """A place in a header. Nothing is read beyond the end of the file, or of what a header may take."""
+    """A read position in a header. Reads beyond the end of the file or the maximum header size are refused."""
 
     def __init__(self, view: memoryview) -> None:
         self._view, self.at = view, 0
@@ -183,13 +183,13 @@ class _Cursor:
     def name(self, pattern: re.Pattern[str], what: str) -> str:
         name = self.take(self.number("Q")).decode("latin-1")
         if not pattern.fullmatch(name):
-            raise UnsafeInput(f"the {what} {escape(name, 120)!r} is not plain", kind="name")
+            raise UnsafeInput(f"invalid {what} {escape(name, 120)!r}", kind="name")
         return name
 
 
 def _values(cursor: _Cursor, count: int) -> dict[str, GgufValue]:
-    if count > _MOST_KEYS:
-        raise UnsafeInput(f"claims {count:,} keys, more than {_MOST_KEYS:,}", kind="limits")
+    if count > _MAX_KEYS:
+        raise UnsafeInput(f"claims {count:,} keys, more than {_MAX_KEYS:,}", kind="limits")
     values: dict[str, GgufValue] = {}
     for _ in range(count):
         key, kind = cursor.name(_KEY, "key"), cursor.number("I")
@@ -210,7 +210,7 @@ def _value(cursor: _Cursor, kind: int, key: str) -> bytes:
         head = struct.pack("<IQ", item, count)
         if item in _SCALARS:
             return head + cursor.take(count * struct.calcsize(_SCALARS[item]))
-        if item == _TEXT:  # each takes eight bytes or more, so the end of the header comes soon enough
+        if item == _TEXT:  # each takes at least eight bytes, so the header size bounds the loop
             return head + b"".join(_value(cursor, item, key) for _ in range(count))
     raise AdapterRefused(f"the key {key} has a value of an unknown type", kind="damaged")
 
@@ -233,11 +233,11 @@ def _tensor(cursor: _Cursor) -> TensorInfo:
     """Read one tensor; its offsets count from the start of the data."""
     name = cursor.name(TENSOR_NAME, "tensor name")
     dimensions = cursor.number("I")
-    if not 1 <= dimensions <= _MOST_DIMENSIONS:
+    if not 1 <= dimensions <= _MAX_DIMENSIONS:
         raise AdapterRefused(f"{name} has {dimensions} dimensions", kind="shape")
     shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]
     if not all(1 <= size <= MAX_DIMENSION for size in shape):
-        raise UnsafeInput(f"{name} has the shape {escape(str(shape), 64)}", kind="limits")
+        raise UnsafeInput(f"{name} has the invalid shape {escape(str(shape), 64)}", kind="limits")
     kind, begin = cursor.number("I"), cursor.number("Q")
     if kind in _TYPES:
         return TensorInfo(name, _TYPES[kind], shape, begin, begin + prod(shape) * ITEM_BYTES[_TYPES[kind]])
@@ -249,12 +249,14 @@ def _tensor(cursor: _Cursor) -> TensorInfo:
         raise AdapterRefused(f"{name} has the unknown type {kind}", kind="dtype") from None
     items, size = GGML_QUANT_SIZES[found]
     if shape[-1] % items:
-        raise AdapterRefused(f"{name} has rows of {shape[-1]}, which {found.name} does not support", kind="shape")
+        raise AdapterRefused(
+            f"{name} has rows of length {shape[-1]}, which {found.name} does not support", kind="shape"
+        )
     return TensorInfo(name, found.name, shape, begin, begin + prod(shape) // items * size)
 
 
 def _placed(found: list[TensorInfo], start: int, size: int, alignment: int) -> tuple[TensorInfo, ...]:
-    """Return the tensors where they are in the file; refuse overlaps, holes, and bytes that belong to none."""
+    """Return the tensors with offsets in the file; refuse overlaps, holes and trailing bytes."""
     if len({tensor.name for tensor in found}) < len(found):
         raise UnsafeInput("the header lists a tensor twice", kind="duplicate-key")
     placed: list[TensorInfo] = []

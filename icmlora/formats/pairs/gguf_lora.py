@@ -1,12 +1,12 @@
-"""LoRA adapters for llama.cpp: one GGUF file, as llama.cpp's convert_lora_to_gguf.py writes it.
+"""LoRA adapters for llama.cpp: one GGUF file, in the format of llama.cpp's convert_lora_to_gguf.py.
 
     model.layers.0.self_attn.q_proj   A (r, in)  ──▶  blk.0.attn_q.weight.lora_a
                                       B (out, r) ──▶  blk.0.attn_q.weight.lora_b, rows in llama.cpp's order
 
     what llama.cpp adds:  dW = alpha / r * lora_b @ lora_a,   alpha once in the file, r of each lora_b
 
-Names come from the tables of the `gguf` package. The architecture is the base model's: llama.cpp loads no adapter of
-another one. `with_base_names` goes the other way, for an adapter that was ingested as a GGUF file.
+Names come from the tables of the `gguf` package. The architecture must match the base model's, or llama.cpp does not
+load the adapter. `with_base_names` does the reverse, for an adapter that was ingested as a GGUF file.
 
 Source: ggml-org/llama.cpp, convert_lora_to_gguf.py and convert_hf_to_gguf.py (`LlamaModel.permute`).
 """
@@ -30,8 +30,8 @@ from icmlora.io.safetensors import RawTensor
 from icmlora.io.tensors import dtype_name, raw_tensor
 from registry.names import escape
 
-# What `architectures` of a config.json names -> what llama.cpp calls it. Of other architectures llama.cpp may keep
-# weights in another order or other pieces; each one here was run with llama.cpp (tests/benchmarks/llama_cpp).
+# Architecture in config.json -> llama.cpp's name. For other architectures, llama.cpp may reorder or split weights; each
+# of these was run with llama.cpp (tests/benchmarks/llama_cpp).
 _ARCHITECTURES: Mapping[str, str] = {
     "CohereForCausalLM": "command-r",
     "GemmaForCausalLM": "gemma",
@@ -53,9 +53,9 @@ _ARCHITECTURES: Mapping[str, str] = {
     "StableLmForCausalLM": "stablelm",
     "Starcoder2ForCausalLM": "starcoder2",
 }
-# Here rotary embeddings turn neighbouring rows of a head; transformers turns row i of its two halves.
+# Here rotary embeddings rotate adjacent rows of a head; transformers rotates row i of the two halves.
 _NEIGHBOURING = frozenset({"granite", "llama", "olmo", "smollm3"})
-# What transformers calls the linear layers of a block; the exceptions by architecture.
+# Names of a block's linear layers in transformers; exceptions by architecture.
 _LAYERS: Mapping[str, str] = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -78,26 +78,26 @@ _OTHER_LAYERS: Mapping[str, Mapping[str, str]] = {
     "starcoder2": {"ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
 }
 _BLOCK = re.compile(r"blk\.(\d{1,5})\.(.+)", re.ASCII)
-# Where a text model is a part of a larger one, llama.cpp knows it by the names that it has alone.
+# For the text model in a larger model, llama.cpp uses the names of the standalone text model.
 _INNER = (("model.language_model.", "model."), ("language_model.", ""))
 _MERGE = "write it with --format peft, merge it into its base model with PEFT, and convert the whole model"
 
 
 @dataclass(frozen=True)
 class GgufBase:
-    """What has to be known of a base model to write an adapter for it."""
+    """The facts about a base model that are needed to write an adapter for it."""
 
-    architecture: str  # as llama.cpp calls it
+    architecture: str  # llama.cpp's name
     layers: int
-    heads: tuple[int, int] | None = None  # of queries and keys, where llama.cpp has their rows in another order
-    prefix: str = field(default="model.", compare=False)  # of the blocks in transformers
+    heads: tuple[int, int] | None = None  # heads of queries and keys, if llama.cpp reorders their rows
+    prefix: str = field(default="model.", compare=False)  # prefix of the blocks in transformers
 
     @classmethod
     def of_config(cls, config: Mapping[str, object]) -> GgufBase:
         """Read a `config.json`.
 
         Raises:
-            BaseModelUnsuited: An architecture whose adapters icm does not write for llama.cpp, or a count is missing.
+            BaseModelUnsuited: The architecture is not supported, or a count is missing.
         """
         named = config.get("architectures")
         name = named[0] if isinstance(named, list) and named else None
@@ -133,18 +133,18 @@ class GgufBase:
 def encode_gguf(
     adapter: RunnableAdapter, base: GgufBase, *, task: str = "", metadata: Mapping[str, str], dtype: str = "float32"
 ) -> bytes:
-    """Write an adapter as a GGUF file; the same arguments give the same bytes.
+    """Serialise an adapter as a GGUF file, deterministically.
 
     Args:
-        adapter: What to write.
+        adapter: The adapter.
         base: Its base model.
         task: Its name, which llama.cpp's server lists.
-        metadata: Key to text, for the header. llama.cpp ignores keys that it does not know.
-        dtype: "bfloat16", "float16" or "float32", as llama.cpp's own converter writes by default.
+        metadata: Key to text, for the header. llama.cpp ignores unknown keys.
+        dtype: "bfloat16", "float16" or "float32", the default of llama.cpp's own converter.
 
     Raises:
-        AdapterRefused: It has something that a GGUF adapter has no place for, or a value that the type cannot hold.
-        BaseModelMismatch: A module does not have the heads of the base model.
+        AdapterRefused: A part cannot be stored in a GGUF adapter, or a value overflows the type.
+        BaseModelMismatch: A module does not fit the heads of the base model.
     """
     other = adapter.beyond_lora()
     if other is not None:
@@ -171,7 +171,7 @@ def encode_gguf(
         if f"{target}.lora_a" in tensors:
             raise AdapterRefused(f"two modules would both be {target}", kind="layers")
         b = _reordered(module, base, ("q_proj", "k_proj"), (2, -1))
-        # llama.cpp multiplies by alpha / r, where alpha is the largest rank: the scale itself is in B already.
+        # llama.cpp multiplies by alpha / r, where alpha is the largest rank; the scale is already in B.
         factors = module.a, b * (module.a.shape[0] / rank)
         for half, factor in zip("ab", factors, strict=True):
             name = f"{target}.lora_{half}"
@@ -180,16 +180,16 @@ def encode_gguf(
 
 
 def with_base_names(adapter: Adapter, architecture: str, base: GgufBase) -> RunnableAdapter:
-    """Return an adapter of a GGUF file with the names and the order of rows that transformers has.
+    """Return an adapter from a GGUF file with transformers' names and row order.
 
     Args:
-        adapter: With llama.cpp's names and rows.
-        architecture: What its file says.
+        adapter: The adapter with llama.cpp's names and row order.
+        architecture: The architecture in its file.
         base: Its base model.
 
     Raises:
-        BaseModelMismatch: It is for another architecture, or a module does not have the heads of the base model.
-        AdapterRefused: It has something else than linear layers inside of the blocks.
+        BaseModelMismatch: It is for another architecture, or a module does not fit the heads of the base model.
+        AdapterRefused: It has modules other than linear layers inside the blocks.
     """
     if architecture != base.architecture:
         fact = f"the adapter is for {escape(architecture, 80)!r}, but its base model is {base.architecture!r}"
@@ -203,7 +203,7 @@ def with_base_names(adapter: Adapter, architecture: str, base: GgufBase) -> Runn
 
 
 def _source(target: str, base: GgufBase) -> str:
-    """Return what transformers calls the module of a weight in llama.cpp."""
+    """Return transformers' name for the module of a weight in llama.cpp."""
     match = _BLOCK.fullmatch(target)
     layers = {**_LAYERS, **_OTHER_LAYERS.get(base.architecture, {})}
     if match is None or match[2] not in layers or int(match[1]) >= base.layers:
@@ -213,13 +213,13 @@ def _source(target: str, base: GgufBase) -> str:
 
 
 def _reordered(module: LoraModule, base: GgufBase, kinds: tuple[str, str], halves: tuple[int, int]) -> torch.Tensor:
-    """Return B (out, r) with the rows of each head in the other order, where llama.cpp has another one.
+    """Return B (out, r) with the rows of each head in the other program's order, if the orders differ.
 
     Args:
         module: The module.
         base: Its base model.
-        kinds: How the names of queries and keys end.
-        halves: The shape of the rows of a head, whose two dimensions are swapped.
+        kinds: Suffixes of the names of queries and keys.
+        halves: Shape of the rows of a head; its two dimensions are swapped.
     """
     b, kind = module.b, module.name.rpartition(".")[2]
     if base.heads is None or kind not in kinds:
@@ -232,10 +232,10 @@ def _reordered(module: LoraModule, base: GgufBase, kinds: tuple[str, str], halve
 
 
 def _target(module: str, names: gguf.TensorNameMap, base: GgufBase) -> str:
-    """Return what llama.cpp calls the weight of a module."""
+    """Return llama.cpp's name for the weight of a module."""
     inner = next((new + module.removeprefix(old) for old, new in _INNER if module.startswith(old)), module)
     target: str | None = names.get_name(f"{inner}.weight", try_suffixes=(".weight",))
-    # Outside of the blocks are embeddings and the output layer, which are one tensor in llama.cpp where they are tied.
+    # Outside the blocks are embeddings and the output layer. If tied, they are one tensor in llama.cpp.
     if target is None or not target.startswith("blk."):
         fact = f"{escape(module, 120)}: a GGUF adapter for {base.architecture} cannot hold this module"
         raise AdapterRefused(fact, kind="layers", hint="GGUF holds only linear layers inside the model's blocks")

@@ -2,13 +2,13 @@
 
     model.layers.0.self_attn.q_proj.lora_a (in, r)   .lora_b (r, out)    dW = scale * lora_b^T @ lora_a^T
     model.layers.0.self_attn.q_proj.m (out,)         DoRA's row lengths, kept exactly
-    model.layers.0.mlp.switch_mlp.up_proj.lora_a (E, r, in), .lora_b (E, out, r)    experts, not turned
+    model.layers.0.mlp.switch_mlp.up_proj.lora_a (E, r, in), .lora_b (E, out, r)    experts, not transposed
 
-The configuration is everything that the training was told, with one scale and one r. The copies that a training leaves
-every few steps (`0000100_adapters.safetensors`) are passed over.
+The configuration contains all training options, with one scale and one r. Copies that training saves every few steps
+(`0000100_adapters.safetensors`) are skipped.
 
-MLX-LM keeps the weights of transformers in their order and, inside of the blocks, mostly under their names; it refuses
-to load an adapter with a module that the model does not have.
+MLX-LM keeps the row order of transformers and, inside the blocks, mostly the names; it refuses to load an adapter with
+a module that the model lacks.
 
 Source: ml-explore/mlx-lm, lora.py, tuner/lora.py, tuner/dora.py and tuner/utils.py (`load_adapters`).
 """
@@ -60,10 +60,10 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = FolderFormat.config_name
 WEIGHTS_NAME = "adapters.safetensors"
-_DEFAULT_SCALE = 20.0  # MLX-LM's own, for configurations that leave it out
+_DEFAULT_SCALE = 20.0  # MLX-LM's default
 _MAX_SCALE = 1e30
 _KINDS = ("lora", "dora")
-# MLX-LM looks for the key in each block. It computes experts together, from one tensor.
+# MLX-LM looks up the key in each block. It computes experts together, from one tensor.
 _MODULE = re.compile(
     r"(?P<model>model\.|model\.language_model\.|language_model\.model\.)(?P<block>layers\.\d+)\."
     r"(?P<key>(?!.*\.\d+(\.|$)).+)"
@@ -72,7 +72,7 @@ _MODULE = re.compile(
 
 @dataclass(frozen=True)
 class MlxConfig:
-    """The fields of an MLX-LM configuration that decide what its tensors mean."""
+    """The fields of an MLX-LM configuration that define the meaning of its tensors."""
 
     base_model: str | None
     kind: str  # lora, dora or full
@@ -84,7 +84,7 @@ class MlxConfig:
         """Read a configuration.
 
         Raises:
-            AdapterRefused: It is damaged, or has a value that MLX-LM does not take.
+            AdapterRefused: It is damaged, or has a value that MLX-LM does not accept.
         """
         fields = parse_object(data, what=CONFIG_NAME, max_bytes=MAX_CONFIG_BYTES)
         if fields.get("peft_type") is not None:
@@ -108,7 +108,7 @@ class MlxFormat(FolderFormat):
     watched = frozenset({CONFIG_NAME, WEIGHTS_NAME})
 
     def find(self, folder: Folder) -> list[AdapterPaths]:
-        """Find the adapter of a folder whose configuration is not PEFT's."""
+        """Return the adapter of a folder, unless its configuration is PEFT's."""
         return [paths for paths in super().find(folder) if not _is_pefts(folder.files[CONFIG_NAME])]
 
     def refuse(self, folder: Folder) -> list[AdapterRefused]:
@@ -161,7 +161,7 @@ class MlxFormat(FolderFormat):
         form, config = PairForm.parse(like), like.config
         largest = max(shape.rank for shape in like.layout)
         if rank is None and MlxConfig.parse(config).rank not in (None, largest):
-            rank = largest  # MLX-LM knows one rank for all modules
+            rank = largest  # MLX-LM supports only one rank for all modules
         if rank is not None:
             config = _with_rank(config, rank)
         scale = MlxConfig.parse(config).scale
@@ -179,7 +179,7 @@ class MlxFormat(FolderFormat):
 
 
 def _is_pefts(config: Path) -> bool:
-    """Say whether a configuration is PEFT's; one that cannot be read counts as MLX-LM's, and is refused as such."""
+    """Return whether a configuration is PEFT's; an unreadable one counts as MLX-LM's, and is refused later."""
     try:
         return b'"peft_type"' in read_regular(config, max_bytes=MAX_CONFIG_BYTES)
     except AdapterRefused:
@@ -246,7 +246,7 @@ def _scale(parameters: Mapping[str, Any]) -> float:
 
 
 def _with_rank(config: bytes, rank: int) -> bytes:
-    """Change the rank of a configuration; the scale is part of the factors then."""
+    """Return a configuration with another rank and scale 1; the scale moves into the factors."""
     fields = parse_object(config, what=CONFIG_NAME, max_bytes=MAX_CONFIG_BYTES)
     fields["lora_parameters"] = {**(fields.get("lora_parameters") or {}), "rank": rank, "scale": 1.0}
     return (json.dumps(fields, indent=4) + "\n").encode()
@@ -265,20 +265,20 @@ def _wrong(key: str, value: object) -> AdapterRefused:
 
 
 def _cannot_run(what: str) -> AdapterRefused:
-    hint = "measure it where it was trained; icm still stores and writes it"
+    hint = "evaluate it where it was trained; icm can still store and write it"
     return AdapterRefused(f"icm cannot run it: {what}", kind="cannot-run", hint=hint)
 
 
 def encode_mlx(adapter: RunnableAdapter, *, metadata: Mapping[str, str], dtype: str = "float32") -> AdapterBytes:
-    """Write an adapter as weights and configuration; the same arguments give the same bytes.
+    """Serialise an adapter as weights and configuration, deterministically.
 
     Args:
-        adapter: What to write.
+        adapter: The adapter.
         metadata: Short facts for the header of the weights.
-        dtype: "bfloat16", "float16" or "float32", in which MLX-LM trains by default.
+        dtype: "bfloat16", "float16" or "float32", the default for training in MLX-LM.
 
     Raises:
-        AdapterRefused: It has something that MLX-LM has no place for, or a value that the type cannot hold.
+        AdapterRefused: A part cannot be stored in an MLX adapter, or a value overflows the type.
     """
     from icmlora.formats.factors import fitted
     from icmlora.io.tensors import dtype_name, raw_tensor
@@ -288,7 +288,7 @@ def encode_mlx(adapter: RunnableAdapter, *, metadata: Mapping[str, str], dtype: 
         fact = f"an MLX adapter holds only LoRA factors and DoRA magnitudes, but this one also has {other}"
         raise AdapterRefused(fact, kind="extras", hint="write it with --format peft, and merge it with PEFT")
     modules, kind = adapter.adapter.modules, dtype_name(dtype)
-    rank = max(module.a.shape[0] for module in modules)  # the others are filled up with zeros
+    rank = max(module.a.shape[0] for module in modules)  # lower ranks are padded with zeros
     keys: set[str] = set()
     tensors: dict[str, RawTensor] = {}
     for module in modules:
@@ -306,14 +306,14 @@ def encode_mlx(adapter: RunnableAdapter, *, metadata: Mapping[str, str], dtype: 
 
 
 def _place(module: str) -> tuple[str, str]:
-    """Return the name of a module's block in MLX-LM, and that of the module inside of the block."""
+    """Return the name of a module's block in MLX-LM, and the module's name in the block."""
     match = _MODULE.fullmatch(module)
     if match is None:
         fact = f"{escape(module, 120)}: an MLX adapter cannot hold this module"
         raise AdapterRefused(
             fact, kind="layers", hint="MLX holds only linear layers named model.layers.N.…, without experts"
         )
-    # Where a text model is a part of a larger one, MLX-LM has its own place for it.
+    # MLX-LM has its own name for the text model in a larger model.
     model = "model" if match["model"] == "model." else "language_model.model"
     return f"{model}.{match['block']}", match["key"]
 
@@ -321,10 +321,10 @@ def _place(module: str) -> tuple[str, str]:
 def _fresh_config(adapter: RunnableAdapter, rank: int, keys: list[str]) -> bytes:
     fields = {
         "fine_tune_type": "dora" if adapter.magnitudes else "lora",
-        # The scale is in lora_b already. Some readers of this file know no scale, which is the same then.
+        # The scale is already in lora_b. Readers of this file that ignore the scale get the same result.
         "lora_parameters": {"dropout": 0.0, "keys": keys, "rank": rank, "scale": 1.0},
         "model": adapter.adapter.base_model,
-        "num_layers": -1,  # all; a module without tensors in the file adds nothing
+        "num_layers": -1,  # all; a module without tensors in the file has no effect
     }
     return (json.dumps(fields, indent=4, sort_keys=True) + "\n").encode()
 

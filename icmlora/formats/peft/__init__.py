@@ -1,1 +1,1 @@
-"""Adapters as PEFT writes them."""
+"""Adapters in PEFT's format."""

@@ -1,4 +1,4 @@
-"""Check a PEFT adapter completely, with numpy alone: what `icm ingest` does to every adapter. Never imports torch."""
+"""Check a PEFT adapter completely during `icm ingest`, with numpy only. Never imports torch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from icmlora.io.finite import check_finite, is_zero
 from icmlora.io.safetensors import FLOAT_TYPES, TensorHeader, header_text, parse_header, remembered
 
 _PLAIN_METADATA = {"format": "pt"}
-NOTHING = "does nothing"  # how `original_only` begins for an adapter that leaves its base model as it is
+NOTHING = "does nothing"  # prefix of `original_only` for an adapter that does not change its base model
 
 
 @dataclass(frozen=True)
 class CheckedAdapter:
-    """What is known of an adapter; `config` and `tensors` are None where there can be no code."""
+    """A checked adapter; `config` and `tensors` are None if it can have no code."""
 
     header: TensorHeader
     summary: AdapterSummary
@@ -32,11 +32,11 @@ class CheckedAdapter:
 
 
 def check_adapter(config: bytes, weights: Buffer) -> CheckedAdapter:
-    """Parse and check an adapter's two files; what can be read safely is never refused.
+    """Parse and check an adapter's two files; safely readable input is never refused.
 
     Raises:
-        AdapterRefused: One of them is damaged.
-        UnsafeInput: Hostile names, or limits broken.
+        AdapterRefused: A file is damaged.
+        UnsafeInput: Hostile names, or exceeded limits.
     """
     plan = _plan(config, header_text(weights), len(weights))
     try:
@@ -50,9 +50,9 @@ def check_adapter(config: bytes, weights: Buffer) -> CheckedAdapter:
     return plan
 
 
-@remembered  # it makes the check of a 1 MB file ten times faster
+@remembered  # makes the check of a 1 MB file ten times faster
 def _plan(config: bytes, text: bytes, size: int) -> CheckedAdapter:
-    """Check everything that follows from the configuration and the header alone."""
+    """Check the configuration and the header, without the values."""
     facts = read_facts(config)
     header = parse_header(text, size)
     try:
@@ -100,7 +100,7 @@ def _check_pairs(config: AdapterConfig, tensors: SortedTensors) -> None:
             message = f"{pair.a.name} has rank {rank}, but adapter_config.json states {stated}"
             raise AdapterRefused(message, kind="rank")
         if unknown := {pair.a.dtype, pair.b.dtype} - FLOAT_TYPES:
-            raise AdapterRefused(f"{pair.a.name} has the type {min(unknown)}", kind="dtype")
+            raise AdapterRefused(f"{pair.a.name} has the unsupported type {min(unknown)}", kind="dtype")
 
 
 def _without_code(plan: CheckedAdapter, reason: str, *, does_nothing: bool) -> CheckedAdapter:
@@ -110,7 +110,7 @@ def _without_code(plan: CheckedAdapter, reason: str, *, does_nothing: bool) -> C
 
 
 def _is_dead(config: AdapterConfig, tensors: SortedTensors, weights: Buffer) -> bool:
-    """Say whether dW is zero in every module; for a live adapter this looks at one module."""
+    """Return whether dW is zero in every module; stops at the first module with a nonzero dW."""
     return all(
         config.scale_of(pair.target or pair.module) == 0.0 or is_zero(weights, pair.b) or is_zero(weights, pair.a)
         for pair in tensors.pairs
@@ -118,7 +118,7 @@ def _is_dead(config: AdapterConfig, tensors: SortedTensors, weights: Buffer) -> 
 
 
 def _template(pairs: tuple[FactorPair, ...], metadata: Mapping[str, str]) -> str:
-    """Note what differs from two linear factors of one type under PEFT's usual names."""
+    """Return a note of differences from two linear factors of one type under PEFT's usual names."""
     tensors = [tensor for pair in pairs for tensor in (pair.a, pair.b)]
     details = {
         "experts": {pair.module: pair.experts for pair in pairs if pair.experts > 1},
@@ -128,7 +128,7 @@ def _template(pairs: tuple[FactorPair, ...], metadata: Mapping[str, str]) -> str
         "shapes": {tensor.name: list(tensor.shape) for tensor in tensors if len(tensor.shape) != 2},
         **types_to_note(tensors),
     }
-    # An empty map of metadata differs from the usual one and has to be noted.
+    # Empty metadata differs from the usual metadata, so note it.
     own = {} if metadata == _PLAIN_METADATA else {"metadata": dict(metadata)}
     return note(details, own)
 

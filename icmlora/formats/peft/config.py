@@ -1,9 +1,9 @@
-"""`adapter_config.json`, read as hostile input: the few fields that matter, the scale, and what is refused by name.
+"""Parse `adapter_config.json` as untrusted input: the few relevant fields, and the scale.
 
     dW = scale * B @ A,   scale = alpha / r,   or alpha / sqrt(r) with rsLoRA,   r and alpha per module by pattern
 
-No regular expression of the file is matched by `re` (icmlora/formats/peft/name_patterns.py). Whoever stores the file
-keeps everything else in it byte for byte.
+Regular expressions in the file are never passed to `re` for matching (icmlora/formats/peft/name_patterns.py). The store
+keeps the file byte for byte.
 
 Sources: huggingface/peft, tuners/lora/config.py; rsLoRA, Kalajdzievski 2023 (arXiv 2312.03732).
 """
@@ -25,7 +25,7 @@ from registry.names import escape, is_module_name
 if TYPE_CHECKING:
     from icmlora.formats.peft.name_patterns import NamePattern
 
-PREFIX = "base_model.model."  # what PEFT puts before the name that a module has in the base model
+PREFIX = "base_model.model."  # PEFT's prefix to a module's name in the base model
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_RANK = 4096
 MAX_LABEL = 1024
@@ -33,16 +33,16 @@ MAX_TARGETS = 10_000
 
 _Number = TypeVar("_Number", int, float)
 
-# PEFT's own defaults for keys that the file leaves out.
+# PEFT's defaults for missing keys.
 _DEFAULT_RANK = 8
 _DEFAULT_ALPHA = 8
-# B times the scale has to stay within float32, which ends at 3e38.
+# B times the scale must stay within float32, whose maximum is 3e38.
 _MAX_SCALE = 1e30
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The fields of a PEFT LoRA configuration that decide what its tensors mean."""
+    """The fields of a PEFT LoRA configuration that define the meaning of its tensors."""
 
     base_model: str | None  # the label of the base model: opaque text, never opened or fetched
     revision: str | None
@@ -56,15 +56,15 @@ class AdapterConfig:
 
     @classmethod
     def parse(cls, data: bytes) -> AdapterConfig:
-        """Read a configuration; refuse one that is not a plain LoRA's."""
-        from icmlora.formats.refusals import refuse_unsupported  # needed to read only
+        """Read a configuration; refuse it unless it is a plain LoRA's."""
+        from icmlora.formats.refusals import refuse_unsupported  # needed only for reading
 
         refuse_unsupported(fields_of(data))
         return cls.read(data)
 
     @classmethod
     def read(cls, data: bytes) -> AdapterConfig:
-        """Read a configuration that `parse` has taken before."""
+        """Read a configuration that `parse` has already accepted."""
         fields = fields_of(data)
         reader = _Reader(fields)
         return cls(
@@ -104,12 +104,12 @@ def _first_match(patterns: Sequence[tuple[NamePattern, _Number]], module: str, d
 
 
 def usual_names(module: str) -> tuple[str, str]:
-    """Return what PEFT calls the two factors of a linear layer."""
+    """Return PEFT's names for the two factors of a linear layer."""
     return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
 
 
 def with_ranks(data: bytes, modules: Mapping[str, tuple[int, float]]) -> bytes:
-    """Return a configuration that states other ranks; everything that is about neither ranks nor scales stays.
+    """Return a configuration with other ranks; fields about neither ranks nor scales are unchanged.
 
     Args:
         data: The configuration.
@@ -130,24 +130,24 @@ def with_ranks(data: bytes, modules: Mapping[str, tuple[int, float]]) -> bytes:
 
 
 def _exactly(module: str) -> str:
-    """Return the pattern that matches one module and no other: PEFT takes a plain name as the end of a longer one."""
+    """Return the pattern that matches exactly one module: PEFT also matches a plain name as a suffix."""
     return "^" + module.replace(".", r"\.")
 
 
 def _whole(number: float) -> float:
-    """Return a whole number as such: some readers of `lora_alpha` take no others."""
+    """Return an integral number as int: some readers of `lora_alpha` accept only ints."""
     return int(number) if number.is_integer() else number
 
 
 def read_facts(data: bytes) -> ConfigFacts:
-    """Read what every PEFT configuration says, whatever the method; refuse only what is damaged."""
+    """Read the facts common to all PEFT methods; refuse only a damaged configuration."""
     reader = _Reader(fields_of(data))
     labels = (reader.text(key) for key in ("base_model_name_or_path", "revision", "task_type"))
     return ConfigFacts(*labels)
 
 
 def stated_rank(data: bytes) -> int:
-    """Return the rank that a configuration states; 0 if it states none."""
+    """Return the rank in a configuration; 0 if missing."""
     rank = fields_of(data).get("r")
     return rank if type(rank) is int and 0 < rank < 2**31 else 0
 
@@ -170,7 +170,7 @@ def fields_of(data: bytes) -> dict[str, Any]:
 
 
 class _Reader:
-    """Typed access to the parsed fields; a value of the wrong kind is refused with the field's name."""
+    """Typed access to the parsed fields; a value of the wrong type is refused with the field's name."""
 
     def __init__(self, fields: dict[str, Any]) -> None:
         self._fields = fields
@@ -202,11 +202,11 @@ class _Reader:
         if type(value) is not int or value < 1:
             raise self._wrong(key, value, "a whole number from 1")
         if value > MAX_RANK:
-            raise AdapterRefused(f"{key} holds the rank {escape(str(value), 32)}", kind="rank")
+            raise AdapterRefused(f"{key} has rank {escape(str(value), 32)}, more than {MAX_RANK:,}", kind="rank")
         return value
 
     def number(self, key: str, value: object) -> float:
-        # An int of 400 digits is valid JSON but no float.
+        # An int of 400 digits is valid JSON but overflows float.
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _MAX_SCALE:
             raise self._wrong(key, value, "a number up to 1e30")
         return float(value)

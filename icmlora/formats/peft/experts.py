@@ -1,13 +1,13 @@
 """LoRA on parameters instead of modules (`target_parameters`), such as one tensor with the weights of all experts.
 
-PEFT writes one pair for all E experts of a parameter; both are split into one module per expert, and joined again:
+PEFT writes one pair for all E experts of a parameter; icm splits it into one module per expert, and joins them again:
 
     A (E * r, in)    expert e has the rows e * r to (e + 1) * r
     B (out, E * r)   expert e has the columns e, e + E, e + 2 E ...
 
-The file names the module M and not the parameter. Of two parameters of one module, `M.base_layer` is the one that the
-model declares first and `M` the other. Which is which, and with it every rank, follows from the configuration as long
-as only one reading fits the shapes.
+The file names the module M instead of the parameter. If one module has two parameters, `M.base_layer` is the first that
+the model declares, and `M` the second. The assignment, and every rank, follows from the configuration if only one
+reading fits the shapes.
 
 Source: huggingface/peft, tuners/lora/layer.py (`ParamWrapper`).
 """
@@ -25,24 +25,24 @@ from icmlora.formats.peft.names import FactorPair, SortedTensors
 from registry.names import natural_key
 
 _INNER = ".base_layer"
-# As every model of transformers declares them, for parameters of one module.
+# Order of a module's parameters in all transformers models.
 _DECLARED = ("gate_up_proj", "gate_proj", "up_proj", "w1", "w3", "v1", "down_proj", "w2")
-_MOST_EXPERTS = 1024
-_MOST_MODULES = 50_000
-_MOST_CANDIDATES = 8
+_MAX_EXPERTS = 1024
+_MAX_MODULES = 50_000
+_MAX_CANDIDATES = 8
 _KIND = "fused-experts"
 
 
 def resolve_parameters(config: AdapterConfig, targets: Sequence[str], tensors: SortedTensors) -> SortedTensors:
-    """Find out which pairs belong to parameters, and how many experts each has.
+    """Assign pairs to parameters, and determine the number of experts of each.
 
     Args:
         config: The adapter's configuration.
         targets: The modules that it lists.
-        tensors: The pairs under the names that the file has.
+        tensors: The pairs under their names in the file.
 
     Raises:
-        AdapterRefused: More than one reading fits, or none.
+        AdapterRefused: No reading fits, or more than one.
     """
     if not config.target_parameters:
         return tensors
@@ -50,7 +50,7 @@ def resolve_parameters(config: AdapterConfig, targets: Sequence[str], tensors: S
     for pair in tensors.pairs:
         chains[_root(pair.module)].append(pair)
     found = [pair for root, chain in chains.items() for pair in _resolved(config, targets, root, chain)]
-    if sum(pair.experts for pair in found) > _MOST_MODULES:
+    if sum(pair.experts for pair in found) > _MAX_MODULES:
         raise AdapterRefused("it has too many experts", kind=_KIND)
     return SortedTensors(tuple(sorted(found, key=lambda pair: natural_key(pair.module))), tensors.extras)
 
@@ -62,8 +62,8 @@ def _root(module: str) -> str:
 
 
 def _resolved(config: AdapterConfig, targets: Sequence[str], root: str, chain: list[FactorPair]) -> list[FactorPair]:
-    """Read the pairs of one module of the base model."""
-    chain = sorted(chain, key=lambda pair: len(pair.module), reverse=True)  # the parameter declared first comes first
+    """Return the pairs of one module of the base model, assigned to its parameters."""
+    chain = sorted(chain, key=lambda pair: len(pair.module), reverse=True)  # in the order of declaration
     parameters = [name.rpartition(".") for name in config.target_parameters]
     named = dict.fromkeys(name for head, _, name in parameters if head and f".{root}".endswith(f".{head}"))
     anywhere = dict.fromkeys(name for head, _, name in parameters if not head)
@@ -89,22 +89,22 @@ def _is_module(config: AdapterConfig, targets: Sequence[str], pair: FactorPair) 
 def _readings(
     config: AdapterConfig, root: str, chain: Sequence[FactorPair], names: Sequence[str]
 ) -> Iterator[list[FactorPair]]:
-    """Yield the ways to give the pairs to parameters under which every rank fits."""
-    for chosen in permutations(list(names)[:_MOST_CANDIDATES], len(chain)):
+    """Yield the assignments of pairs to parameters that fit every rank."""
+    for chosen in permutations(list(names)[:_MAX_CANDIDATES], len(chain)):
         places = [_DECLARED.index(name) for name in chosen if name in _DECLARED]
         if places != sorted(places):
             continue
         reading = [_read_as(config, f"{root}.{name}", pair) for name, pair in zip(chosen, chain, strict=True)]
         counts = {pair.experts for pair in reading}
-        # A parameter of two dimensions counts as one expert; the others have the experts of the module.
+        # A two-dimensional parameter counts as one expert; the others have the experts of the module.
         if 0 not in counts and len(counts - {1}) <= 1:
             yield reading
 
 
 def _read_as(config: AdapterConfig, parameter: str, pair: FactorPair) -> FactorPair:
-    """Return a pair as that of a parameter; one whose rank does not fit has 0 experts."""
+    """Return a pair assigned to a parameter; `experts` is 0 if its rank does not fit."""
     experts, rest = divmod(pair.a.shape[0], config.rank_of(parameter))
-    experts = 0 if rest or experts > _MOST_EXPERTS or len(pair.a.shape) != 2 else experts
-    # The weight of a linear layer is known by the name of the layer.
+    experts = 0 if rest or experts > _MAX_EXPERTS or len(pair.a.shape) != 2 else experts
+    # The weight of a linear layer goes by the name of the layer.
     module = parameter.removesuffix(".weight") if experts == 1 else parameter
     return replace(pair, module=module, target=parameter, experts=experts)

@@ -1,11 +1,11 @@
-"""PEFT adapters whose training began by taking weights out of the base model: PiSSA, OLoRA, CorDA.
+"""PEFT adapters whose training first subtracted weights from the base model: PiSSA, OLoRA, CorDA.
 
     trained      W + dW = (W - scale * B0 @ A0) + scale * B @ A        A0, B0: the initial weights
     converted    dW = scale * [B, -B0] @ [A; A0]                       an ordinary LoRA of twice the rank
 
-PEFT converts them so when it saves (`path_initial_model_for_weight_conversion`, which calls
-`LoraModel.subtract_mutated_init`), but has to load the base model for it. The files are enough: rows and columns are
-joined as bytes, so every number format stays exact. Unlike PEFT, heads and DoRA magnitudes are kept. Never imports
+PEFT does the same conversion when saving (`path_initial_model_for_weight_conversion`, which calls
+`LoraModel.subtract_mutated_init`), but needs the base model for it. This module needs only the files: rows and columns
+are joined as bytes, so every number format stays exact. Unlike PEFT, it keeps heads and DoRA magnitudes. Never imports
 torch.
 """
 
@@ -26,24 +26,24 @@ from icmlora.formats.peft.names import FactorPair, sort_tensors
 from icmlora.io.safetensors import ITEM_BYTES, RawTensor, TensorHeader, encode, raw_tensors, read_header
 from icmlora.io.strict_json import parse_object
 
-# LoftQ takes away what quantisation costs as well, so its adapters fit the quantised model only: PEFT warns and icm
-# keeps the original. LoRA-GA changes the base model in training, but PEFT does not when it loads such an adapter.
+# LoftQ also compensates for quantisation errors, so its adapters fit only the quantised model: PEFT warns and icm keeps
+# the original. LoRA-GA changes the base model in training, but PEFT does not when it loads such an adapter.
 _METHOD = re.compile(r"(pissa|olora|corda)(_niter_\d{1,6})?")
 _MARK = "converted"
 
 
 def changed_base(config: bytes) -> str | None:
-    """Return the method that changed an adapter's base model and can be undone: pissa, olora or corda."""
+    """Return the reversible method that changed an adapter's base model: pissa, olora or corda."""
     init = fields_of(config).get("init_lora_weights")
     found = _METHOD.fullmatch(init.lower()) if isinstance(init, str) else None
     return None if found is None else found[1]
 
 
 def check_initial(config: bytes, header: TensorHeader, initial_config: bytes, initial: TensorHeader) -> None:
-    """Refuse weights that cannot be those that an adapter began with.
+    """Refuse weights that cannot be an adapter's initial weights.
 
     Raises:
-        AdapterRefused: They are of other modules, shapes, number formats, scales or base model, or are damaged.
+        AdapterRefused: Their modules, shapes, number formats, scales or base model differ, or they are damaged.
     """
     pairs = sort_tensors(header).pairs
     _check(config, pairs, sort_tensors(initial).pairs)
@@ -51,11 +51,11 @@ def check_initial(config: bytes, header: TensorHeader, initial_config: bytes, in
     if None not in (one.base_model, other.base_model) and one.base_model != other.base_model:
         raise _unfit("they belong to another base model")
     if any(one.scale_of(pair.module) != other.scale_of(pair.module) for pair in pairs):
-        raise _unfit("they have another scale")
+        raise _unfit("their scale differs from the adapter's")
 
 
 def convert(config: bytes, weights: bytes, initial: bytes) -> tuple[bytes, bytes]:
-    """Return configuration and weights of the LoRA that does to the unchanged base model what training did.
+    """Return configuration and weights of the equivalent LoRA for the unmodified base model.
 
     Raises:
         AdapterRefused: The initial weights do not fit, or PEFT would not convert such an adapter either.
@@ -71,7 +71,7 @@ def convert(config: bytes, weights: bytes, initial: bytes) -> tuple[bytes, bytes
 
 
 def convert_config(config: bytes) -> bytes:
-    """Return the configuration that PEFT gives a converted adapter.
+    """Return the configuration of a converted adapter, as PEFT writes it.
 
     Raises:
         AdapterRefused: PEFT would not convert it.
@@ -92,7 +92,7 @@ def convert_config(config: bytes) -> bytes:
 
 
 def marked(summary: AdapterSummary, weights: Buffer) -> AdapterSummary:
-    """Return the summary of a converted adapter as one of the original, whose extras are the same tensors."""
+    """Return the summary of a converted adapter as a summary of the original, which has the same extras."""
     infos = {tensor.name: tensor for tensor in read_header(weights).tensors}
     extras = tuple(infos[extra.name] for extra in summary.extras)
     if summary.original_only is not None:
@@ -102,7 +102,7 @@ def marked(summary: AdapterSummary, weights: Buffer) -> AdapterSummary:
 
 
 def converted_form(like: Template) -> Template:
-    """Return the form of the converted adapter where a template is marked, the template itself otherwise."""
+    """Return the form of the converted adapter if a template is marked, else the template itself."""
     data = like.details.encode()
     details = parse_object(data, what="the template", max_bytes=len(data)) if data else {}
     if details.pop(_MARK, None) is not True:

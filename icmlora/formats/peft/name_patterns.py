@@ -1,11 +1,10 @@
-r"""The keys of `rank_pattern` and `alpha_pattern`: which modules each of them means, as PEFT would say.
+r"""Match the keys of `rank_pattern` and `alpha_pattern` against module names, as PEFT does.
 
     re.match(rf"(.*\.)?({key})$", name)        name: of letters, digits, "_", "-" and "."
 
-The keys are hostile input: a few dozen characters can keep Python's matcher busy for years, because it tries one way
-after the other. Most keys are plain names and are compared character by character. The others are read by Python's own
-parser, and matched by following all places of a name that can be reached, all at once. References, look-around and
-flags are refused.
+The keys are untrusted: a few dozen characters can keep Python's backtracking matcher busy for years. Most keys are
+plain names and are compared character by character. The others are parsed by Python's own parser, and matched by
+tracking all reachable positions in a name at once. References, look-around and flags are refused.
 """
 
 from __future__ import annotations
@@ -15,21 +14,21 @@ import string
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from re import _parser  # type: ignore[attr-defined]  # what `re.compile` reads an expression with
+from re import _parser  # type: ignore[attr-defined]  # the parser of `re.compile`
 from typing import Any
 
 _PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_.-]|\\\.)+")
-_LITERAL_DOT = "\\"  # stands for an escaped dot inside `characters`; no module name holds a backslash
+_LITERAL_DOT = "\\"  # represents an escaped dot in `characters`; no module name contains a backslash
 
-_LONGEST_KEY = 512
-_DEEPEST = 32  # groups, choices and repetitions inside each other
+_MAX_KEY_LENGTH = 512
+_MAX_DEPTH = 32  # groups, choices and repetitions inside each other
 
 _WORD = frozenset(string.ascii_letters + string.digits + "_")
 _DIGITS = frozenset(string.digits)
-_ANY = _WORD | {".", "-"}  # every character that a name can have
+_ANY = _WORD | {".", "-"}  # all characters allowed in a name
 _NONE = frozenset[str]()
 _Tree = Iterable[tuple[Any, Any]]
-"""What Python's parser makes of a sequence: signs, each with what it says."""
+"""A sequence from Python's parser: opcodes with their arguments."""
 _CATEGORIES = {
     **{"CATEGORY_DIGIT": _DIGITS, "CATEGORY_WORD": _WORD, "CATEGORY_SPACE": _NONE},
     **{"CATEGORY_NOT_DIGIT": _ANY - _DIGITS, "CATEGORY_NOT_WORD": _ANY - _WORD, "CATEGORY_NOT_SPACE": _ANY},
@@ -37,26 +36,26 @@ _CATEGORIES = {
 
 
 class PatternRefused(Exception):
-    """A key that is not a pattern icm reads, or that takes too long."""
+    """The key is not a supported pattern, or takes too long to match."""
 
 
 @dataclass
 class Steps:
-    """What is left of the steps that the keys of one file may take, all together, for all names."""
+    """Remaining steps for matching all keys of one file against all names."""
 
-    left: int = 10_000_000  # a few seconds; real keys take a hundred or two for each name
+    left: int = 10_000_000  # a few seconds; real keys take one or two hundred per name
 
 
 @dataclass(frozen=True)
 class ModulePattern:
-    """A key that is a plain name, with an optional leading `^`; a dot matches any character unless it is escaped."""
+    """A key that is a plain name, with an optional leading `^`; a dot matches any character unless escaped."""
 
-    characters: str  # the name or the end of one
-    anchored: bool  # whether the whole name has to match, not just its end
+    characters: str  # a name or its end
+    anchored: bool  # whether the whole name must match, not just its end
 
     @classmethod
     def parse(cls, key: str) -> ModulePattern | None:
-        """Read a key, or return None if it is anything but a plain name."""
+        """Parse a key; return None if it is not a plain name."""
         if not _PLAIN.fullmatch(key):
             return None
         return cls(key.removeprefix("^").replace("\\.", _LITERAL_DOT), key.startswith("^"))
@@ -76,15 +75,16 @@ class NameExpression:
     """A key that is a regular expression.
 
     Raises:
-        PatternRefused: Python does not read it, or it has more than characters, choices, repetitions and ends.
+        PatternRefused: Python cannot parse it, or it has parts other than characters, groups, choices, repetitions and
+            anchors.
     """
 
     def __init__(self, key: str, steps: Steps) -> None:
-        if len(key) > _LONGEST_KEY:
+        if len(key) > _MAX_KEY_LENGTH:
             raise PatternRefused(f"it has {len(key):,} characters")
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error")  # a meaning that is about to change is not one to rely on
+                warnings.simplefilter("error")  # do not rely on a meaning that is about to change
                 self._tree = _parser.parse(key)
         except (re.error, Warning, OverflowError, RecursionError) as error:
             raise PatternRefused("Python cannot parse it") from error
@@ -92,7 +92,7 @@ class NameExpression:
             raise PatternRefused("it has flags")
         self._steps = steps
         self._known: dict[str, bool] = {}
-        self._ends(self._tree, set(), "")  # goes through all of it, and refuses what is not known
+        self._ends(self._tree, set(), "")  # visits the whole tree, and refuses unsupported parts
 
     def matches(self, module: str) -> bool:
         """Return whether PEFT would apply the key to this module."""
@@ -103,8 +103,8 @@ class NameExpression:
         return self._known[module]
 
     def _ends(self, tree: _Tree, places: set[int], name: str, depth: int = 0) -> set[int]:
-        """Return where in a name a sequence can end that begins at one of these places."""
-        if depth > _DEEPEST:
+        """Return the positions in a name where a sequence can end if it starts at one of `places`."""
+        if depth > _MAX_DEPTH:
             raise PatternRefused("its groups are nested too deeply")
         self._count(places)
         for sign, value in tree:
@@ -131,11 +131,11 @@ class NameExpression:
     def _repeated(self, inner: _Tree, least: int, most: int, places: set[int], name: str, depth: int) -> set[int]:
         if not places:
             return self._ends(inner, places, name, depth)
-        if [str(sign) for sign, _ in inner] == ["ANY"] and most > len(name):  # as most are: ".*"
+        if [str(sign) for sign, _ in inner] == ["ANY"] and most > len(name):  # the usual case: ".*"
             return set(range(min(places) + least, len(name) + 1))
         for _ in range(least):
             before, places = places, self._ends(inner, places, name, depth)
-            if places == before:  # more repetitions change nothing
+            if places == before:  # further repetitions have no effect
                 break
         found, new = set(places), places
         for _ in range(most - least):
@@ -147,7 +147,7 @@ class NameExpression:
 
 
 def _characters(sign: str, value: Any) -> frozenset[str]:
-    """Return the characters of names that a sign of the parser stands for."""
+    """Return the name characters that an opcode of the parser matches."""
     match sign:
         case "LITERAL":
             return frozenset(chr(value))
@@ -171,5 +171,5 @@ NamePattern = ModulePattern | NameExpression
 
 
 def parse_pattern(key: str, steps: Steps) -> NamePattern:
-    """Read a key; raises `PatternRefused`."""
+    """Parse a key; raises `PatternRefused`."""
     return ModulePattern.parse(key) or NameExpression(key, steps)

@@ -1,7 +1,7 @@
-"""PEFT's names for tensors: which module each belongs to, and which half of it.
+"""Assign tensors to modules and factors by PEFT's names.
 
     base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
-    |-- prefix -----|-- module, as the base model calls it -|-- half --|
+    |-- prefix -----|-- module, as in the base model -------|-- half --|
 
     linear         lora_A.weight      (r, in)         lora_B.weight      (out, r)
     convolution    lora_A.weight      (r, in, k...)   lora_B.weight      (out, r, 1...)
@@ -31,24 +31,24 @@ _HALF = re.compile(
     r"|embedding_(?P<row_half>[AB])(?:\.(?P<of_rows>[\w-]+))?)",
     re.ASCII,
 )
-_MOST_GROUPS = 256
-# Names that torch.compile, FSDP and activation checkpointing put between two modules.
+_MAX_GROUPS = 256
+# Names that torch.compile, FSDP and activation checkpointing insert between two modules.
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 @dataclass(frozen=True)
 class FactorPair:
-    """Both factors of one module, as the file has them."""
+    """Both factors of one module in the file."""
 
     module: str
     a: TensorInfo
     b: TensorInfo
     target: str = ""
-    """What patterns of the configuration match, where that is not the module but one of its parameters."""
+    """Name that patterns of the configuration match, if it is a parameter instead of the module."""
     experts: int = 1
-    """Experts whose factors the tensors hold together (icmlora/formats/peft/experts.py)."""
+    """Number of experts with joint factors (icmlora/formats/peft/experts.py)."""
     groups: int = 1
-    """Groups of a convolution: each has its own rows of A, as many columns of B, and its own outputs."""
+    """Groups of a convolution: each has its own rows of A, the same number of columns of B, and its own outputs."""
 
     @property
     def shapes(self) -> tuple[ModuleShape, ...]:
@@ -63,7 +63,7 @@ class FactorPair:
 
     @property
     def has_usual_names(self) -> bool:
-        """Whether the tensors are called as those of a linear layer."""
+        """Whether the tensors have the names of a linear layer's factors."""
         return (self.a.name, self.b.name) == usual_names(self.module)
 
 
@@ -76,10 +76,10 @@ class SortedTensors:
 
 
 def sort_tensors(header: TensorHeader) -> SortedTensors:
-    """Match every A with its B, and set aside what is neither.
+    """Match every A with its B; other tensors are extras.
 
     Raises:
-        AdapterRefused: A tensor of another method than LoRA, a factor without the other, or shapes that do not fit.
+        AdapterRefused: A tensor belongs to another method, a factor is missing, or shapes do not fit.
     """
     halves: dict[str, dict[str, TensorInfo]] = {}
     extras: list[TensorInfo] = []
@@ -106,12 +106,12 @@ def _parse_key(name: str) -> tuple[str, str, str] | None:
     """Return module and half of a factor and the name of its adapter, or None for an extra."""
     match = _HALF.fullmatch(name)
     if match is None:
-        from icmlora.formats.refusals import refuse_tensor  # needed to read only
+        from icmlora.formats.refusals import refuse_tensor  # needed only for reading
 
         refuse_tensor(name)
         return None
     module = unwrapped(match["module"])
-    # Some tools save without the prefix, and transformers loads such a file; names that only start like it are odd.
+    # Some tools save without the prefix, and transformers loads such files.
     module = module.removeprefix(PREFIX)
     if not is_module_name(module):
         raise AdapterRefused(f"{name} does not name a module", kind="unknown-tensor")
@@ -119,9 +119,9 @@ def _parse_key(name: str) -> tuple[str, str, str] | None:
 
 
 def unwrapped(module: str) -> str:
-    """Return a name without what torch.compile, FSDP and the like put into it."""
+    """Return a name without the parts inserted by torch.compile, FSDP and similar wrappers."""
     plain = without_wrappers(module)
-    # DistributedDataParallel calls what it wraps `module`; deeper down that may be a real name.
+    # DistributedDataParallel names the wrapped module `module`; deeper down that may be a real name.
     for prefix in ("module.", PREFIX + "module."):
         if plain.startswith(prefix):
             return prefix.removesuffix("module.") + plain.removeprefix(prefix)
@@ -129,12 +129,12 @@ def unwrapped(module: str) -> str:
 
 
 def without_wrappers(name: str) -> str:
-    """Return a name without the parts that are surely none of the base model's, as `module` may be one."""
+    """Return a name without unambiguous wrapper parts; `module` stays, because base models may use it."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def wrapper_in(name: str) -> str | None:
-    """Return what a wrapper put into the name of a tensor."""
+    """Return the part that a wrapper inserted into a tensor name; None if there is none."""
     if name == unwrapped(name):
         return None
     return next((part for part in name.split(".") if part in _WRAPPERS), "module")
@@ -149,11 +149,11 @@ def _pair(module: str, halves: dict[str, TensorInfo]) -> FactorPair:
     for tensor in (a, b):
         if len(tensor.shape) < 2 or 0 in tensor.shape:
             hint = "gather the weights of a ZeRO-3 or FSDP run before saving"
-            message = f"{tensor.name} has the shape {list(tensor.shape)}"
+            message = f"{tensor.name} has the invalid shape {list(tensor.shape)}"
             raise AdapterRefused(message, kind="shape", hint=hint)
-    if len(a.shape) == len(b.shape) > 2:  # of a grouped convolution, B has the columns of one group
+    if len(a.shape) == len(b.shape) > 2:  # in a grouped convolution, B has the columns of one group
         groups = max(1, a.shape[0] // b.shape[1])
-    if groups > _MOST_GROUPS:
+    if groups > _MAX_GROUPS:
         raise AdapterRefused(f"{module} is a convolution of {groups:,} groups", kind="grouped-convolution")
     if a.shape[0] != groups * b.shape[1] or b.shape[0] % groups or prod(b.shape[2:]) != 1:
         message = f"{a.name} {list(a.shape)} and {b.name} {list(b.shape)} do not fit together"

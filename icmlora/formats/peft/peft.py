@@ -1,7 +1,6 @@
 """PEFT LoRA folders: adapter_config.json + adapter_model.safetensors + README.md.
 
-Checking, decoding and writing are imported by the methods that need them: to write an original back, the file names
-are enough.
+Methods import checking, decoding and writing when needed: restoring an original needs only the file names.
 
 Source: huggingface/peft, utils/save_and_load.py and tuners/lora.
 """
@@ -37,8 +36,8 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 CONTEXT_TEXT_NAME = "context.txt"
 CONTEXT_MESSAGES_NAME = "context.json"
 CONTEXT_NAMES = frozenset({CONTEXT_TEXT_NAME, CONTEXT_MESSAGES_NAME})
-"""What stands before its requests: `icm context`."""
-# What trainers save next to an adapter and serving needs. A trainer's own state is not part of an adapter.
+"""Text prepended to the adapter's requests: `icm context`."""
+# Files that trainers save next to an adapter and that serving needs. Trainer state is not part of an adapter.
 COMPANIONS = frozenset(
     {
         *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -76,7 +75,7 @@ class PeftFormat(FolderFormat):
     def inspect(
         self, config: bytes, weights: Buffer, *, path: str | Path | None = None, initial: bytes | None = None
     ) -> AdapterSummary:
-        """Check an adapter's two files and summarise them; what is converted is described as the original."""
+        """Check and summarise an adapter's two files; a converted adapter is described as its original."""
         summary = super().inspect(config, weights, path=path, initial=initial)
         if initial is None:
             return summary
@@ -117,13 +116,13 @@ class PeftFormat(FolderFormat):
         from icmlora.formats.peft.tensors import refuse_special, write_fresh, write_like
 
         if like.details:
-            from icmlora.formats.peft.initial import converted_form  # few adapters have a form to be noted
+            from icmlora.formats.peft.initial import converted_form  # few adapters have an unusual form
 
             like = converted_form(like)
         if rank is None:
             return AdapterBytes(*write_like(adapter, like, dtype, extras))
         refuse_special(like, extras)
-        # A decoded adapter has its generator's label, which may be another one of the same base model.
+        # A decoded adapter has its generator's label, which may be another label of the same base model.
         facts = self.read_config(like.config)
         adapter = replace(adapter, base_model=facts.base_model or "", revision=facts.revision)
         return AdapterBytes(*write_fresh(adapter, dtype or "bfloat16", metadata, rank=rank))

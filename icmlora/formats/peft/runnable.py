@@ -1,6 +1,6 @@
-"""What the tensors of a PEFT adapter do to its base model, so that it can be run without running its configuration.
+"""Map the tensors of a PEFT adapter to the base model, to run the adapter without its configuration.
 
-PEFT treats names in a configuration as regular expressions. Here the tensors' own names say which modules they are for.
+PEFT treats names in a configuration as regular expressions. Here, tensor names determine the modules.
 
     M.lora_magnitude_vector                      DoRA: the length of each row of W + dW
     M.lora_B.bias                                added to the output of B, then scaled
@@ -35,7 +35,7 @@ _KINDS = re.compile(
     r"|(?P<other>lora_\w+(\..*)?)"
     r")"
 )
-# Segments that PEFT puts into the name of a module that it wrapped.
+# Segments that PEFT inserts into the name of a wrapped module.
 _WRAPPING = re.compile(r"\.(base_layer|original_module|modules_to_save(\.default)?)(?=\.)")
 _CANNOT_RUN = {
     "alora_invocation_tokens": "it acts only after its invocation tokens (aLoRA)",
@@ -44,19 +44,19 @@ _CANNOT_RUN = {
 }
 
 
-_MEASURE = "write it with `icm materialize` and measure it where it was trained; icm still stores and writes it"
+_EVALUATE = "write it with `icm materialize` and evaluate it where it was trained"
 
 
 def read_runnable(config: bytes, weights: bytes) -> RunnableAdapter:
-    """Read an adapter, and sort its extras by what they do.
+    """Read an adapter, and sort its extras by their effect.
 
     Raises:
-        AdapterRefused: It works in a way that icm cannot run.
+        AdapterRefused: icm cannot run this kind of adapter.
     """
     fields = fields_of(config)
     for field, what in _CANNOT_RUN.items():
         if fields.get(field):
-            raise AdapterRefused(f"icm cannot run it: {what}", kind="cannot-run", hint=_MEASURE)
+            raise AdapterRefused(f"icm cannot run it: {what}", kind="cannot-run", hint=_EVALUATE)
     loaded, parsed = read_adapter(config, weights), AdapterConfig.parse(config)
     values: dict[str, torch.Tensor] = {}
     rows: dict[str, tuple[Sequence[int], torch.Tensor]] = {}
@@ -87,7 +87,7 @@ def read_runnable(config: bytes, weights: bytes) -> RunnableAdapter:
 
 
 def _row_numbers(fields: Mapping[str, Any], module: str, rows: torch.Tensor) -> Sequence[int]:
-    """Return which rows of an embedding these are."""
+    """Return the indices of an embedding's trained rows."""
     stated = fields.get("trainable_token_indices")
     if isinstance(stated, dict):
         stated = next((numbers for key, numbers in stated.items() if f".{module}".endswith(f".{key}")), None)

@@ -1,7 +1,7 @@
-"""The tensors of a PEFT adapter, from a file to factors and back.
+"""Convert the tensors of a PEFT adapter to factors and back.
 
 tensor file, config ──▶ factors (r, in), (out, r) with the scale folded into B  +  extras
-factors, template   ──▶ the same names, ranks, shapes and types as the original, with the scale taken out again
+factors, template   ──▶ the same names, ranks, shapes and types as the original, with the scale divided out again
 factors alone       ──▶ the form that every engine reads: one rank, alpha == rank, no patterns
 """
 
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
     from icmlora.formats.peft.names import FactorPair
 
 _METADATA = {"format": "pt"}
-_MOST_PARTS = 1024  # experts or groups of one module
+_MAX_PARTS = 1024  # experts or groups of one module
 
 
 def read_adapter(config: bytes, weights: bytes) -> LoadedAdapter:
-    """Read the factors in float32 and the extras as they are.
+    """Read the factors in float32, and the extras unchanged.
 
     Raises:
-        AdapterRefused: The adapter is damaged, or there can be no code of it.
+        AdapterRefused: The adapter is damaged, or can have no code.
     """
-    from icmlora.formats.peft.check import check_adapter  # needed to read only
+    from icmlora.formats.peft.check import check_adapter  # needed only for reading
 
     checked = check_adapter(config, weights)
     parsed, pairs = checked.config, () if checked.tensors is None else checked.tensors.pairs
@@ -60,20 +60,20 @@ def _modules(pair: FactorPair, values: Mapping[str, torch.Tensor], config: Adapt
 
 
 def _split(a: torch.Tensor, b: torch.Tensor, experts: int, groups: int) -> list[Factors]:
-    """Split the factors of a module (r, in), (out, r) into those of its experts or groups."""
+    """Split the factors of a module (r, in), (out, r) into factors of its experts or groups."""
     inputs, (outputs, columns) = a.shape[1], b.shape
     if experts > 1:
-        # The columns of B belong to the experts in turn.
+        # The columns of B cycle through the experts.
         by_expert = b.reshape(outputs, columns // experts, experts).permute(2, 0, 1).contiguous()
         return list(zip(a.reshape(experts, -1, inputs), by_expert, strict=True))
     return list(zip(a.reshape(groups, columns, inputs), b.reshape(groups, -1, columns), strict=True))
 
 
 def joined(parts: Sequence[Factors], *, experts: bool) -> Factors:
-    """Join the factors (r, in), (out, r) of n experts or groups of a module, in their order.
+    """Join the factors (r, in), (out, r) of n experts or groups of a module, in order.
 
     Returns:
-        A (n r, in), and B (out, n r) of experts, or (n out, r) of groups.
+        A (n r, in), and B (out, n r) for experts, or (n out, r) for groups.
     """
     a = torch.cat([a for a, _ in parts])
     if experts:
@@ -85,13 +85,13 @@ def joined(parts: Sequence[Factors], *, experts: bool) -> Factors:
 def write_like(
     adapter: Adapter, like: Template, dtype: str | None, extras: Mapping[str, RawTensor]
 ) -> tuple[bytes, bytes]:
-    """Write a tensor file and its configuration in the form of another adapter.
+    """Serialise an adapter in the form of another adapter: tensor file and configuration.
 
-    Modules that `adapter` lacks become zeros. Names that a wrapper put in are left out. The configuration is the other
-    one's, unless that states other ranks than the layout of the form.
+    Missing modules become zeros. Wrapper parts of names are removed. The configuration is copied from the other
+    adapter, with new ranks if they differ from the layout.
 
     Raises:
-        AdapterRefused: The form does not fit, or a type cannot hold a value.
+        AdapterRefused: The form does not fit, or a value overflows its type.
     """
     config, details = AdapterConfig.read(like.config), _Details.parse(like)
     clean = {without_wrappers(name): tensor for name, tensor in extras.items()}
@@ -109,7 +109,7 @@ def write_like(
         for axis, (noted, factor) in enumerate(zip(names, factors, strict=True)):
             kind = details.type_of(noted) if dtype is None else dtype_name(dtype)
             size = details.shapes.get(noted, tuple(factor.shape))
-            name = without_wrappers(noted)  # PEFT finds no module for the others, and loads nothing
+            name = without_wrappers(noted)  # PEFT does not load tensors with wrapper parts in their names
             if not is_stated:
                 size = *size[:axis], factor.shape[axis], *size[axis + 1 :]  # A (r, ...), B (out, r, ...)
             if prod(size) != factor.numel() or name in tensors or name in extras:
@@ -120,10 +120,10 @@ def write_like(
 
 
 def rounded_like(adapter: Adapter, like: Template) -> Adapter:
-    """Return what reading a file of `write_like` gives, without the file: rounded, and of the ranks of the form.
+    """Return the adapter as a file from `write_like` would contain it: rounded, with the ranks of the form.
 
     Raises:
-        AdapterRefused: The form does not fit, or a type cannot hold a value.
+        AdapterRefused: The form does not fit, or a value overflows its type.
     """
     config, details = AdapterConfig.read(like.config), _Details.parse(like)
     modules = []
@@ -143,9 +143,9 @@ def rounded_like(adapter: Adapter, like: Template) -> Adapter:
 
 @dataclass(frozen=True)
 class _Details:
-    """The template that `check_adapter` noted, read as hostile input: a bundle may come from anywhere."""
+    """The template from `check_adapter`, parsed as untrusted input: it may come from a bundle."""
 
-    experts: Mapping[str, int]  # module -> how many modules of the layout it is
+    experts: Mapping[str, int]  # module -> number of its modules in the layout
     groups: Mapping[str, int]  # likewise, for the groups of a convolution
     targets: Mapping[str, str]  # module -> the name that patterns match
     names: Mapping[str, tuple[str, str]]  # module -> its two tensors
@@ -172,7 +172,7 @@ class _Details:
             )
             if not (
                 all(TENSOR_NAME.fullmatch(name) for pair in made.names.values() for name in pair)
-                and all(1 < count <= _MOST_PARTS for count in made.parts.values())
+                and all(1 < count <= _MAX_PARTS for count in made.parts.values())
                 and all(0 < size <= MAX_DIMENSION for sizes in made.shapes.values() for size in sizes)
                 and all(isinstance(text, str) for text in made.metadata.values())
             ):
@@ -181,7 +181,7 @@ class _Details:
 
 
 def refuse_special(like: Template, extras: Mapping[str, RawTensor]) -> None:
-    """Refuse the form that every engine reads for an adapter with more than the factors of linear layers.
+    """Refuse to write an adapter with more than linear layers in the form that every engine reads.
 
     Raises:
         AdapterRefused: It has convolutions, fused experts or extras.
@@ -203,13 +203,13 @@ def write_fresh(
     rank: int | None = None,
     magnitudes: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[bytes, bytes]:
-    """Write a tensor file and its configuration in the form that every engine reads.
+    """Serialise a tensor file and its configuration in the form that every engine reads.
 
-    Engines disagree on patterns and on alpha: one rank for all modules and alpha == rank mean the same to all. With
-    `magnitudes`, DoRA's lengths (out,) of the rows of W + dW by module, it is a DoRA adapter.
+    Engines disagree on patterns and on alpha, but all agree on one rank for all modules with alpha == rank. With
+    `magnitudes`, DoRA's lengths (out,) of the rows of W + dW by module, the result is a DoRA adapter.
 
     Raises:
-        AdapterRefused: A module has a higher rank than `rank`, or the type cannot hold a value.
+        AdapterRefused: A module has a higher rank than `rank`, or a value overflows the type.
     """
     largest = max(module.a.shape[0] for module in adapter.modules)
     if rank is not None and rank < largest:

@@ -47,7 +47,7 @@ def test_a_task_without_a_module_of_the_mean_gets_its_own_back() -> None:
 
 
 def test_a_mean_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="no mean"):
+    with pytest.raises(ValueError, match="no adapters to average"):
         baseline_named("mean").prepare({})
 
 

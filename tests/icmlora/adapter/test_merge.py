@@ -83,7 +83,7 @@ def test_a_module_that_only_one_adapter_has_is_weighted_alone(adapters: list[Ada
 @pytest.mark.parametrize("method", OF_ONE_RANK)
 def test_what_merges_factors_refuses_different_ranks(tmp_path: Path, folders: list[Path], method: MergeMethod) -> None:
     pair = [load_adapter(folders[0]), load_adapter(write_lora(tmp_path / "wide", rank=5))]
-    with pytest.raises(DataError, match="merges factors of one rank") as refused:
+    with pytest.raises(DataError, match="needs equal ranks") as refused:
         merged(pair, WEIGHTS, method)
     assert refused.value.hint == f"use --method {'svd' if method == 'linear' else f'{method}_svd'}"
 

@@ -77,7 +77,7 @@ def test_different_widths_are_an_error() -> None:
 
 
 def test_an_adapter_names_each_module_once() -> None:
-    with pytest.raises(ValueError, match="only once"):
+    with pytest.raises(ValueError, match="unique name"):
         adapter((Q0, *pair(0)), (Q0, *pair(1)))
 
 

@@ -95,15 +95,15 @@ def test_a_shape_has_its_innermost_dimension_last() -> None:
     [
         (b"", "its header ends after 0 bytes"),
         (b"GGML" + bytes(20), "not a GGUF file"),
-        (HEAD.pack(b"GGUF", 1, 0, 0), "GGUF of version 0x1"),
-        (HEAD.pack(b"GGUF", 3 << 24, 0, 0), "or of another byte order"),
+        (HEAD.pack(b"GGUF", 1, 0, 0), "unsupported GGUF version 0x1"),
+        (HEAD.pack(b"GGUF", 3 << 24, 0, 0), "or big-endian file"),
         (HEAD.pack(b"GGUF", 3, 0, 0), "its tensors end at byte 32 but the file has 24"),
         (HEAD.pack(b"GGUF", 3, 0, 1) + struct.pack("<Q1sI", 1, b"x", 99), "a value of an unknown type"),
         (HEAD.pack(b"GGUF", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"x", 9, 9, 5), "a value of an unknown type"),
         (HEAD.pack(b"GGUF", 3, 1, 0) + struct.pack("<Q1sI", 1, b"x", 5), "x has 5 dimensions"),
         (HEAD.pack(b"GGUF", 3, 1, 0) + struct.pack("<Q1sIQIQ", 1, b"x", 1, 4, 77, 0), "x has the unknown type 77"),
         (HEAD.pack(b"GGUF", 3, 1, 0) + struct.pack("<Q1sIQIQ", 1, b"x", 1, 4, 0, 32), "x does not start where"),
-        (HEAD.pack(b"GGUF", 3, 1, 0) + struct.pack("<Q1sIQIQ", 1, b"x", 1, 4, 8, 0), "rows of 4, which Q8_0"),
+        (HEAD.pack(b"GGUF", 3, 1, 0) + struct.pack("<Q1sIQIQ", 1, b"x", 1, 4, 8, 0), "rows of length 4, which Q8_0"),
     ],
 )
 def test_a_damaged_header_is_refused_with_the_fact(data: bytes, fact: str) -> None:
@@ -116,9 +116,9 @@ def test_a_damaged_header_is_refused_with_the_fact(data: bytes, fact: str) -> No
     [
         (HEAD.pack(b"GGUF", 3, 0, 2**60), "claims 1,152,921,504,606,846,976 keys"),
         (HEAD.pack(b"GGUF", 3, 2**40, 0), "claims 1,099,511,627,776 tensors"),
-        (HEAD.pack(b"GGUF", 3, 0, 1) + struct.pack("<Q1sI", 1, b"\x1b", 4), "the key .* is not plain"),
-        (HEAD.pack(b"GGUF", 3, 1, 0) + struct.pack("<Q4s", 4, b"../x"), "the tensor name .* is not plain"),
-        (HEAD.pack(b"GGUF", 3, 1, 0) + struct.pack("<Q1sIQIQ", 1, b"x", 1, 2**40, 0, 0), "x has the shape"),
+        (HEAD.pack(b"GGUF", 3, 0, 1) + struct.pack("<Q1sI", 1, b"\x1b", 4), "invalid key"),
+        (HEAD.pack(b"GGUF", 3, 1, 0) + struct.pack("<Q4s", 4, b"../x"), "invalid tensor name"),
+        (HEAD.pack(b"GGUF", 3, 1, 0) + struct.pack("<Q1sIQIQ", 1, b"x", 1, 2**40, 0, 0), "x has the invalid shape"),
         (HEAD.pack(b"GGUF", 3, 0, 2) + 2 * struct.pack("<Q1sIB", 1, b"x", 0, 1), "the key 'x' twice"),
         (HEAD.pack(b"GGUF", 3, 2, 0) + 2 * struct.pack("<Q1sIQIQ", 1, b"x", 1, 4, 0, 0), "a tensor twice"),
         (HEAD.pack(b"GGUF", 3, 0, 1) + struct.pack("<Q1sIQ", 1, b"x", 8, 9 << 20) + bytes(9 << 20), "more than"),

@@ -179,7 +179,7 @@ def test_another_method_is_kept_as_its_original_only(tmp_path: Path, keys: tuple
     path = write(tmp_path / "x.safetensors", {f"lora_unet_x.{key}": values(4, 4) for key in keys} | kohya(Q))
     (task,) = find_adapters([tmp_path]).tasks
     summary = task.final.format.inspect(b"", path.read_bytes())
-    assert (task.final.format.name, summary.original_only) == ("lycoris", f"it is {method}, not LoRA alone")
+    assert (task.final.format.name, summary.original_only) == ("lycoris", f"it is {method}, not plain LoRA")
 
 
 def test_factors_that_are_transposed_are_refused() -> None:

@@ -34,7 +34,7 @@ def test_the_first_wrong_value_is_named_with_its_position(dtype: str, value: str
     values[2, 0] = float("nan")
     with pytest.raises(AdapterRefused) as caught:
         check(a=raw(torch.zeros(2), "F32"), b=raw(values, dtype))
-    assert caught.value.message == f"b holds {name} at [1, 2] (2 such values in it)"
+    assert caught.value.message == f"b holds {name} at [1, 2] (2 such values in the tensor)"
     assert caught.value.kind == "non-finite"
 
 
