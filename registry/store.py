@@ -34,7 +34,7 @@ from registry.refs import Written, chunks, move, raise_seq, ref_of, remove_ref, 
 from registry.storage.blobs.content import Blobs
 from registry.storage.locks import Patience
 from registry.storage.open import StoreParts, open_parts
-from registry.tables import HISTORY, META, REFS, TaskRow, index_of, key_of, packed_files
+from registry.tables import HISTORY, META, REFS, REPAIR_HINT, TaskRow, index_of, key_of, packed_files
 
 if TYPE_CHECKING:
     from registry.reachability import PruneReport
@@ -218,7 +218,11 @@ class Store:
 
     def history(self, name: str) -> list[Task]:
         """Return the versions of a task, oldest first."""
-        return cast(list[Task], self._history(Task.KIND, self.task(name).name))
+        task = self.task(name)
+        versions = cast(list[Task], self._history(Task.KIND, task.name))
+        if not versions:
+            raise DamagedStore(f"the database has no version of task {task.name!r}", hint=REPAIR_HINT)
+        return versions
 
     def generators(self, base_model: str | None = None) -> list[Generator]:
         """Return all generators, or those of one base model, oldest first."""

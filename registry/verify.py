@@ -30,8 +30,7 @@ Kind = Literal[
 ]
 
 _HARMLESS = {"uncommitted", "orphan", "leftover", "remark"}
-OF_DATABASE = {"database", "row", "unlisted", "uncommitted"}
-"""What a rebuild of the database repairs."""
+_OF_DATABASE = {"database", "row", "unlisted", "uncommitted"}
 OF_FILES = {"length", "digest"}
 """What a repair of the file corrects or moves to quarantine."""
 MAX_REPAIRED_BYTES = 1 << 16
@@ -54,6 +53,11 @@ class Finding:
     def is_problem(self) -> bool:
         """False for the leftovers of killed commands, and for remarks on adapters that are kept as they are."""
         return self.kind not in _HARMLESS
+
+    @property
+    def is_of_database(self) -> bool:
+        """Whether a rebuild of the database repairs it."""
+        return self.kind in _OF_DATABASE or self.is_manifest
 
 
 @dataclass(frozen=True)
@@ -378,4 +382,4 @@ def _write(store: Store, refs: Sequence[State], history: Sequence[State], seq: i
         connection.execute(update(META).values(seq=seq))
 
 
-__all__ = ["OF_DATABASE", "OF_FILES", "Finding", "Rebuilt", "rebuild", "repair", "verify"]
+__all__ = ["OF_FILES", "Finding", "Rebuilt", "rebuild", "repair", "verify"]

@@ -52,7 +52,7 @@ def verify(
     Example:
       icm verify --read-data
     """
-    from icmlora.fleet.tasks.verify import OF_DATABASE, OF_FILES, rebuild_database, repair_files
+    from icmlora.fleet.tasks.verify import OF_FILES, rebuild_database, repair_files
 
     if repair and tasks:
         raise UsageProblem("--repair always repairs the whole store", hint="remove the task names")
@@ -60,7 +60,7 @@ def verify(
     findings = _find(session, tasks or (), read_data=read_data, decode=decode)
     rebuilt = None
     question = "Rebuild the database from the manifests?"
-    if repair and any(finding.kind in OF_DATABASE for finding in findings) and out.confirm(question, yes=yes):
+    if repair and any(finding.is_of_database for finding in findings) and out.confirm(question, yes=yes):
         rebuilt = rebuild_database(session.context)
         _print_rebuilt(session, rebuilt)
         findings = _find(session, (), read_data=read_data, decode=decode)
@@ -120,14 +120,14 @@ def _print_rebuilt(session: Session, rebuilt: Rebuilt) -> None:
 
 
 def _sum_up(session: Session, findings: Sequence[Finding], problems: Sequence[Finding], *, read_data: bool) -> None:
-    from icmlora.fleet.tasks.verify import OF_DATABASE, OF_FILES
+    from icmlora.fleet.tasks.verify import OF_FILES
 
     out = session.out
     if problems:
         out.line(f"found {counted(len(problems), 'problem')}")
     else:
         out.line("the store is intact" if read_data else "the store is intact (contents not checked; use --read-data)")
-    if any(finding.kind in OF_DATABASE for finding in findings):
+    if any(finding.is_of_database for finding in findings):
         out.hint("run `icm verify --repair` to rebuild the database from the manifests")
     elif any(finding.kind in OF_FILES for finding in problems):
         out.hint("run `icm verify --repair` to correct damaged files, or to move them to quarantine")

@@ -18,7 +18,7 @@ from registry.errors import RegistryError
 from registry.manifests import Run, Task
 from registry.storage.folder import FORMAT_TEXT
 from registry.store import Store
-from registry.verify import OF_DATABASE, OF_FILES
+from registry.verify import OF_FILES
 from tests.registry.examples import BASE, evict, ingest, new_store, put, task, train, vector
 
 pytestmark = pytest.mark.kept_in("sqlite", "folder", reason="the files of a store folder")
@@ -105,7 +105,7 @@ def repair(place: Path) -> None:
         (place / "FORMAT").write_text(FORMAT_TEXT)
     with new_store(place) as store:
         findings = list(store.verify(read_data=True))
-        if any(finding.kind in OF_DATABASE for finding in findings):
+        if any(finding.is_of_database for finding in findings):
             store.rebuild()
             findings = list(store.verify(read_data=True))
         done = [store.repair(finding) for finding in findings if finding.kind in OF_FILES]

@@ -319,3 +319,10 @@ def test_a_code_keeps_the_generator_that_made_it(store: Store) -> None:
     assert store.task("rust").code_under(first) == code(store, "rust")
     assert [one.version for one in store.generators(BASE)] == [1, 2]
     assert store.generator_of(first.blob, BASE).version == 1
+
+
+def test_a_task_whose_versions_are_gone_from_the_database_is_damaged(store: Store) -> None:
+    ingest(store, "rust")
+    damage(store, "DELETE FROM history")
+    with pytest.raises(DamagedStore, match="no version of task 'rust'"):
+        store.history("rust")

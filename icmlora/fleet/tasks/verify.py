@@ -12,7 +12,6 @@ from icmlora.errors import BaseModelMismatch, BaseModelNotFound, DataError
 from icmlora.fleet.context import Context, Event, locate_base, use_case
 from registry.errors import DamagedStore
 from registry.manifests import Code, Task
-from registry.verify import OF_DATABASE as OF_DATABASE
 from registry.verify import OF_FILES as OF_FILES
 from registry.verify import Finding as Finding
 from registry.verify import Rebuilt
@@ -56,7 +55,7 @@ def _findings(store: Store, tasks: Sequence[str], *, read_data: bool, decode: bo
     is_damaged = False
     for finding in store.verify(read_data=read_data, names=tasks):
         yield finding
-        is_damaged |= finding.is_problem and (finding.kind in OF_DATABASE or finding.is_manifest)
+        is_damaged |= finding.is_problem and finding.is_of_database
     if is_damaged:  # the rest reads tasks
         return
     fitted = defaultdict[str, list[Task]](list)
