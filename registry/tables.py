@@ -26,6 +26,7 @@ from registry.manifests import State, Task
 from registry.names import folder_of
 
 _START = 8
+_SHA256_BYTES, _TENSORS_KEY_BYTES = 32, 8
 FORMAT = 1
 """Of the tables and the manifests. A store with another number is refused."""
 
@@ -52,9 +53,11 @@ class Digest(TypeDecorator[str]):
 
     def process_result_value(self, value: bytes | None, dialect: Dialect) -> str | None:
         """Return the value (SQLAlchemy's hook)."""
-        if not isinstance(value, bytes | None):
+        if value is None:
+            return None
+        if not isinstance(value, bytes) or len(value) not in (_SHA256_BYTES, _TENSORS_KEY_BYTES):
             raise UnreadableValue(f"not a digest: {str(value)[:80]!r}")
-        return None if value is None else value.hex()
+        return value.hex()
 
 
 # Ordered by code points in both databases.

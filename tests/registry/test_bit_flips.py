@@ -45,7 +45,9 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train(store, ["html", "lost"], data=b"second generator")
         evict(store, "lost")
         store.update_base(BASE, lambda base: replace(base, fingerprint="f00d"))
-        store.save_run(Run(base_model=BASE, config={}, weights=put(store, b"run weights")))
+        for base in (BASE, "example/other"):
+            store.save_run(Run(base_model=base, config={}, weights=put(store, base.encode())))
+        store.end_run("example/other")
         store.update("html@1", lambda known: replace(known, note="old"))
         store.remove(store.named(["gone"]))
     return place
