@@ -360,6 +360,7 @@ def _delete_states(store: Store, states: Sequence[Found], newest: float | None =
     for is_removal in (True, False):
         digests = [one.info.digest for one in states if one.is_removal == is_removal]
         freed += store.manifests.delete(digests, newest=newest)
+        store.manifests.sync_deletions(digests)
         failpoint("manifests-deleted")
     return freed
 

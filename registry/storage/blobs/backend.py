@@ -11,7 +11,7 @@ content.py names and verifies the bytes. `LocalBackend` in local.py keeps them i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple, Protocol
@@ -117,6 +117,10 @@ class BlobBackend(Protocol):
 
     def delete(self, digest: str, *, newest: float = math.inf) -> int:
         """Delete a blob and return the bytes that this frees; leave one that was written after `newest`."""
+        ...
+
+    def sync_deletions(self, digests: Iterable[str]) -> None:
+        """Return once these deletions are durable."""
         ...
 
     def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:

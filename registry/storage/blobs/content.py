@@ -229,6 +229,10 @@ class Blobs:
             newest = self.now() - self.grace if self.is_remote else math.inf
         return sum(self._each(partial(self._backend.delete, newest=newest), list(digests)))
 
+    def sync_deletions(self, digests: Iterable[str]) -> None:
+        """Return once deletions are durable, and what is deleted next cannot be lost without them."""
+        self._backend.sync_deletions(digests)
+
     def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
         """Yield what killed writers left among the blobs, or else, `aside`, what is in quarantine."""
         return self._backend.leftovers(aside=aside)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, BinaryIO
@@ -92,6 +92,12 @@ class LocalBackend:
             fs.unlink(path)
             fs.failpoint("blob-unlinked")
         return status.st_size
+
+    def sync_deletions(self, digests: Iterable[str]) -> None:
+        """Sync the folders of the deleted files."""
+        for folder in {self.path(digest).parent for digest in digests}:
+            with fs.store_errors(folder), suppress(FileNotFoundError):
+                fs.fsync_dir(folder)
 
     def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
         """Yield the files of the temporary folder, or of the quarantine folder."""

@@ -21,7 +21,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
 from configparser import Error as ConfigError
@@ -205,6 +205,9 @@ class ObjectBackend:
             obstore.delete(self._store, name)
         failpoint("blob-unlinked")
         return found.size
+
+    def sync_deletions(self, digests: Iterable[str]) -> None:
+        """Do nothing: a bucket has deleted an object when it answers."""
 
     def quarantine(self, digest: str) -> str:
         """Copy an object to the quarantine, then delete it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import BinaryIO
@@ -81,6 +81,9 @@ class MemoryBackend:
     def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
         for place, data in list(self.damaged.items()) if aside else ():
             yield Leftover(place, len(data), self._modified[place[:64]], partial(self.damaged.pop, place, None))
+
+    def sync_deletions(self, digests: Iterable[str]) -> None:
+        pass
 
     def quarantine(self, digest: str) -> str:
         place = f"{digest}.{uuid4().hex[:8]}"
