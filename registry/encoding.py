@@ -95,7 +95,7 @@ USES = ("originals", "checkpoints", "generators", "codes", "extras", "vectors", 
 
 
 def files_of(body: Any) -> Iterator[tuple[str, File]]:
-    """Yield use and file of all bytes that the JSON of a manifest needs; those of evicted weights are not needed.
+    """Yield use and file of all bytes that the JSON of a manifest needs; except evicted weights.
 
     The network of a code is needed too: it has the use `generators`.
     """
@@ -164,7 +164,7 @@ def _written(value: Any, documents: dict[str, bytes]) -> Any:
 
 
 def _as_declared(one: Any, value: Any) -> Any:
-    """Return a `File` that stands in a field for a digest as a digest."""
+    """Return a `File` as a plain digest if the field declares one."""
     return str(value) if isinstance(value, File) and "File" not in one.type else value
 
 

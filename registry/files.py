@@ -42,7 +42,7 @@ _SPECIAL = {errno.ENXIO, errno.ENODEV}  # such as a socket
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 # O_BINARY: without it, Windows would change line ends.
 _AS_IT_IS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-# Without it, opening a pipe that nobody writes to would wait for ever.
+# Without it, opening a pipe without a writer would block forever.
 _AT_ONCE = getattr(os, "O_NONBLOCK", 0)
 
 
@@ -94,7 +94,7 @@ def _lock_on_windows(fd: int, kind: LockKind, *, wait: bool) -> bool:
 
 
 def unlock(fd: int) -> None:
-    """Give up the lock of an open file."""
+    """Release the lock of an open file."""
     try:
         import fcntl
     except ModuleNotFoundError:
@@ -118,7 +118,7 @@ def fsync(fd: int) -> None:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Rename a file over whatever `target` was; atomic, and durable once the folder is synced."""
+    """Rename a file, replacing `target`; atomic, and durable once the folder is synced."""
     os.replace(source, target)
 
 
@@ -143,7 +143,7 @@ def rename_new(source: Path, target: Path) -> None:
 
 
 def exchange(first: Path, second: Path, aside: Path) -> None:
-    """Let two files, or two folders, change their names; atomic, or by a third name where the file system cannot."""
+    """Swap the names of two files or folders; atomic where the file system supports it, else through a third name."""
     if _exchanged(first, second):
         return
     done: list[tuple[Path, Path]] = []
@@ -202,7 +202,7 @@ def fsync_dir(path: Path) -> None:
 
 
 def listed(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield the name of each file in a folder, in order, and its status, unless it is removed meanwhile."""
+    """Yield the name of each file in a folder, in order, and its status, unless another process removes it."""
     # From an open folder where that can be: to follow the whole path for each takes longer.
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY) if os.stat in os.supports_dir_fd else None
     try:
@@ -229,7 +229,7 @@ def write_file(path: Path, data: Bytes, mode: int = 0o666) -> None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Say whether an exception means that no space is left on the device."""
+    """Return whether an exception means that no space is left on the device."""
     return isinstance(error, StoreFull) or (isinstance(error, OSError) and error.errno in _FULL)
 
 
@@ -304,7 +304,7 @@ def read_exactly(fd: int, size: int, offset: int) -> bytes:
             if count == 0:
                 raise SourceChanged("was truncated while being read", reason="changed")
             done += count
-    return whole.getvalue()  # the same memory: nobody else has the bytes
+    return whole.getvalue()  # the same memory: there is no other reference
 
 
 def _read_into(view: memoryview, fd: int, offset: int) -> int:
@@ -341,5 +341,5 @@ def _special(path: Path) -> SourceRefused:
 
 
 def identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    """Return what tells a file, as it is now, from another one and from itself after it was written to."""
+    """Return a key of a file's present state: it differs for other files, and after each write."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -114,7 +114,7 @@ class Adapter(Part):
     created_at: str = field(default_factory=now)
     evicted_at: str | None = None  # when the weights were deleted; everything else stays known
     is_generated: bool = False  # a generator made it from samples
-    tensors_key: str | None = None  # equal for equal tensors, whatever else their file says
+    tensors_key: str | None = None  # equal for equal tensors, whatever their metadata
 
     dtype: str
     rank_max: int
@@ -138,7 +138,7 @@ class Adapter(Part):
 
     @property
     def can_be_read(self) -> bool:
-        """Whether its weights are in the store and are those of a LoRA."""
+        """Whether its weights are in the store and form a LoRA."""
         return not self.is_evicted and self.original_only is None
 
     @property
@@ -167,7 +167,7 @@ class Adapter(Part):
         return sum(extra.blob.size for extra in self.extras)
 
     def is_same(self, other: Adapter) -> bool:
-        """Return whether two adapters have the same files: whatever was measured of one holds for the other."""
+        """Return whether two adapters have the same files, so that measurements of one hold for the other."""
         return (self.weights, self.initial, self.config) == (other.weights, other.initial, other.config)
 
 
@@ -250,7 +250,7 @@ class Measurement(Part, WithRelativeError):
     squared_error: float | None = None
     settings: Json  # how it was measured
     metric: str = NLL
-    others: Mapping[str, float] = field(default_factory=dict)  # further figures beside the metric, by name
+    others: Mapping[str, float] = field(default_factory=dict)  # further figures besides the metric, by name
     created_at: str = field(default_factory=now)
 
     @property
@@ -266,7 +266,7 @@ class Measurement(Part, WithRelativeError):
 
     @property
     def subject(self) -> tuple[object, ...]:
-        """What is measured: a new measurement replaces an earlier one with the same subject."""
+        """Key of the measurement: a new one replaces an earlier one with the same key."""
         return self.source, self.generator, self.data, self.metric, self.load_in
 
 

@@ -42,14 +42,14 @@ _NOT_IN_FILE_NAMES = frozenset('/\\:*?"<>|')
 _MAX_FILE_NAME = 255  # bytes, on most file systems
 _CHECKPOINT = re.compile(r"/checkpoint-[0-9]+$")
 _DIGITS = re.compile(r"(\d+)")
-# Windows opens a device, not a file, for these, whatever the extension.
+# Windows opens a device, not a file, for these, with any extension.
 _WINDOWS_NAMES = frozenset(
     ["con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in "123456789¹²³")]
 )
 
 
 def task_name_problem(name: str) -> str | None:
-    """Say why a name cannot be a task's, or return None if it can."""
+    """Return the reason why a name cannot be a task's; None if it can."""
     if not name:
         return "the name is empty"
     if len(name) > MAX_NAME:
@@ -70,7 +70,7 @@ def _is_one_word(name: str) -> bool:
 
 
 def is_name_character(char: str) -> bool:
-    """Say whether the name of a task may have a character: letters, marks and numbers of every script, and `._-`."""
+    """Return whether a task name may contain a character: letters, marks and numbers of every script, and `._-`."""
     return (unicodedata.category(char)[0] in "LMN" and not _UNSEEN.match(char)) or char in "._-"
 
 
@@ -102,7 +102,7 @@ def check_note(text: str) -> str:
 
 
 def is_text(text: str) -> bool:
-    """Say whether UTF-8 can hold a text: arguments of a command may have bytes that are not."""
+    """Return whether UTF-8 can encode a text: command-line arguments may contain invalid bytes."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -111,7 +111,7 @@ def is_text(text: str) -> bool:
 
 
 def folded(text: str) -> str:
-    """Return a text with small ASCII letters: that of two names which every database takes for the same."""
+    """Return a text with lower-case ASCII letters, which every database compares alike."""
     return text.translate(_FOLDED)
 
 
@@ -121,7 +121,7 @@ def is_module_name(name: str) -> bool:
 
 
 def is_file_name(name: str) -> bool:
-    """Return whether a name is that of a file in a folder: no path, nothing hidden, no control characters."""
+    """Return whether a name is a plain file name: no path, nothing hidden, no control characters."""
     return (
         name.isprintable()  # which lone surrogates are not, so that it can be encoded
         and 0 < len(name.encode()) <= _MAX_FILE_NAME
@@ -137,12 +137,12 @@ def source_label(path: Path) -> str:
 
 
 def bundle_source(digest: str) -> str:
-    """Return what stands for the place of an adapter that a bundle brought."""
+    """Return the source label of an adapter from a bundle."""
     return f"{_BUNDLE}{digest}"
 
 
 def is_bundle_source(source: str) -> bool:
-    """Say whether a bundle brought an adapter, so that its weights have never been in this store."""
+    """Return whether an adapter came from a bundle, so that its weights were never in this store."""
     return source.startswith(_BUNDLE)
 
 
@@ -211,7 +211,7 @@ class DatabaseUrl:
     As text it has neither user nor password.
 
     Attributes:
-        secret: All of it, for whoever connects.
+        secret: The complete URL, for connecting.
     """
 
     secret: str = field(repr=False)
@@ -220,7 +220,7 @@ class DatabaseUrl:
         return _without_credentials(self.secret)
 
     def check_shareable(self) -> None:
-        """Raise `RegistryError` if it has a password: what goes to another process is seen by whoever is in between."""
+        """Raise `RegistryError` if it has a password: other processes could read it."""
         if _PASSWORD.search(self.secret):
             hint = "remove it from the address, and set PGPASSWORD or write ~/.pgpass on each machine"
             raise RegistryError(

@@ -63,7 +63,7 @@ def move(
 ) -> None:
     """Write refs and history, if the refs are as expected.
 
-    Of several states of a name, the one with the highest number becomes current.
+    Of several states of a name, the highest number becomes current.
     """
     present, rows = _present(connection, states), list[dict[str, Any]]()
     newest = {(one.KIND, key_of(one.KIND, one.ref)): one.number for one in sorted(states, key=lambda one: one.number)}

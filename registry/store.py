@@ -88,14 +88,14 @@ class Store:
 
         Args:
             place: the store folder, or the address of a database such as `postgresql://HOST/DATABASE`.
-            create: make it if there is none; in a database only if `blobs` says where the bytes are to be.
+            create: create it if there is none; in a database only if `blobs` gives the location of the bytes.
             read_only: refuse writes; works on read-only media.
             lock_timeout: seconds to wait for other processes, in all.
             patience: the seconds that are left, if the same command has other stores open.
             command: what this process does, for the message that others see.
             backends: where blobs and manifests are, if not where the store says.
             blobs: where a new store has its bytes, such as `s3://BUCKET/PREFIX`, if not in its folder.
-            cache: returns the folder for copies of what is read from a remote place.
+            cache: returns the folder for copies of remote files.
             on_damage: called with the name of a task whose manifest cannot be read, when many tasks are read: the
                 others are read without it. By default that is an error.
 
@@ -110,7 +110,7 @@ class Store:
             parts = parts._replace(blobs=backends[0], manifests=backends[1])
         copies = None
         if parts.blobs.is_remote and cache is not None:
-            from registry.storage.blobs.cache import BlobCache  # most stores have their blobs at hand
+            from registry.storage.blobs.cache import BlobCache  # most stores have local blobs
 
             copies = BlobCache(cache)
         return cls(address, parts, cache=copies, on_damage=on_damage)
@@ -225,7 +225,7 @@ class Store:
         return versions
 
     def generators(self, base_model: str | None = None) -> list[Generator]:
-        """Return all generators, or those of one base model, oldest first."""
+        """Return the generators, of one base model if given, oldest first."""
         return cast(list[Generator], self._history(Generator.KIND, base_model))
 
     def generator(self, base_model: str) -> Generator | None:
@@ -306,15 +306,15 @@ class Store:
                 replace_rows(connection, REFS, ("kind", "key"), rows)
                 raise_seq(connection, [*new, *gone])
         except (LostRace, TaskConflict, DamagedStore):
-            # Nothing refers to them, and if the database is lost they must not be taken for what was committed.
+            # Nothing refers to them, and if the database is lost they must not be mistaken for committed states.
             self.manifests.delete(digests, newest=math.inf)
             raise
         return [replace(state, manifest=digest) for state, digest in zip(new, digests, strict=False)]
 
     def adopt(self, states: Sequence[State]) -> None:
-        """Take states of another store over as they are: their names are new here, and their manifests the same.
+        """Copy states of another store unchanged: their names are new here, and their manifests the same.
 
-        Unless a name was removed here: then its states are published anew, or the removal would count for them too.
+        Unless a name was removed here: then its states are published again, or the removal would count for them too.
         The blobs that they name must be durable. Give all versions of a task at once.
 
         Raises:
@@ -340,7 +340,7 @@ class Store:
         return self._retried(lambda: self.task(name), change, older=split_version(name)[1] is not None)
 
     def update_base(self, label: str, change: Callable[[BaseModel], BaseModel]) -> BaseModel:
-        """Change what is known of a base model, as `update` changes a task."""
+        """Change the record of a base model, as `update` changes a task."""
         return self._retried(lambda: self.base_model(label), change)
 
     def update_generator(self, base_model: str, change: Callable[[Generator | None], Generator]) -> Generator:
@@ -367,7 +367,7 @@ class Store:
     def end_run(self, base_model: str, states: Sequence[S] = ()) -> list[S]:
         """Publish what a training run made, and remove the run with its checkpoint, in one transaction.
 
-        The caller holds the job of the base model. The errors are those of `publish`.
+        The caller holds the job of the base model. Errors are as in `publish`.
         """
         run = self.run(base_model)
         if run is None:
@@ -428,19 +428,19 @@ class Store:
             yield
 
     def usage(self) -> Usage:
-        """Return the bytes on disk by what they are for."""
+        """Return the bytes on disk by use."""
         from registry.usage import measure
 
         return measure(self)
 
     def verify(self, *, read_data: bool = False, names: Sequence[str] = ()) -> Iterator[Finding]:
-        """Yield what is wrong; `read_data` also hashes every blob, `names` checks only these tasks."""
+        """Yield the findings; `read_data` also hashes every blob, `names` checks only these tasks."""
         from registry.verify import verify
 
         return verify(self, read_data=read_data, names=names)
 
     def repair(self, finding: Finding) -> str | None:
-        """Correct one flipped bit of the damaged file of a finding, or move it to quarantine; return what was done."""
+        """Correct one flipped bit of the damaged file of a finding, or move it to quarantine; return the result."""
         from registry.verify import repair
 
         with self.exclusive():
@@ -560,7 +560,7 @@ class Store:
         return tuple(names[match] for match in difflib.get_close_matches(name.lower(), names, n=3))
 
     def _moment(self) -> int:
-        """Return a number above that of every state, and not the one of a simultaneous publication.
+        """Return a number above every state's, and different from any simultaneous publication's.
 
         Two equal states would be one manifest, which the process that loses the race deletes.
         """

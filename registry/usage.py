@@ -1,4 +1,4 @@
-"""The bill: bytes by use. Every file is counted once, so the total of a folder is the one of `du -b`."""
+"""The bill: bytes by use. Every file is counted once, so the total of a folder equals `du -b`."""
 
 from __future__ import annotations
 

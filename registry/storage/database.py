@@ -78,7 +78,7 @@ class Database(ABC):
 
     @abstractmethod
     def damage(self) -> Iterator[str]:
-        """Yield what is wrong with the pages of the database."""
+        """Yield errors in the pages of the database."""
 
     @abstractmethod
     def size(self) -> int:

@@ -97,7 +97,7 @@ def check_place(root: Path) -> None:
     paths = StorePaths(root)
     if not root.is_dir() or paths.format.exists():
         return
-    # FORMAT too: another process may make a store here meanwhile.
+    # FORMAT too: another process may create a store here at the same time.
     ours = {path.name for path in vars(paths).values() if path != root} | {"lock.gate"}
     if foreign := {entry.name for entry in root.iterdir()} - ours:
         message = f"{root} is not a store: it holds {min(foreign)!r}"

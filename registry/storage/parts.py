@@ -1,4 +1,4 @@
-"""The parts of an open store, whatever it is kept in."""
+"""The parts of an open store, for every kind of storage."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class StoreMaintenance(Protocol):
         ...
 
     def after_deletion(self) -> None:
-        """Get ready for the next full disk, as far as there is room by now."""
+        """Create the reserve for the next full disk, if there is room."""
         ...
 
     def footprint(self, blobs: Collection[str], manifests: Collection[str]) -> Footprint:
@@ -37,7 +37,7 @@ class StoreMaintenance(Protocol):
         ...
 
     def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
-        """Yield what killed commands left besides blobs, or else, `aside`, what is in quarantine."""
+        """Yield the leftovers of killed commands other than blobs, or with `aside` the files in quarantine."""
         ...
 
 

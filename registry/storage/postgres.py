@@ -1,7 +1,7 @@
 """The tables of a store in PostgreSQL.
 
 A process has one connection that holds its locks and makes its writes: a process that has lost it has lost the locks,
-and cannot commit what they protected. So it is never opened a second time. Reads have connections of their own.
+and cannot commit protected changes. So it is never opened a second time. Reads have connections of their own.
 
 A copy of the process, made by a fork, has the same sockets: its first word, or its goodbye, would end the session of
 the other one. So its ends are cut as soon as it begins, and it opens the store again, if at all.
@@ -42,8 +42,8 @@ from registry.storage.database import Database, Meta, make_tables, too_old
 from registry.storage.locks import Patience
 from registry.tables import FORMAT, HISTORY, META, METADATA, REFS, REPAIR_HINT
 
-# What they log of a connection that is lost is in the error of the store; it is for whoever asked for logs, and not
-# for the terminal, to which Python writes it where nobody did.
+# The store's error already reports a lost connection; the drivers' logs are for applications that configure logging,
+# not for the terminal, where Python would print them otherwise.
 for _talker in ("psycopg", "sqlalchemy"):
     logging.getLogger(_talker).addHandler(logging.NullHandler())
 
@@ -73,7 +73,7 @@ class PostgresDatabase(Database):
     """The tables of one store in a database of a server.
 
     Args:
-        url: Its address; what that leaves out comes from PGHOST and the like, and from ~/.pgpass.
+        url: Its address; missing parts come from PGHOST and similar variables, and from ~/.pgpass.
         command: What this process does, for others to see.
         read_only: Refuse writes.
         patience: How long to wait for commits of others.
@@ -86,7 +86,7 @@ class PostgresDatabase(Database):
         super().__init__(str(url), str(url), read_only=read_only, patience=patience)
         self._url = url
         self.only = only_connection(url, command)
-        """What has the one connection that holds locks and writes."""
+        """Owner of the one connection that holds locks and writes."""
         self._readers = _engine(url, partial(new_connection, url, command), pool_size=1, max_overflow=-1)
 
     @contextmanager
@@ -177,7 +177,7 @@ class PostgresDatabase(Database):
             assert isinstance(driver, psycopg.Connection)
             if before == driver.info.backend_pid:
                 return False  # the server itself answers
-        # While another transaction goes on, a pool that shares sessions has to take another one.
+        # While another transaction is open, a pool that shares sessions must use another session.
         with self.read() as other, self._errors():
             other.execute(_SESSION)
             with self.only.begin() as connection:
@@ -191,7 +191,7 @@ class PostgresDatabase(Database):
     def _translated_cause(self, error: BaseException) -> RegistryError | None:
         if not isinstance(error, psycopg.Error):
             return None
-        said = error.diag.message_primary or str(error)  # without its hints, which are for whoever runs the server
+        said = error.diag.message_primary or str(error)  # without its hints, which are for the server's administrator
         state, fact = error.sqlstate or "", f"{self.place}: {' '.join(said.split())[:300]}"
         if state == "55P03":
             hint = "another icm process is writing; run the command again, or raise --lock-timeout"
@@ -213,7 +213,7 @@ def only_connection(url: DatabaseUrl, command: str) -> Engine:
     """Return an engine with one connection for its whole life, which holds locks and writes.
 
     Args:
-        url: Its address; what that leaves out comes from PGHOST and the like, and from ~/.pgpass.
+        url: Its address; missing parts come from PGHOST and similar variables, and from ~/.pgpass.
         command: What this process does, for others to see.
     """
     opened: list[psycopg.Connection] = []
@@ -250,7 +250,7 @@ def _engine(url: DatabaseUrl, connect: Callable[[], psycopg.Connection], **pool:
 
 
 def _cut_all() -> None:
-    """Leave this copy of a process sockets without another end, in place of those that the process goes on using."""
+    """Replace the sockets in this forked copy by unconnected ones; the parent process keeps using the originals."""
     for connection in list(_connections):
         with suppress(psycopg.Error):  # it is closed
             place = connection.fileno()

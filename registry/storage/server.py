@@ -25,18 +25,18 @@ T = TypeVar("T")
 _PAUSES = (0.2, 0.4, 0.8, 1.6)
 """Seconds between the attempts to reach a server, which may be restarting."""
 _FINAL, _PASSING = "FATAL", ("starting up", "shutting down", "too many clients", "not yet accepting connections")
-"""How a server begins what it refuses for good, and what it says, mostly in English, of what is over in a moment."""
+"""Prefix of a server's permanent refusals, and English words of its temporary ones."""
 
 
 def open_server(
     url: DatabaseUrl, *, read_only: bool, patience: Patience, command: str, blobs: str | None = None
 ) -> StoreParts:
-    """Open the store in a database; make it there if `blobs` says where its bytes are to be, and there is none.
+    """Open the store in a database; create it if there is none and `blobs` gives the location of its bytes.
 
     Raises:
         StoreNotFound: There is none.
         StoreUnavailable: The database, or the place of the bytes, cannot be reached.
-        NotAStore: There is one, and its bytes are elsewhere; or the place is that of another store.
+        NotAStore: There is one with bytes elsewhere; or the location belongs to another store.
         RegistryError: A pool is in between that breaks locks.
     """
     database = PostgresDatabase(url, command=command, read_only=read_only, patience=patience)
@@ -58,7 +58,7 @@ def open_server(
 
 
 def _reach(database: PostgresDatabase) -> None:
-    """Connect; where that may succeed in a moment, try again as long as somebody who waits for locks would wait."""
+    """Connect; after a temporary refusal, retry until the lock timeout."""
     for pause in _PAUSES:
         try:
             return database.connect()
@@ -72,7 +72,7 @@ def _reach(database: PostgresDatabase) -> None:
 
 
 def _claim(database: PostgresDatabase, blobs: str) -> Meta:
-    """Make the store unless it is there; a killed attempt goes on with its number."""
+    """Create the store unless it exists; a killed attempt resumes with its number."""
     # Checked before anything is written; if it raises, nothing is committed.
     meta = database.create(blobs, backends_at(blobs, "")[0].check_free)
     if meta.blobs != blobs:
@@ -119,7 +119,7 @@ class ServerMaintenance:
 
 
 class Server(NamedTuple):
-    """A database server, as far as it matters to a store."""
+    """Facts about a database server that matter to a store."""
 
     version: str
     has_checksums: bool  # of the pages of its files

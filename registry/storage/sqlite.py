@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from registry.storage.locks import Patience
 
 PAGE_SIZE = 1024  # the database of 20 tasks takes 18 KB; with pages of 4096 bytes, 45 KB
-APPLICATION_ID = 0x69636D32  # "icm2": tells `file` and us what the database is
+APPLICATION_ID = 0x69636D32  # "icm2": identifies the database, also for `file`
 _OLD_APPLICATION_ID = 0x69636D31
 _READ, _WRITE = "BEGIN", "BEGIN IMMEDIATE"
 MIN_WAIT = 1.0  # seconds: a commit of another process takes a moment, and must not end a command that waited before
@@ -143,7 +143,7 @@ class SqliteDatabase(Database):
         (number,) = connection.exec_driver_sql("PRAGMA user_version").one()
         if application == _OLD_APPLICATION_ID:
             raise too_old(self.path.parent)
-        if (application, number) != (APPLICATION_ID, FORMAT):  # the file FORMAT says that it is of this format
+        if (application, number) != (APPLICATION_ID, FORMAT):  # although FORMAT declares this format
             fact = f"{self.path} is not a database of icm, or its head is damaged"
             raise DamagedStore(fact, path=self.path, hint=REPAIR_HINT)
 
@@ -157,7 +157,7 @@ class SqliteDatabase(Database):
             return StoreLocked(fact + self._users(self.path), path=self.path, hint=hint)
         if code == sqlite3.SQLITE_FULL:
             return StoreFull(fact, path=self.path, hint="run `icm prune` to free unused blobs")
-        if code == sqlite3.SQLITE_CANTOPEN and self.path.exists():  # or its journal beside it cannot be opened
+        if code == sqlite3.SQLITE_CANTOPEN and self.path.exists():  # or its journal cannot be opened
             hint = "check the permissions of its folder, the disk, and the limit on open files"
             return StoreIOError(fact, path=self.path, hint=hint)
         if code == sqlite3.SQLITE_CANTOPEN:

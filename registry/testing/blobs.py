@@ -2,7 +2,7 @@
 
 class TestMyPlace(BlobPromises):
     def new_place(self) -> BlobBackend:                 an empty place; and, given one, the same opened once more
-    def damage(self, place, digest, data) -> None:      other bytes for a blob, behind the back of the place
+    def damage(self, place, digest, data) -> None:      replace a blob's bytes without the backend's knowledge
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class BlobPromises:
         raise NotImplementedError
 
     def damage(self, place: BlobBackend, digest: str, data: bytes) -> None:
-        """Give a blob other bytes, behind the back of the place."""
+        """Replace a blob's bytes without the backend's knowledge."""
         raise NotImplementedError
 
     @pytest.fixture

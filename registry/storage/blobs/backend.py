@@ -78,7 +78,7 @@ class BlobBackend(Protocol):
         is_remote: Whether each call waits for a network. Then many are made at a time, and nothing that was written
             within the `grace` is deleted: a lock may be lost on the way.
         home: Where all blobs are, for messages.
-        grace: For how many seconds `icm prune` spares what was written, unless it is told another age.
+        grace: Default age in seconds below which `icm prune` keeps files.
     """
 
     is_remote: bool
@@ -101,7 +101,7 @@ class BlobBackend(Protocol):
         ...
 
     def exists(self, digest: str) -> bool:
-        """Say whether there is a blob of that name."""
+        """Return whether the blob exists."""
         ...
 
     def size(self, digest: str) -> int:
@@ -111,7 +111,7 @@ class BlobBackend(Protocol):
     def all(self) -> Iterator[BlobInfo]:
         """Yield every blob, by digest, or raise: what may be deleted follows from a listing that is complete.
 
-        A blob that is deleted in the meantime may be left out.
+        A blob that is deleted during the listing may be left out.
         """
         ...
 
@@ -124,7 +124,7 @@ class BlobBackend(Protocol):
         ...
 
     def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
-        """Yield what killed writers left here, or else, `aside`, what is in quarantine."""
+        """Yield the leftovers of killed writers, or with `aside` the files in quarantine."""
         ...
 
     def quarantine(self, digest: str) -> str:

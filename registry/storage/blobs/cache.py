@@ -1,12 +1,12 @@
-"""Copies of blobs from a remote place, on this machine: what was read once touches no network again.
+"""Copies of blobs from a remote place, on this machine, so that each is fetched once.
 
     FOLDER/3/3f9a...    one blob; the time of its file is when it was read last
-    FOLDER/lock         locked to make room; holds the bytes that all files may take at most by now
+    FOLDER/lock         locked to make room; holds an upper bound of the bytes in use
 
     read ──▶ here, and its bytes have the digest ──▶ done
         `──▶ not here: fetched, verified ──▶ a temporary name ──▶ renamed       any number of processes
 
-Nothing here is needed: what is damaged, or cannot be written, is fetched again. So nothing is synced, and no error of
+Every file can be fetched again, also if it is damaged or cannot be written. So nothing is synced, and no error of
 this folder is one of the store. Blobs that were read longest ago make room.
 """
 
@@ -29,8 +29,8 @@ from registry.files import Bytes
 _SHARE = 0.5
 """Of the space that is free, what the copies may take unless a limit is given."""
 _ROOM = 0.9
-"""Of the limit, what is left when room is made: so that it is not made for each blob."""
-_ABANDONED = 3600.0  # seconds after which a temporary file is that of a process which was killed
+"""Share of the limit that remains after trimming, so that not every blob causes a trim."""
+_ABANDONED = 3600.0  # seconds after which a temporary file counts as abandoned
 _DIGITS = "0123456789abcdef"
 
 
@@ -61,7 +61,7 @@ class BlobCache:
         return data
 
     def start(self, digest: str, size: int) -> bytes | None:
-        """Return the first bytes of a blob if it is here; nobody has checked them since it came."""
+        """Return the first bytes of a blob if it is here; they are not verified."""
         try:
             with fs.open_own(self._path(digest)) as file:
                 return file.read(size) or None
@@ -118,7 +118,7 @@ class BlobCache:
                 taken = int(text) if text.isdigit() else self.limit
                 if taken + size > self.limit:
                     taken = self._trim(int(self.limit * _ROOM) - size)
-                # Too much at most, never too little: what is replaced, or removed elsewhere, is seen by the next trim.
+                # An upper bound: the next trim notices replaced and removed files.
                 os.ftruncate(lock, 0)
                 os.lseek(lock, 0, os.SEEK_SET)
                 fs.write(lock, str(taken + size).encode())
@@ -137,7 +137,7 @@ class BlobCache:
             os.close(descriptor)
 
     def _trim(self, most: int) -> int:
-        """Delete those read longest ago until no more than so many bytes are left; return how many are."""
+        """Delete the least recently read files down to a number of bytes; return the bytes left."""
         files = sorted(self._files())
         left = sum(size for _, size, _ in files)
         for modified, size, path in files:

@@ -2,7 +2,7 @@
 
     plain file ──read once──▶ inspect ─▶ hash ─▶ backend        several files at a time, one batch
 
-A file from outside is read once, so what is checked, hashed and stored is the same memory.
+A file from outside is read once: the same memory is checked, hashed and stored.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Blobs:
     ) -> list[PutResult[T] | PutRefusal]:
         """Store plain files durably, several at a time; return a result or a refusal for each, in order.
 
-        Give it a few hundred megabytes at once: nothing of a batch counts before all of it is durable, and a file is
+        Pass a few hundred megabytes at once: nothing of a batch counts before all of it is durable, and a file is
         held in memory while it is written.
 
         Args:
@@ -122,7 +122,7 @@ class Blobs:
                 inspected = inspect(path, data)
             except expected as error:
                 return PutRefusal(path, error)
-            # What was read is what is inspected, hashed and stored: the file may change at any time.
+            # Inspect, hash and store the bytes read: the file may change at any time.
             digest = digest_of(data)
             is_new = digest not in withheld.get(path, ()) and batch.put(digest, data)
             return PutResult(path, digest, len(data), is_new, inspected)
@@ -147,13 +147,13 @@ class Blobs:
         raise self._damaged(digest)
 
     def is_at_hand(self, digest: str) -> bool:
-        """Say whether a blob is read without a network."""
+        """Return whether a blob can be read without a network."""
         return not self.is_remote or (self._cache is not None and self._cache.start(digest, 1) is not None)
 
     def fetch(self, digests: Iterable[str]) -> None:
         """Read blobs of a remote place ahead, several at a time, so that each `read` finds a copy here.
 
-        What is wrong with one is left for `read` to say.
+        Errors are left to `read`.
         """
         if self.is_remote and self._cache is not None:
             cache = self._cache
@@ -164,7 +164,7 @@ class Blobs:
             self.read(digest)
 
     def start(self, digest: str, size: int) -> bytes:
-        """Return the first bytes of a blob, which nobody has checked."""
+        """Return the first bytes of a blob, unverified."""
         known = None if self._cache is None else self._cache.start(digest, size)
         if known is not None:
             return known
@@ -177,7 +177,7 @@ class Blobs:
             raise self._damaged(digest)
 
     def is_intact(self, digest: str) -> bool:
-        """Say whether a blob's bytes have its digest, without holding them all in memory."""
+        """Return whether a blob's bytes match its digest, without holding them all in memory."""
         for _ in range(self._looks):
             with self._errors(digest), self._backend.get(digest) as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() == digest:  # type: ignore[arg-type]
@@ -185,7 +185,7 @@ class Blobs:
         return False
 
     def exists(self, digest: str) -> bool:
-        """Say whether the store has the bytes of a digest."""
+        """Return whether the store has a blob."""
         return self._backend.exists(digest)
 
     def size(self, digest: str) -> int:
@@ -213,7 +213,7 @@ class Blobs:
 
     @property
     def grace(self) -> float:
-        """For how many seconds `icm prune` spares what was written, unless it is told another age."""
+        """Default age in seconds below which `icm prune` keeps files."""
         return self._backend.grace
 
     def now(self) -> float:
@@ -230,11 +230,11 @@ class Blobs:
         return sum(self._each(partial(self._backend.delete, newest=newest), list(digests)))
 
     def sync_deletions(self, digests: Iterable[str]) -> None:
-        """Return once deletions are durable, and what is deleted next cannot be lost without them."""
+        """Return once deletions are durable, so that later ones cannot survive without them."""
         self._backend.sync_deletions(digests)
 
     def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
-        """Yield what killed writers left among the blobs, or else, `aside`, what is in quarantine."""
+        """Yield the leftovers of killed writers, or with `aside` the files in quarantine."""
         return self._backend.leftovers(aside=aside)
 
     def quarantine(self, digest: str) -> str:

@@ -66,7 +66,7 @@ class LocalBackend:
         return fs.open_own(self.place(digest))
 
     def exists(self, digest: str) -> bool:
-        """Say whether there is a file of that name."""
+        """Return whether the file exists."""
         return self.path(digest).exists()
 
     def size(self, digest: str) -> int:
@@ -146,7 +146,7 @@ class LocalBatch:
         return [digest for digest, temporary in self._written.items() if temporary is None]
 
     def publish(self) -> None:
-        """Give the files their names and make the names durable."""
+        """Rename the files to their final names and make the names durable."""
         # Also of blobs that were there: the process that wrote one may have been killed before it synced the folder.
         folders = {self.path(digest).parent for digest in self._written}
         for folder in sorted(folders):
@@ -167,7 +167,7 @@ class LocalBatch:
 
 
 def _holds(path: Path, data: fs.Bytes) -> bool:
-    """Say whether a file has exactly these bytes."""
+    """Return whether a file has exactly these bytes."""
     try:
         with fs.open_own(path) as file:
             if path.stat().st_size != len(data):

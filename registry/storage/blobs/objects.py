@@ -7,11 +7,11 @@
 
     bytes ──▶ one object, whole or not at all ──▶ its MD5 by the server is right, or it is read back ──▶ durable
 
-A name always means the same bytes, so writing needs no condition, and nothing is taken back: what a batch that failed
-has written may be what another process wrote too, and has referred to by now. What nobody refers to is pruned.
+A name always means the same bytes, so writing needs no condition, and a failed batch deletes nothing: another process
+may have written the same object, and refer to it. Unreferenced objects are pruned.
 
-Locks live in the database, and its server may give a lock away while a slow process is still deleting. So what is
-deleted was written a day ago, which is looked at again just before; and writing bytes that are there makes them young.
+Locks live in the database, whose server may grant a lock to another process while a slow one is still deleting. So
+only objects written a day ago are deleted, after another look, and writing bytes that exist makes them new again.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ _AWAY_HINT = "run the command again once it can be reached; the store refers to 
 
 
 _forked: list[int] = []
-# The client's threads are not in the copy: whatever it is asked there would wait for ever.
+# The client's threads are not in the copy: any call there would block forever.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: _forked.append(os.getpid()))
 
@@ -132,7 +132,7 @@ class ObjectBackend:
         self._confirm()
         if self._ahead is None:
             self._send(_CLOCK, b"")
-            # Servers cut the fraction off, and what was written in this very second is not to be younger than now.
+            # Servers drop the fraction, and an object written in this second must not be newer than now.
             self._ahead = self._known(_CLOCK).modified + 1 - time.monotonic()
         return self._ahead + time.monotonic()
 
@@ -175,7 +175,7 @@ class ObjectBackend:
         return cast(BinaryIO, BufferedReader(body, _CHUNK))
 
     def exists(self, digest: str) -> bool:
-        """Say whether there is an object of that name."""
+        """Return whether the object exists."""
         name = self._name(digest)
         with self._errors(name):
             if self._status(name) is not None:
@@ -188,7 +188,7 @@ class ObjectBackend:
         return self._known(self._name(digest)).size
 
     def all(self) -> Iterator[BlobInfo]:
-        """Yield every object that is named by a digest; those of a first digit once all of them are listed."""
+        """Yield every object that is named by a digest, one complete first digit at a time."""
         self._confirm()
         with ThreadPoolExecutor(len(_DIGITS)) as pool:
             for found in pool.map(self._listed, _DIGITS):
@@ -221,7 +221,7 @@ class ObjectBackend:
         return f"{self._url}/{aside}"
 
     def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
-        """Yield what is in quarantine; killed writers leave nothing, since an object is whole or not there."""
+        """Yield the objects in quarantine; killed writers leave nothing, since objects appear whole."""
         if aside:
             for name, size, modified in self._objects("quarantine"):
                 yield Leftover(f"{self._url}/{name}", size, modified, partial(self._remove, name))
@@ -256,7 +256,7 @@ class ObjectBackend:
             return found
 
     def _holds(self, name: str, data: Bytes) -> bool:
-        """Read an object back and say whether it has exactly these bytes."""
+        """Read an object back and return whether it has exactly these bytes."""
         with self._errors(name):
             view, at = memoryview(data), 0
             for chunk in obstore.get(self._store, name).stream(min_chunk_size=_CHUNK):
@@ -347,7 +347,7 @@ def connect(url: str, owner: str, namespace: Namespace = "blobs") -> ObjectBacke
     config = _profile() if match["scheme"] == "s3" else {}
     endpoint = next(filter(None, map(os.environ.get, _ENDPOINTS)), config.get("aws_endpoint_url", ""))
     options: Any = {
-        "allow_http": endpoint.startswith("http://"),  # only where somebody wrote so
+        "allow_http": endpoint.startswith("http://"),  # only if the user wrote http
         "connect_timeout": timedelta(seconds=5),
         "read_timeout": timedelta(seconds=_SILENCE),
         "timeout": timedelta(seconds=_MAX_REQUEST),
@@ -359,7 +359,7 @@ def connect(url: str, owner: str, namespace: Namespace = "blobs") -> ObjectBacke
 
 
 def _profile() -> dict[str, str]:
-    """Return what a profile in ~/.aws says, as far as the environment does not."""
+    """Return the settings of a profile in ~/.aws that the environment does not set."""
     if os.environ.get("AWS_ACCESS_KEY_ID"):
         return {}
     name, found = os.environ.get("AWS_PROFILE") or "default", dict[str, str]()
@@ -396,11 +396,11 @@ class _Body(RawIOBase):
         self._chunk = memoryview(b"")
 
     def readable(self) -> bool:
-        """Say that it can be read."""
+        """Return True (hook of `RawIOBase`)."""
         return True
 
     def readinto(self, buffer: WriteableBuffer) -> int:
-        """Fill a buffer with what is there."""
+        """Fill a buffer with the next bytes."""
         if not self._chunk:
             self._chunk = memoryview(self._next())
         target = memoryview(buffer)
@@ -423,7 +423,7 @@ class _Body(RawIOBase):
 
 
 def _mark_of(data: Bytes) -> str:
-    """Return what servers of S3 call some bytes: their MD5, or that of the MD5s of the parts they are sent in."""
+    """Return the ETag that S3 servers give some bytes: their MD5, or the MD5 of the MD5s of their parts."""
     view = memoryview(data)
     parts = [hashlib.md5(view[at : at + _PART], usedforsecurity=False) for at in range(0, max(1, len(view)), _PART)]
     if len(parts) == 1:

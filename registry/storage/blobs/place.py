@@ -37,7 +37,7 @@ class RemoteBackend(BlobBackend, Protocol):
         ...
 
     def owner(self) -> str:
-        """Return the number of the store whose place this is; raise `StoreUnavailable` if it is nobody's."""
+        """Return the number of the store whose place this is; raise `StoreUnavailable` if it has no owner."""
         ...
 
     def claim(self) -> None:
@@ -51,10 +51,10 @@ class RemoteBackend(BlobBackend, Protocol):
 
 
 def claim_location(paths: StorePaths, address: str) -> None:
-    """Let the blobs of a store folder that is being made be at an address; a killed attempt goes on with its number.
+    """Claim an address for the blobs of a new store folder; a killed attempt resumes with its number.
 
     Raises:
-        NotAStore: It is no address, or that of another store's blobs.
+        NotAStore: It is no address, or holds another store's blobs.
         StoreUnavailable: It cannot be reached.
     """
     if not paths.place.exists():
@@ -64,7 +64,7 @@ def claim_location(paths: StorePaths, address: str) -> None:
 
 
 def recover_location(paths: StorePaths, address: str) -> None:
-    """Let a store folder that is being made have the files of a store at an address, whose folder was lost."""
+    """Adopt the files at an address for a new store folder, because the earlier folder was lost."""
     if not paths.place.exists():
         _write_place(paths, address, backends_at(address, "")[0].owner())
 

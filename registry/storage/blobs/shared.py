@@ -4,8 +4,8 @@
     FOLDER/owner              whose blobs these are; a folder without it is not mounted
     FOLDER/clock              touched to learn the time of the server
 
-Locks live in the database, which may give one away while a slow process is still deleting. So what is deleted was
-written an hour ago, which is looked at again just before; and writing bytes that are there makes them young.
+Locks live in the database, which may grant one to another process while a slow one is still deleting. So only files
+written an hour ago are deleted, after another look, and writing bytes that exist makes their file new again.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class SharedBackend(LocalBackend):
             return super().get(digest)
 
     def exists(self, digest: str) -> bool:
-        """Say whether there is a file of that name."""
+        """Return whether the file exists."""
         if super().exists(digest):
             return True
         self._check_owner()

@@ -4,14 +4,14 @@
     job lock     exclusive while a process trains, updates or evicts for one base model, shared while processes encode
                  tasks of it
 
-**One order.** A process waits for a job lock only while it does not hold the store lock: it gives that up, waits, and
-takes it again. Whoever waits for the exclusive store lock has given up the shared one too. So those who wait hold job
-locks at most, and those who hold the store lock wait for nothing: no two processes ever wait for each other.
+**One order.** A process waits for a job lock only while it does not hold the store lock: it releases that, waits, and
+acquires it again. A process that waits for the exclusive store lock has released the shared one. So waiting processes
+hold at most job locks, and holders of the store lock never wait: no two processes ever wait for each other.
 
 **One deadline.** All waits of a command together take no longer than its `Patience`, those for the database included.
 
-While one has just begun to wait for the exclusive store lock, those who come to read let it go first, for two seconds
-at most: on a busy store there would never be a moment without a reader.
+New readers let a process that just began to wait for the exclusive store lock go first, for at most two seconds: a
+busy store would never be without a reader.
 
 A new kind of locks implements `StoreLock`.
 """
@@ -28,7 +28,7 @@ from registry.errors import StoreLocked
 
 POLL_SECONDS = 0.05
 TOLD_EVERY = 1.0  # seconds
-HEAD_START = 2.0  # seconds in which those who come to read let one go first who waits to be alone
+HEAD_START = 2.0  # seconds for which new readers let a waiting exclusive command go first
 
 
 class StoreLock(Protocol):
@@ -38,7 +38,7 @@ class StoreLock(Protocol):
     """
 
     def enter(self) -> None:
-        """Take the shared lock for the first time; one who has just begun to wait for the exclusive one goes first."""
+        """Acquire the shared lock for the first time, after commands that just began to wait for the exclusive one."""
         ...
 
     def exclusive(self) -> AbstractContextManager[None]:
@@ -56,7 +56,7 @@ class StoreLock(Protocol):
         ...
 
     def close(self) -> None:
-        """Give up what is held; twice is once."""
+        """Release all locks; may be called twice."""
         ...
 
 
@@ -71,12 +71,12 @@ class Patience:
 
     Args:
         seconds: How long.
-        tell: Called once a second during a wait, with what it is for and who holds it; it may raise to end the wait.
+        notify: Called once a second during a wait, with its purpose and the holder; may raise to end the wait.
     """
 
-    def __init__(self, seconds: float, tell: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(self, seconds: float, notify: Callable[[str], None] = lambda text: None) -> None:
         self.seconds = self.left = seconds
-        self._tell = tell
+        self._notify = notify
 
     def wait(self, attempt: Callable[[], bool], whom: Callable[[], str] | None = None) -> bool:
         """Repeat an attempt until it succeeds, and return True; or False once no time is left."""
@@ -87,7 +87,7 @@ class Patience:
         with self.counted():
             while (now := time.monotonic()) - began < left:
                 if whom is not None and now - told >= TOLD_EVERY:
-                    self._tell(f"waiting for {whom()}")
+                    self._notify(f"waiting for {whom()}")
                     told = now
                 time.sleep(POLL_SECONDS)
                 if attempt():

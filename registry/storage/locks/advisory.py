@@ -1,9 +1,9 @@
 """Locks of a store in PostgreSQL: advisory locks of a session, held by the connection that also writes.
 
-The server drops them when the connection ends, for whatever reason; then nothing that they protected can be committed.
+The server drops them when the connection ends for any reason; then nothing that they protected can be committed.
 A session may hold a lock both shared and exclusive, so to turn one into the other needs no gate, as flocks do. The
 server lets those that ask later wait behind one that waits to be alone. That one leaves the queue now and then, so that
-others get in while somebody holds the lock for hours, and comes back for twice as long, so that it has its turn among
+others get in while a process holds the lock for hours, and comes back for twice as long, so that it has its turn among
 many who hold it for seconds.
 """
 
@@ -39,7 +39,7 @@ class AdvisoryLock:
     """The locks of a store in a database: see `registry.storage.locks.StoreLock`.
 
     Args:
-        engine: What has the one connection that writes; see `registry.storage.postgres.only_connection`.
+        engine: Owner of the one connection that writes; see `registry.storage.postgres.only_connection`.
         store: The number of the store, which others in this database do not have.
         url: The address of the database, for messages.
         patience: How long a command waits in all.
@@ -52,7 +52,7 @@ class AdvisoryLock:
         self._has_asked = False
 
     def enter(self) -> None:
-        """Take the shared lock for the first time."""
+        """Acquire the shared lock for the first time."""
         self._wait(self._key, self._subject, shared=True)
 
     @contextmanager
@@ -79,7 +79,7 @@ class AdvisoryLock:
             yield
 
     def close(self) -> None:
-        """Give up all locks, then the connection: a server takes a moment to notice that one is gone."""
+        """Release all locks, then the connection: a server takes a moment to notice that one is gone."""
         if self._has_asked:
             with suppress(RegistryError, SQLAlchemyError), self._engine.begin() as connection:
                 connection.execute(text("SELECT pg_advisory_unlock_all()"))
@@ -87,12 +87,12 @@ class AdvisoryLock:
 
     @contextmanager
     def _given_up(self) -> Iterator[None]:
-        """Give up the shared lock for a block, and take it again."""
+        """Release the shared lock for a block, then acquire it again."""
         self._release(self._key, shared=True)
         try:
             yield
         except BaseException:
-            self._take(self._key, shared=True, seconds=_TURN)  # what went wrong is to be told, and no second wait
+            self._take(self._key, shared=True, seconds=_TURN)  # report the first error, without a second wait
             raise
         self._wait(self._key, self._subject, shared=True)
 
@@ -107,7 +107,7 @@ class AdvisoryLock:
             raise in_use(f"{subject} is in use{self._held(key, ' by ')}", self._patience, str(self._url))
 
     def _take(self, key: int, *, shared: bool, seconds: float = 0.0) -> bool:
-        """Take a lock and return True, or False if that needs a longer wait."""
+        """Acquire a lock; return False if that needs a longer wait."""
         kind, self._has_asked = "_shared" if shared else "", True
         with connection_errors(self._url):
             try:
@@ -129,7 +129,7 @@ class AdvisoryLock:
             connection.execute(text(f"SELECT pg_advisory_unlock{kind}(:key)"), {"key": key})
 
     def _held(self, key: int, before: str) -> str:
-        """Say who holds a lock, after some words; say nothing where nobody is known."""
+        """Return a phrase that names the holders of a lock; empty if unknown."""
         number = key % (1 << 64)
         with connection_errors(self._url), self._engine.begin() as connection:
             names = connection.scalars(_HOLDERS, {"high": number >> 32, "low": number % (1 << 32)}).all()

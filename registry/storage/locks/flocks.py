@@ -3,9 +3,9 @@
 The kernel drops a lock when its process dies, so there are no stale locks and no command to break one. The names in a
 lock file are only for messages.
 
-A shared lock is given up while it turns into an exclusive one, and is lost if the attempt fails. So whoever wants the
-exclusive lock first holds a second file, the gate: in between, no other process can get in to delete. While the gate
-has just been closed, those who come to read let the one who closed it go first.
+Converting a shared lock into an exclusive one releases it, and loses it if the attempt fails. So a process that wants
+the exclusive lock first locks a second file, the gate, and no other process can get in to delete. New readers let the
+process that just closed the gate go first.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class FileLock:
         self._fd = _open(path, writable=writable)
 
     def enter(self) -> None:
-        """Take the shared lock for the first time; one who has just begun to wait for the exclusive one goes first."""
-        with suppress(OSError):  # nobody ever closed the gate, or it cannot be read
+        """Acquire the shared lock for the first time, after commands that just began to wait for the exclusive one."""
+        with suppress(OSError):  # the gate was never closed, or it cannot be read
             gate = fs.open_file(self._gate_path, os.O_RDONLY)
             try:
                 self._patience.wait(lambda: _has_waited(gate) or _try(gate, "shared"))
@@ -52,12 +52,12 @@ class FileLock:
         self.share()
 
     def share(self) -> None:
-        """Take, or go back to, the shared lock."""
+        """Acquire, or return to, the shared lock."""
         self._wait(self._fd, "shared")
         self._sign()
 
     def hold(self, *, shared: bool = False, without: FileLock | None = None) -> None:
-        """Take the exclusive lock, or the shared one, until :meth:`close`.
+        """Acquire the exclusive lock, or the shared one, until :meth:`close`.
 
         The lock `without` is given up while this waits, so nothing read before may be trusted afterwards.
         """
@@ -81,26 +81,26 @@ class FileLock:
                 self.hold()
                 yield
             finally:
-                _try(self._fd, "shared")  # before the gate opens; nobody can have got in
+                _try(self._fd, "shared")  # before the gate opens; no other process can have entered
 
     @contextmanager
     def _given_up(self) -> Iterator[None]:
-        """Give up the shared lock for a block, and take it again."""
+        """Release the shared lock for a block, then acquire it again."""
         fs.unlock(self._fd)  # two that wait for each other's shared lock would wait for ever
         try:
             yield
         except BaseException:
-            _try(self._fd, "shared")  # what went wrong is to be told, and not that this takes time too
+            _try(self._fd, "shared")  # report the first error, not that this takes time too
             raise
         self._wait(self._fd, "shared")
 
     def users_of(self, path: Path) -> str:
-        """Say which processes have locked another file of the store, as ` by process 12: icm ls`, or say nothing."""
+        """Return the processes that have locked another file of the store, as ` by process 12: icm ls`, if known."""
         signed, holding = self._signed(), _lock_holders(path) - {os.getpid()}
         return _named({pid: signed.get(pid, "") for pid in sorted(holding)}, " by ")
 
     def close(self) -> None:
-        """Give up the lock."""
+        """Release the lock."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -134,7 +134,7 @@ class FileLock:
             os.write(self._fd, "".join(f"{pid} {command[:200]}\n" for pid, command in names.items()).encode())
 
     def _held(self, fd: int, before: str) -> str:
-        """Say which processes hold a lock, after some words; say nothing where nobody is known."""
+        """Return a phrase that names the holders of a lock; empty if unknown."""
         signed = self._signed()
         holding = _lock_holders(fd) - {os.getpid()}
         # Without word from the kernel, all who signed and are alive; some of them may have released it already.
@@ -186,7 +186,7 @@ def _named(holders: Mapping[int, str], before: str) -> str:
 
 
 def _lock_holders(file: Path | int) -> set[int]:
-    """Return the processes that hold a lock on a file, as Linux tells; those elsewhere have no number here."""
+    """Return the processes that hold a lock on a file, from Linux's lock table; remote ones have no number here."""
     try:
         # By its path if it is not open: to close a file drops the locks that SQLite has on it.
         inode, lines = os.stat(file).st_ino, Path("/proc/locks").read_text().splitlines()
@@ -197,13 +197,13 @@ def _lock_holders(file: Path | int) -> set[int]:
 
 
 def _has_waited(gate: int) -> bool:
-    """Say whether the one who closed a gate, if it is closed, has had its head start."""
+    """Return whether a closed gate has had its head start."""
     return not 0 <= time.time() - os.fstat(gate).st_mtime < HEAD_START
 
 
 def _is_alive(pid: int) -> bool:
     if os.name == "nt":
-        return False  # nobody knows: to ask, as below, would be Ctrl+C there
+        return False  # unknown: the check below would send Ctrl+C there
     try:
         os.kill(pid, 0)
     except PermissionError:
@@ -220,5 +220,5 @@ def _open(path: Path, *, writable: bool) -> int:
 
 
 def _try(fd: int, kind: LockKind) -> bool:
-    """Take a lock unless another open file has it."""
+    """Acquire a lock unless another open file has it."""
     return fs.lock(fd, kind)
