@@ -218,10 +218,9 @@ class Store:
 
     def history(self, name: str) -> list[Task]:
         """Return the versions of a task, oldest first."""
-        task = self.task(name)
-        versions = cast(list[Task], self._history(Task.KIND, task.name))
+        versions = cast(list[Task], self._history(Task.KIND, self.task(name).name))
         if not versions:
-            raise DamagedStore(f"the database has no version of task {task.name!r}", hint=REPAIR_HINT)
+            raise DamagedStore(f"the database has no version of task {name!r}", hint=REPAIR_HINT)
         return versions
 
     def generators(self, base_model: str | None = None) -> list[Generator]:
