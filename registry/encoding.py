@@ -15,7 +15,7 @@ import types
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, fields
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from registry.errors import DamagedStore
 from registry.manifests import KINDS, File, Json, Part, State, Task
@@ -26,12 +26,20 @@ _FORMAT = 1
 P = TypeVar("P", bound=Part)
 
 
-def encode(state: State) -> tuple[bytes, dict[str, bytes]]:
-    """Return the bytes of a manifest, and digest -> bytes of the documents that it shares with others."""
+class Encoded(NamedTuple):
+    """A manifest to be stored."""
+
+    data: bytes
+    documents: dict[str, bytes]  # digest -> bytes of the documents that it shares with other manifests
+    body: dict[str, Any]  # its JSON
+
+
+def encode(state: State) -> Encoded:
+    """Encode a manifest."""
     documents: dict[str, bytes] = {}
     body = {"type": f"{state.KIND}/{_FORMAT}", **_written(state, documents)}
     body.pop("manifest", None)
-    return packed(body), documents
+    return Encoded(packed(body), documents, body)
 
 
 def packed(value: object) -> bytes:
@@ -95,7 +103,7 @@ USES = ("originals", "checkpoints", "generators", "codes", "extras", "vectors", 
 
 
 def files_of(body: Any) -> Iterator[tuple[str, File]]:
-    """Yield use and file of all bytes that the JSON of a manifest needs; except evicted weights.
+    """Yield use and file of all bytes that the JSON of a manifest needs, except evicted weights.
 
     The network of a code is needed too: it has the use `generators`.
     """

@@ -114,7 +114,7 @@ class Adapter(Part):
     created_at: str = field(default_factory=now)
     evicted_at: str | None = None  # when the weights were deleted; everything else stays known
     is_generated: bool = False  # a generator made it from samples
-    tensors_key: str | None = None  # equal for equal tensors, whatever their metadata
+    tensors_key: str | None = None  # equal for equal tensors, regardless of metadata
 
     dtype: str
     rank_max: int

@@ -21,7 +21,7 @@ class Written(NamedTuple):
     """A manifest that is durable."""
 
     digest: str
-    files: bytes  # its `packed_files`
+    body: Any  # its JSON
 
 
 def ref_of(kind: str, name: str) -> Select[Any]:
@@ -63,7 +63,7 @@ def move(
 ) -> None:
     """Write refs and history, if the refs are as expected.
 
-    Of several states of a name, the highest number becomes current.
+    The state with the highest number becomes current.
     """
     present, rows = _present(connection, states), list[dict[str, Any]]()
     newest = {(one.KIND, key_of(one.KIND, one.ref)): one.number for one in sorted(states, key=lambda one: one.number)}
@@ -80,8 +80,8 @@ def move(
         if is_newest and not is_older:
             rows.append(index_of(state, digest))
     versions = [
-        version_of(one, digest, files)
-        for one, (digest, files) in zip(states, written, strict=True)
+        version_of(one, digest, body)
+        for one, (digest, body) in zip(states, written, strict=True)
         if one.KIND in _WITH_HISTORY
     ]
     replace_rows(connection, REFS, ("kind", "key"), rows)

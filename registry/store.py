@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from sqlalchemy import Select, func, or_, select
 
-from registry.encoding import Shared, decode, encode, read_shared, unpacked
+from registry.encoding import Shared, decode, encode, read_shared
 from registry.errors import DamagedStore, GeneratorNotFound, LostRace, TaskConflict, TaskNotFound
 from registry.filters import Selection
 from registry.listing import IS_TASK, ROW, selected
@@ -34,7 +34,7 @@ from registry.refs import Written, chunks, move, raise_seq, ref_of, remove_ref, 
 from registry.storage.blobs.content import Blobs
 from registry.storage.locks import Patience
 from registry.storage.open import StoreParts, open_parts
-from registry.tables import HISTORY, META, REFS, REPAIR_HINT, TaskRow, index_of, key_of, packed_files
+from registry.tables import HISTORY, META, REFS, REPAIR_HINT, TaskRow, index_of, key_of
 
 if TYPE_CHECKING:
     from registry.reachability import PruneReport
@@ -295,7 +295,6 @@ class Store:
         gone = [_next(Removed(of=one.KIND, name=one.ref, seq=one.seq, manifest=one.manifest), moment) for one in remove]
         # Removals last: if the command is killed and the database lost, the new name of a task must be there.
         written, removals = self._put_states(new), self._put_states(gone)
-        digests = [one.digest for one in (*written, *removals)]
         try:
             with self._db.write() as connection:
                 for state in remove:
@@ -306,9 +305,9 @@ class Store:
                 raise_seq(connection, [*new, *gone])
         except (LostRace, TaskConflict, DamagedStore):
             # Nothing refers to them, and if the database is lost they must not be mistaken for committed states.
-            self.manifests.delete(digests, newest=math.inf)
+            self.manifests.delete([one.digest for one in (*written, *removals)], newest=math.inf)
             raise
-        return [replace(state, manifest=digest) for state, digest in zip(new, digests, strict=False)]
+        return [replace(state, manifest=one.digest) for state, one in zip(new, written, strict=True)]
 
     def adopt(self, states: Sequence[State]) -> None:
         """Copy states of another store unchanged: their names are new here, and their manifests the same.
@@ -580,14 +579,11 @@ class Store:
 
     def _put_states(self, states: Sequence[State]) -> list[Written]:
         """Store manifests, after the documents that they share."""
-        data, documents = list[bytes](), dict[str, bytes]()
-        for state in states:
-            body, common = encode(state)
-            data.append(body)
-            documents |= common
+        encoded = list(map(encode, states))
+        documents = {digest: data for one in encoded for digest, data in one.documents.items()}
         self.blobs.put_all(list(documents.values()))
-        files = [packed_files(unpacked(one)) for one in data]
-        return list(map(Written, self.manifests.put_all(data), files))
+        digests = self.manifests.put_all([one.data for one in encoded])
+        return [Written(digest, one.body) for digest, one in zip(digests, encoded, strict=True)]
 
     def _discard(self, run: Run, kept: frozenset[File]) -> None:
         """Delete an earlier state of a run with its blobs, which nothing else refers to."""

@@ -233,22 +233,20 @@ def index_of(state: State, manifest: str) -> dict[str, Any]:
     }
 
 
-def version_of(state: State, manifest: str, files: bytes) -> dict[str, Any]:
-    """Return the row of `history` for a state; `files` are the `packed_files` of its manifest."""
-    key = key_of(state.KIND, state.ref)
-    return {"kind": state.KIND, "key": key, "version": state.number, "manifest": manifest, "files": files}
+def version_of(state: State, manifest: str, body: Any) -> dict[str, Any]:
+    """Return the row of `history` for a state; `body` is the JSON of its manifest."""
+    row = {"kind": state.KIND, "key": key_of(state.KIND, state.ref), "version": state.number, "manifest": manifest}
+    return {**row, "files": packed_files(body)}
 
 
 def packed_files(body: Any) -> bytes:
     """Return the files that the JSON of a manifest needs, so that the bill reads no manifest.
 
-    Nine bytes per file: its use, and the start of its digest.
+    Nine bytes per file: its first use, and the start of its digest.
     """
-    uses: dict[bytes, int] = {}
-    for use, file in files_of(body):
-        start, number = start_of(file), USES.index(use)
-        uses[start] = min(number, uses.get(start, number))
-    return b"".join(bytes([number]) + start for start, number in sorted(uses.items()))
+    files = sorted(((USES.index(use), start_of(file)) for use, file in files_of(body)), reverse=True)
+    first = {start: number for number, start in files}
+    return b"".join(bytes([number]) + start for start, number in sorted(first.items()))
 
 
 def unpacked_files(files: bytes) -> Iterator[tuple[str, bytes]]:

@@ -20,7 +20,7 @@ from registry.errors import DamagedStore, MissingBlob, StoreIOError
 from registry.manifests import Generator, Removed, Run, State, Task
 from registry.reachability import Found, Name, Walk, is_named, leftovers, walk
 from registry.storage.blobs.content import Blobs
-from registry.tables import HISTORY, META, REFS, index_of, key_of, packed_files, version_of
+from registry.tables import HISTORY, META, REFS, index_of, key_of, version_of
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -356,9 +356,9 @@ def _with_eviction(store: Store, newest: State, states: Sequence[State]) -> Stat
             seq = max(state.seq for state in states) + 1
             facts = {"final": one.final, "checkpoints": one.checkpoints, "code": one.code}
             merged = replace(newest, seq=seq, parent=newest.manifest, **facts)  # type: ignore[arg-type]
-            data, documents = encode(merged)
-            store.blobs.put_all(list(documents.values()))
-            return replace(merged, manifest=store.manifests.put(data))
+            encoded = encode(merged)
+            store.blobs.put_all(list(encoded.documents.values()))
+            return replace(merged, manifest=store.manifests.put(encoded.data))
     return newest
 
 
@@ -372,8 +372,7 @@ def _is_committed(state: State, states: Sequence[State]) -> TypeGuard[Removed]:
 def _write(store: Store, refs: Sequence[State], history: Sequence[State], seq: int) -> None:
     rows = [index_of(state, str(state.manifest)) for state in refs]
     versions = [
-        version_of(one, str(one.manifest), packed_files(unpacked(store.manifests.read(str(one.manifest)))))
-        for one in history
+        version_of(one, str(one.manifest), unpacked(store.manifests.read(str(one.manifest)))) for one in history
     ]
     with store.parts.database.rebuild() as connection:
         for table, values in ((REFS, rows), (HISTORY, versions)):

@@ -130,7 +130,7 @@ def contents(generator: Generator, tasks: Sequence[Task]) -> tuple[BundleIndex, 
     tasks = sorted(tasks, key=lambda task: task.name.lower())
     made, documents = dict[str, bytes](), dict[str, bytes]()
     for state in (generator, *tasks):
-        data, shared = encoding.encode(state)
+        data, shared, _ = encoding.encode(state)
         made[hashlib.sha256(data).hexdigest()] = data
         documents |= shared
     digests = list(made)

@@ -38,7 +38,7 @@ def files_of(store: Store) -> set[str]:
 
 def put_state(store: Store, state: Removed) -> None:
     """Store a manifest as a command does that is killed before it commits."""
-    store.manifests.put(encode(state)[0])
+    store.manifests.put(encode(state).data)
 
 
 def test_nothing_that_a_ref_reaches_is_deleted(store: Store) -> None:
@@ -188,7 +188,7 @@ class TestUnknownStates:
         assert store.blobs.read(str(newer.samples)) == b"samples"
 
     def test_a_task_that_was_never_committed_stays(self, store: Store) -> None:
-        store.manifests.put(encode(replace(task(store, "rust"), seq=1))[0])
+        store.manifests.put(encode(replace(task(store, "rust"), seq=1)).data)
         assert store.prune(grace=0).unlisted == ("rust",)
         assert len(list(store.blobs.all())) == 2
 
@@ -196,7 +196,7 @@ class TestUnknownStates:
         first = ingest(store, "rust")
         second = store.update("rust", lambda known: replace(known, note="mine"))
         loser = replace(first, note="theirs", parent=first.manifest, seq=second.seq + 1000)
-        store.manifests.put(encode(loser)[0])
+        store.manifests.put(encode(loser).data)
         report = store.prune(grace=0)
         assert (report.manifests, report.unlisted) == (2, ())
 

@@ -146,21 +146,21 @@ class TestLeftovers:
 
     def test_a_change_that_was_not_committed_is_a_remark(self, store: Store, rust: Task) -> None:
         state = replace(rust, note="x", parent=rust.manifest, seq=rust.seq + 1)
-        store.manifests.put(encode(state)[0])
+        store.manifests.put(encode(state).data)
         (finding,) = store.verify()
         assert (finding.kind, finding.tasks, finding.is_problem) == ("uncommitted", ("rust",), False)
 
     def test_so_is_one_of_an_earlier_version(self, store: Store, rust: Task) -> None:
         store.publish([replace(rust, version=2, final=task(store, "rust", weights=b"second").final)])
-        store.manifests.put(encode(replace(rust, note="x", parent=rust.manifest, seq=rust.seq + 1))[0])
+        store.manifests.put(encode(replace(rust, note="x", parent=rust.manifest, seq=rust.seq + 1)).data)
         (finding,) = store.verify()
         assert (finding.kind, finding.tasks, finding.is_problem) == ("uncommitted", ("rust",), False)
 
     def test_so_are_new_tasks_and_removals(self, store: Store, rust: Task) -> None:
         for attempt in range(2):
-            store.manifests.put(encode(replace(task(store, "sql"), seq=attempt))[0])
+            store.manifests.put(encode(replace(task(store, "sql"), seq=attempt)).data)
         removal = Removed(of="task", name="rust", seq=rust.seq + 1, parent=rust.manifest)
-        store.manifests.put(encode(removal)[0])
+        store.manifests.put(encode(removal).data)
         (finding,) = store.verify()
         assert (finding.kind, finding.tasks, finding.is_problem) == ("uncommitted", ("rust", "sql"), False)
 

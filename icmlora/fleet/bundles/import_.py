@@ -27,7 +27,7 @@ from icmlora.formats.peft.config import AdapterConfig
 from icmlora.formats.peft.initial import converted_form
 from icmlora.formats.peft.peft import PEFT
 from icmlora.generator.code import generator_of
-from registry.encoding import encode, files_of, unpacked
+from registry.encoding import encode, files_of
 from registry.errors import LostRace, StoreNotFound, TaskConflict
 from registry.manifests import State, Task, now
 from registry.names import bundle_source
@@ -126,7 +126,7 @@ def _import(
 def _restore(store: Store, bundle: BundleFile, names: Sequence[str]) -> None:
     """Store blobs of known tasks and their generators that the store has lost."""
     states: list[State] = [*map(store.task, names), *store.generators(store.base_name(bundle.index.base_model))]
-    needed = {str(file) for state in states for _, file in files_of(unpacked(encode(state)[0]))}
+    needed = {str(file) for state in states for _, file in files_of(encode(state).body)}
     parts = {str(part) for part in bundle.index.parts}
     store.blobs.put_all([bundle.read(digest) for digest in sorted(needed & parts) if not store.blobs.exists(digest)])
 

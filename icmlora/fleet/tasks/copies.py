@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from icmlora.errors import DataError
 from icmlora.fleet.bases.labels import renumbered
 from icmlora.fleet.context import Context, select_tasks, use_case
-from registry.encoding import encode, files_of, unpacked
+from registry.encoding import encode, files_of
 from registry.errors import BaseModelConflict, DamagedStore, LostRace, RegistryError, TaskConflict
 from registry.manifests import BaseModel, File, Generator, State, Task
 from registry.names import DatabaseUrl, absolute, address_of
@@ -137,7 +137,7 @@ class _Copying:
         try:
             return self._other.find(name)
         except DamagedStore:
-            self._other.blobs.put_all([data for one in versions for data in encode(one)[1].values()])
+            self._other.blobs.put_all([data for one in versions for data in encode(one).documents.values()])
             return self._other.find(name)
 
     def _restore(self, states: Sequence[State]) -> bool:
@@ -190,8 +190,8 @@ class _Copying:
 
 
 def _needed(state: State) -> Iterable[File]:
-    data, documents = encode(state)
-    return (file for _, file in files_of(unpacked(data)) if str(file) not in documents)
+    _, documents, body = encode(state)
+    return (file for _, file in files_of(body) if str(file) not in documents)
 
 
 def _continues(mine: Sequence[Generator], current: Generator) -> bool:

@@ -11,7 +11,8 @@ A name always means the same bytes, so writing needs no condition, and a failed 
 may have written the same object, and refer to it. Unreferenced objects are pruned.
 
 Locks live in the database, whose server may grant a lock to another process while a slow one is still deleting. So
-only objects written a day ago are deleted, after another look, and writing bytes that exist makes them new again.
+only objects written at least a day ago are deleted, after another look, and writing bytes that exist makes them new
+again.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     FOLDER/clock              touched to learn the time of the server
 
 Locks live in the database, which may grant one to another process while a slow one is still deleting. So only files
-written an hour ago are deleted, after another look, and writing bytes that exist makes their file new again.
+written at least an hour ago are deleted, after another look, and writing bytes that exist makes their file new again.
 """
 
 from __future__ import annotations
