@@ -48,7 +48,7 @@ class KnownTensors:
         """Start with the tasks of the store; `read` returns its blobs, and is None without a store."""
         self._known = known
         self._finals: dict[str, _Final] = {}
-        self._names: defaultdict[str, dict[str, None]] = defaultdict(dict)  # key -> names, in the store first
+        self._names: defaultdict[str, dict[str, int]] = defaultdict(dict)  # key -> name -> position, the store's first
         self._digest = lru_cache(None)(lambda blob: None if read is None else tensors_digest(read(blob)))
         self._plain = lru_cache(_CONFIGS)(lambda blob: None if read is None else plain_config(read(blob)))
 
@@ -61,7 +61,8 @@ class KnownTensors:
     def add(self, task: Task) -> str | None:
         """Note a task; return the first task known before with the same final adapter, if any."""
         final = _Final(str(task.final.weights), task.final.tensors_key, str(task.final.config))
-        similar = (name for key in final.keys for name in self._names[key] if name.lower() != task.name.lower())
+        known = {name: at for key in final.keys for name, at in self._names[key].items()}
+        similar = [name for name in sorted(known, key=known.__getitem__) if name.lower() != task.name.lower()]
         found = next((name for name in similar if self._is_same(self._finals[name.lower()], final)), None)
         self._add(task.name, final)
         return found
@@ -79,7 +80,7 @@ class KnownTensors:
     def _add(self, name: str, final: _Final) -> None:
         self._finals[name.lower()] = final
         for key in final.keys:
-            self._names[key][name] = None
+            self._names[key].setdefault(name, len(self._finals))
 
     def _is_same(self, one: _Final, other: _Final) -> bool:
         try:
