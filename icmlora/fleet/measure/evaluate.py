@@ -33,7 +33,7 @@ from icmlora.fleet.resources.decoding import read_context
 from icmlora.fleet.resources.loading import Models
 from icmlora.fleet.resources.texts import adapter_template, own_text
 from icmlora.fleet.resources.workers import Tell, check_place, worker_pool
-from icmlora.fleet.stats.stats import Spread
+from icmlora.fleet.stats.bill import Spread
 from icmlora.formats.catalogue import format_named
 from registry.errors import TaskNotFound
 from registry.filters import Selection

@@ -32,6 +32,12 @@ NUMBERS = FLOAT_TYPES | {"I64", "I32", "I16"}
 
 FactorPart = Literal["down", "up", "mid", "alpha"]
 
+Scales = Callable[[Mapping[str, str], str, int], float]
+"""Metadata of the header, module and rank -> the factor between up @ down and dW, where the file has no alpha."""
+
+Restated = Callable[[Mapping[str, str], Mapping[str, int]], Mapping[str, str]]
+"""Metadata of the header, module -> the rank to write -> the metadata to write."""
+
 # A LoRA factor in whatever naming; one that the file's own naming does not know belongs to another one.
 _FACTOR = re.compile(r"(?P<stem>.+?)[._](lora\d?[._](down|up|[AB])|lora_linear_layer\.(down|up))(\.default)?\.weight")
 # Factors of other methods than LoRA, as LyCORIS names them, and whole differences.

@@ -15,6 +15,7 @@ from icmlora.adapter.metrics import dw_norm, squared_error
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import GeneratorError
 from icmlora.generator.codec import OpenCode
+from icmlora.generator.encoding import encode_adapter
 from icmlora.generator.entropy_coding import Integers
 from icmlora.generator.initial_a.draw import InitialA, InitialModule
 from icmlora.generator.limits import Limits
@@ -132,7 +133,7 @@ def test_codes_that_share_an_initial_a_come_back_one_after_the_other_as_they_do_
     under = peft_codec()
     adapters = [peft_made(moved=moved, task=task).adapter for task, moved in ((0, 0.2), (3, 0.8))]
     initials = [initial_of(adapter) for adapter in adapters]
-    codes = [under.encode(adapter, {}, initials[0]).data for adapter in adapters]
+    codes = [encode_adapter(under, adapter, {}, initials[0]).data for adapter in adapters]
     assert initials[0] == initials[1]
     assert under.open(codes[0]).head.shifts.tolist() != under.open(codes[1]).head.shifts.tolist()
     for data in (*codes, codes[0]):
