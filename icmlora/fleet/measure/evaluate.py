@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.base_models.catalogue import check_examples, modality_of
-from icmlora.base_models.examples.examples import EvaluationData
 from icmlora.base_models.examples.media_archive import read_examples
+from icmlora.base_models.reading import EvaluationData
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
 from icmlora.fleet.context import (
     Context,
