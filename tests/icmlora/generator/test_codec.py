@@ -183,7 +183,7 @@ def test_a_task_vector_of_another_length_is_refused() -> None:
 
 def test_the_code_of_another_generator_is_refused_by_name() -> None:
     other = Codec(generator_from_bytes(generator_to_bytes(codec().generator.net, {"seed": "1"})))
-    data = other.encode(make_adapter(0), {}).data
+    data = encode_adapter(other, make_adapter(0), {}).data
     with pytest.raises(CodeError, match=other.generator.digest[:12]):
         codec().decode(data)
 
