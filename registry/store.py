@@ -1,28 +1,31 @@
 """The only door to a store.
 
-with Store.open("loras.icm", create=True, command="icm ingest") as store:
-    (weights,) = store.blobs.put_all([data])                      # bytes first, durable
-    store.publish([Task(name="poems", ...)])                      # the commit point: refs move to new manifests
-    store.update("poems", lambda task: replace(task, note="x"))   # read, change, compare and swap, again if lost
-    data = store.blobs.read(store.task("poems").final.weights)
+    with Store.open("loras.icm", create=True, command="icm ingest") as store:
+        (weights,) = store.blobs.put_all([data])                      # bytes first, durable
+        store.publish([Task(name="poems", ...)])                      # the commit point: refs move to new manifests
+        store.update("poems", lambda task: replace(task, note="x"))   # read, change, compare and swap, again if lost
+        data = store.blobs.read(store.task("poems").final.weights)
+
+The maintenance methods import their code when they are called, because most commands do not need it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from registry import reachability, usage, verify
 from registry.manifests import Task
 from registry.names import DatabaseUrl, address_of
-from registry.reachability import PruneReport
 from registry.states import OnDamage, StateStore
-from registry.storage.blobs.backend import BlobBackend
 from registry.storage.locks import Patience
 from registry.storage.open import open_parts
-from registry.usage import Usage
-from registry.verify import Finding, Rebuilt
+
+if TYPE_CHECKING:
+    from registry.reachability import PruneReport
+    from registry.storage.blobs.backend import BlobBackend
+    from registry.usage import Usage
+    from registry.verify import Finding, Rebuilt
 
 
 class Store(StateStore):
@@ -87,7 +90,9 @@ class Store(StateStore):
 
         None if another process uses the store for too long: the next `prune` deletes them.
         """
-        return reachability.free(self, files, names)
+        from registry.reachability import free
+
+        return free(self, files, names)
 
     def prune(
         self, *, grace: float | None = None, empty_quarantine: bool = False, dry_run: bool = False
@@ -99,21 +104,31 @@ class Store(StateStore):
         Raises:
             DamagedStore: The database disagrees with the manifests; nothing was deleted.
         """
-        return reachability.prune(self, grace=grace, empty_quarantine=empty_quarantine, dry_run=dry_run)
+        from registry.reachability import prune
+
+        return prune(self, grace=grace, empty_quarantine=empty_quarantine, dry_run=dry_run)
 
     def usage(self) -> Usage:
         """Return the bytes on disk by what they are for."""
-        return usage.measure(self)
+        from registry.usage import measure
+
+        return measure(self)
 
     def verify(self, *, read_data: bool = False, names: Sequence[str] = ()) -> Iterator[Finding]:
         """Yield what is wrong; `read_data` also hashes every blob, `names` checks only these tasks."""
-        return verify.verify(self, read_data=read_data, names=names)
+        from registry.verify import verify
+
+        return verify(self, read_data=read_data, names=names)
 
     def repair(self, finding: Finding) -> str | None:
         """Correct one flipped bit of the damaged file of a finding, or move it to quarantine; return what was done."""
+        from registry.verify import repair
+
         with self.exclusive():
-            return verify.repair(self, finding)
+            return repair(self, finding)
 
     def rebuild(self) -> Rebuilt:
         """Write the database again from the manifests."""
-        return verify.rebuild(self)
+        from registry.verify import rebuild
+
+        return rebuild(self)

@@ -37,7 +37,7 @@ def test_a_file_keeps_to_the_bars(path: Path) -> None:
     assert not (calls & FORBIDDEN) - ALLOWED.get(str(path.relative_to(ROOT)), set())
 
 
-def test_no_modules_import_each_other_in_a_circle() -> None:
+def test_there_are_no_import_cycles() -> None:
     graph = grimp.build_graph("icm_cli", "icmlora", "registry", exclude_type_checking_imports=False, cache_dir=None)
-    # Raises `CycleError`, which names the modules.
+    # A cycle raises `CycleError`, which names its modules.
     TopologicalSorter({name: graph.find_modules_directly_imported_by(name) for name in graph.modules}).prepare()
