@@ -71,7 +71,7 @@ def encode_adapter(
     """Encode one adapter with the coarsest quantiser step found that keeps the limits of its errors.
 
     Args:
-        codec: That of the generator.
+        codec: The codec of the generator.
         adapter: The adapter, as its trainer wrote it.
         vectors: Its task vectors by view, each of shape (size,).
         initial: Where its initial A was drawn, if that is known.

@@ -158,7 +158,7 @@ def _example(row: Any, example: Callable[[Mapping[str, Any]], Any], media: Resol
 
 
 def nothing_usable(skipped: int, reason: str | None) -> DataError:
-    """Say that no row of a file is an example, and why the first is none."""
+    """Return the error for a file without a usable row; `reason` is why the first row was left out."""
     if reason is None:
         return DataError("the file holds no example", hint=_HINT)
     fact = reason if skipped == 1 else f"none of its {skipped} rows is usable; the first: {reason}"

@@ -1,4 +1,4 @@
-"""What was found: adapters on disk, and the tasks that they make up."""
+"""Adapters on disk, and the tasks that they make up."""
 
 from __future__ import annotations
 
