@@ -77,7 +77,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.map.map import MapReport
     from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable
     from icmlora.fleet.report.report import ReportSummary
-    from icmlora.fleet.stats.stats import Bill
+    from icmlora.fleet.stats.bill import Bill
     from icmlora.fleet.tasks.copies import CopyReport
     from icmlora.fleet.tasks.described import DescribedTask
     from icmlora.fleet.tasks.doctor import Check
@@ -194,7 +194,7 @@ __all__ = [
 
 _HOMES = {
     "Adapter": "icmlora.adapter.model",
-    "Bill": "icmlora.fleet.stats.stats",
+    "Bill": "icmlora.fleet.stats.bill",
     "Bundle": "icmlora.fleet.bundles.bundles",
     "Check": "icmlora.fleet.tasks.doctor",
     "ContextReport": "icmlora.fleet.few_shot.task_context",

@@ -25,7 +25,7 @@ from registry.storage.blobs.backend import BlobInfo, Leftover
 from registry.tables import HISTORY, REFS, REPAIR_HINT, index_of, key_of, packed_files
 
 if TYPE_CHECKING:
-    from registry.store import Store
+    from registry.states import StateStore
 
 Name = tuple[str, str]
 """Kind and key of a ref."""
@@ -87,7 +87,7 @@ class Walk:
         self.blobs.update(str(file) for _, file in files_of(body))
 
 
-def walk(store: Store, visit: Callable[[Name, Any], None] = lambda name, body: None) -> Walk:
+def walk(store: StateStore, visit: Callable[[Name, Any], None] = lambda name, body: None) -> Walk:
     """Read all manifests of a store and compare them with its database.
 
     Args:
@@ -131,7 +131,7 @@ def walk(store: Store, visit: Callable[[Name, Any], None] = lambda name, body: N
     return found
 
 
-def _names(store: Store) -> Iterator[tuple[Name, dict[str, Any] | None, dict[int, str], dict[str, bytes]]]:
+def _names(store: StateStore) -> Iterator[tuple[Name, dict[str, Any] | None, dict[int, str], dict[str, bytes]]]:
     """Yield each name with its row in `refs`, its versions, and the files of each, all of the same moment."""
     last, is_complete = ("", ""), False
     while not is_complete:
@@ -155,7 +155,7 @@ def _after(table: Table, name: Name) -> Any:
 
 
 def _compare(
-    store: Store, found: Walk, name: Name, row: dict[str, Any] | None, versions: dict[int, str]
+    store: StateStore, found: Walk, name: Name, row: dict[str, Any] | None, versions: dict[int, str]
 ) -> tuple[list[str], dict[str, State]]:
     """Return the errors in the rows of a name, and digest -> state of the manifests that they name."""
     kind, key = name
@@ -187,7 +187,7 @@ def _compare(
     return facts, states
 
 
-def is_named(store: Store, name: Name, digest: str) -> bool:
+def is_named(store: StateStore, name: Name, digest: str) -> bool:
     """Return whether the database names a manifest for a name."""
     with store.parts.database.read() as connection:
         return any(
@@ -198,11 +198,11 @@ def is_named(store: Store, name: Name, digest: str) -> bool:
         )
 
 
-def _body(store: Store, digest: str) -> Any:
+def _body(store: StateStore, digest: str) -> Any:
     return unpacked(store.manifests.read(digest))
 
 
-def _rest(store: Store, found: Walk, files: Mapping[str, BlobInfo]) -> dict[Name, list[Found]]:
+def _rest(store: StateStore, found: Walk, files: Mapping[str, BlobInfo]) -> dict[Name, list[Found]]:
     """Return the manifests that the database does not name, by name and age."""
     rest = defaultdict[Name, list[Found]](list)
     for digest, info in files.items():
@@ -289,7 +289,7 @@ def _is_replaced(
     return one.parent is None or one.parent == present.parent or one.parent in lost
 
 
-def count_uses(store: Store) -> Counter[str]:
+def count_uses(store: StateStore) -> Counter[str]:
     """Return digest -> how often manifests name the blob, in all versions; each adapter that needs it counts.
 
     Raises:
@@ -300,7 +300,7 @@ def count_uses(store: Store) -> Counter[str]:
     return uses
 
 
-def manifests_of(store: Store, kind: str) -> Iterator[tuple[Name, Any]]:
+def manifests_of(store: StateStore, kind: str) -> Iterator[tuple[Name, Any]]:
     """Yield name and JSON of the readable manifests of a kind, in all versions."""
     for name, row, versions, _ in _names(store):
         if kind == name[0]:
@@ -326,7 +326,7 @@ class PruneReport:
     folders: tuple[str, ...] = ()  # found among the temporary files or in quarantine; they stay
 
 
-def free(store: Store, files: Iterable[str], names: Iterable[str]) -> int | None:
+def free(store: StateStore, files: Iterable[str], names: Iterable[str]) -> int | None:
     """Delete blobs and earlier states of tasks that nothing reaches; see `Store.free`."""
     try:
         with store.exclusive():
@@ -350,7 +350,7 @@ def free(store: Store, files: Iterable[str], names: Iterable[str]) -> int | None
     return freed
 
 
-def _delete_states(store: Store, states: Sequence[Found], newest: float | None = None) -> int:
+def _delete_states(store: StateStore, states: Sequence[Found], newest: float | None = None) -> int:
     """Delete manifests and return the bytes freed; call it before their blobs are deleted.
 
     So a state without its blobs does not come back if the database is lost. Removals that were not committed go first:
@@ -365,7 +365,7 @@ def _delete_states(store: Store, states: Sequence[Found], newest: float | None =
     return freed
 
 
-def prune(store: Store, *, grace: float | None, empty_quarantine: bool, dry_run: bool) -> PruneReport:
+def prune(store: StateStore, *, grace: float | None, empty_quarantine: bool, dry_run: bool) -> PruneReport:
     """Delete garbage; see `Store.prune`."""
     if dry_run:
         return _prune(store, grace, empty_quarantine, dry_run=True)
@@ -375,7 +375,7 @@ def prune(store: Store, *, grace: float | None, empty_quarantine: bool, dry_run:
     return report
 
 
-def _prune(store: Store, grace: float | None, empty_quarantine: bool, *, dry_run: bool) -> PruneReport:
+def _prune(store: StateStore, grace: float | None, empty_quarantine: bool, *, dry_run: bool) -> PruneReport:
     newest = store.blobs.now() - (store.blobs.grace if grace is None else grace)
     found = walk(store)
     found.check(store.parts.database.place)
@@ -417,14 +417,14 @@ def _prune(store: Store, grace: float | None, empty_quarantine: bool, *, dry_run
     )
 
 
-def _forget_removals(store: Store, removals: Sequence[Found], newest: float | None = None) -> int:
+def _forget_removals(store: StateStore, removals: Sequence[Found], newest: float | None = None) -> int:
     """Delete removals, after the states that must not come back; return the bytes freed."""
     if removals:
         store.parts.maintenance.run(lambda: _forget(store, removals))
     return store.manifests.delete((one.info.digest for one in removals), newest=newest)
 
 
-def _forget(store: Store, states: Iterable[Found]) -> None:
+def _forget(store: StateStore, states: Iterable[Found]) -> None:
     """Remove generators that no code needs, and removals that are over, from the database."""
     with store.parts.database.write() as connection:
         for one in states:
@@ -432,7 +432,7 @@ def _forget(store: Store, states: Iterable[Found]) -> None:
             connection.execute(delete(table).where(table.c.manifest == one.info.digest))
 
 
-def leftovers(store: Store, *, aside: bool = False) -> list[Leftover]:
+def leftovers(store: StateStore, *, aside: bool = False) -> list[Leftover]:
     """Return the files that killed commands left, or those in quarantine, each once."""
     found = (
         *store.parts.maintenance.leftovers(aside=aside),

@@ -14,7 +14,7 @@ from registry.reachability import leftovers
 from registry.tables import HISTORY, REFS, packed_files, start_of, unpacked_files
 
 if TYPE_CHECKING:
-    from registry.store import Store
+    from registry.states import StateStore
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Usage:
         return sum(getattr(self, name) for name in self.__dataclass_fields__)
 
 
-def measure(store: Store) -> Usage:
+def measure(store: StateStore) -> Usage:
     """Add up the files of a store by use, as the database has them; no manifest of a task is read."""
     uses, named = _uses(store)
     blobs, manifests = store.blobs.sizes(), store.manifests.sizes()
@@ -58,7 +58,7 @@ def measure(store: Store) -> Usage:
     return Usage(**sums)
 
 
-def _uses(store: Store) -> tuple[dict[bytes, str], set[str]]:
+def _uses(store: StateStore) -> tuple[dict[bytes, str], set[str]]:
     """Return the use of each blob that refs and history reach, and the manifests that they name."""
     same = and_(HISTORY.c.kind == REFS.c.kind, HISTORY.c.key == REFS.c.key, HISTORY.c.version == REFS.c.version)
     refs = select(REFS.c.kind, REFS.c.name, REFS.c.manifest, true(), HISTORY.c.files).outerjoin_from(

@@ -23,7 +23,7 @@ from registry.storage.blobs.content import Blobs
 from registry.tables import HISTORY, META, REFS, index_of, key_of, version_of
 
 if TYPE_CHECKING:
-    from registry.store import Store
+    from registry.states import StateStore
 
 Kind = Literal[
     "database", "row", "unlisted", "uncommitted", "missing", "length", "digest", "code", "orphan", "leftover", "remark"
@@ -91,7 +91,7 @@ class _Needs:
                     self.of_runs[str(file)] = name
 
 
-def verify(store: Store, *, read_data: bool, names: Sequence[str] = ()) -> Iterator[Finding]:
+def verify(store: StateStore, *, read_data: bool, names: Sequence[str] = ()) -> Iterator[Finding]:
     """Yield the findings; see `Store.verify`."""
     place = store.parts.database.place
     try:
@@ -113,7 +113,7 @@ def verify(store: Store, *, read_data: bool, names: Sequence[str] = ()) -> Itera
         yield from _strays(store, found)
 
 
-def _of_manifests(store: Store, found: Walk) -> Iterator[Finding]:
+def _of_manifests(store: StateStore, found: Walk) -> Iterator[Finding]:
     for digest, owners in found.missing.items():
         kind: Kind = "digest" if store.manifests.exists(digest) else "missing"
         fact = f"the manifest of {', '.join(owners)} is {'damaged' if kind == 'digest' else 'missing'}"
@@ -124,7 +124,7 @@ def _of_manifests(store: Store, found: Walk) -> Iterator[Finding]:
         yield Finding("digest", fact, store.manifests.place(info.digest), info.digest, is_manifest=True)
 
 
-def _of_remote_manifests(store: Store, found: Walk) -> Iterator[Finding]:
+def _of_remote_manifests(store: StateStore, found: Walk) -> Iterator[Finding]:
     for digest in sorted(found.named - found.missing.keys()):
         state = store.state(digest)
         kind, fact = _problem_of(store.manifests, digest, None, None, read_data=True)
@@ -134,7 +134,7 @@ def _of_remote_manifests(store: Store, found: Walk) -> Iterator[Finding]:
             yield Finding(kind, f"manifest {digest} {fact}", place, digest, tasks, is_manifest=True)
 
 
-def _of_newer(store: Store, newer: Sequence[Found]) -> Iterator[Finding]:
+def _of_newer(store: StateStore, newer: Sequence[Found]) -> Iterator[Finding]:
     """Yield names with states that the database does not have: a command was killed, or the database is an old copy."""
     states = defaultdict[Name, list[Found]](list)
     for one in newer:
@@ -158,7 +158,7 @@ def _of_newer(store: Store, newer: Sequence[Found]) -> Iterator[Finding]:
         yield Finding("uncommitted", fact, store.manifests.home, tasks=tasks)
 
 
-def _is_next(store: Store, one: Found) -> bool:
+def _is_next(store: StateStore, one: Found) -> bool:
     """Return whether a state replaces one that the database has, or is the first of its name."""
     return store.ref(*one.name) is None if one.parent is None else is_named(store, one.name, one.parent)
 
@@ -194,7 +194,7 @@ def _problem_of(
     return None, ""
 
 
-def _strays(store: Store, found: Walk) -> Iterator[Finding]:
+def _strays(store: StateStore, found: Walk) -> Iterator[Finding]:
     for one in found.idle:
         found.reach(one.body)
     for blob in () if found.missing or found.unreadable else store.blobs.all():  # they may need any blob
@@ -206,7 +206,7 @@ def _strays(store: Store, found: Walk) -> Iterator[Finding]:
         yield Finding("leftover", f"{name} was left by a command that was killed", file.place)
 
 
-def repair(store: Store, finding: Finding) -> str | None:
+def repair(store: StateStore, finding: Finding) -> str | None:
     """Correct one flipped bit of a damaged file, or move the file to quarantine; return the result.
 
     None if the file is not damaged. The caller holds the store alone.
@@ -219,7 +219,7 @@ def repair(store: Store, finding: Finding) -> str | None:
     return _repaired(files, digest)
 
 
-def _can_be_read(store: Store, digest: str) -> bool:
+def _can_be_read(store: StateStore, digest: str) -> bool:
     try:
         store.state(digest)
     except DamagedStore:
@@ -263,7 +263,7 @@ def corrected(data: bytes, digest: str) -> bytes | None:
     return None
 
 
-def rebuild(store: Store) -> Rebuilt:
+def rebuild(store: StateStore) -> Rebuilt:
     """Write the database again from the manifests; see `Store.rebuild`."""
     with store.exclusive():
         before = _known(store)
@@ -280,7 +280,7 @@ def rebuild(store: Store) -> Rebuilt:
     )
 
 
-def _known(store: Store) -> dict[str, str]:
+def _known(store: StateStore) -> dict[str, str]:
     """Return task -> manifest as the database has it; nothing if it cannot be read."""
     query = select(REFS.c.name, REFS.c.manifest).where(REFS.c.kind == "task")
     try:
@@ -290,7 +290,7 @@ def _known(store: Store) -> dict[str, str]:
         return {}
 
 
-def _all_states(store: Store) -> dict[Name, list[State]]:
+def _all_states(store: StateStore) -> dict[Name, list[State]]:
     """Return all states in manifests/ by name and age; one flipped bit in a manifest is corrected first."""
     states = defaultdict[Name, list[State]](list)
     digests = [info.digest for info in store.manifests.all()]
@@ -308,7 +308,7 @@ def _all_states(store: Store) -> dict[Name, list[State]]:
     return states
 
 
-def _state(store: Store, digest: str) -> State:
+def _state(store: StateStore, digest: str) -> State:
     try:
         return store.state(digest)
     except DamagedStore:
@@ -326,7 +326,7 @@ def _correct(files: Blobs, digest: str) -> None:
         _repaired(files, digest)
 
 
-def _newest(store: Store, states: dict[Name, list[State]]) -> tuple[list[State], list[State], list[str]]:
+def _newest(store: StateStore, states: dict[Name, list[State]]) -> tuple[list[State], list[State], list[str]]:
     """Return the newest state of each name and of each version, and the names of tasks that stay removed."""
     refs, history, removed = list[State](), list[State](), list[str]()
     for (kind, _), some in states.items():
@@ -344,7 +344,7 @@ def _newest(store: Store, states: dict[Name, list[State]]) -> tuple[list[State],
     return refs, history, removed
 
 
-def _with_eviction(store: Store, newest: State, states: Sequence[State]) -> State:
+def _with_eviction(store: StateStore, newest: State, states: Sequence[State]) -> State:
     """Return the newest state of a version; evicted with the code of an earlier one, if that deleted its weights.
 
     Then an old copy of the database was used for a while.
@@ -369,7 +369,7 @@ def _is_committed(state: State, states: Sequence[State]) -> TypeGuard[Removed]:
     )
 
 
-def _write(store: Store, refs: Sequence[State], history: Sequence[State], seq: int) -> None:
+def _write(store: StateStore, refs: Sequence[State], history: Sequence[State], seq: int) -> None:
     rows = [index_of(state, str(state.manifest)) for state in refs]
     versions = [
         version_of(one, str(one.manifest), unpacked(store.manifests.read(str(one.manifest)))) for one in history

@@ -1,8 +1,10 @@
-"""The bars of CONTRIBUTING: sizes of files and functions, docstrings, and what never appears in the code."""
+"""The bars of CONTRIBUTING: sizes of files and functions, docstrings, no import cycles, and what the code never has."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -33,3 +35,9 @@ def test_a_file_keeps_to_the_bars(path: Path) -> None:
     assert long == []
     assert ast.get_docstring(tree)
     assert not (calls & FORBIDDEN) - ALLOWED.get(str(path.relative_to(ROOT)), set())
+
+
+def test_there_are_no_import_cycles() -> None:
+    graph = grimp.build_graph("icm_cli", "icmlora", "registry", exclude_type_checking_imports=False, cache_dir=None)
+    # A cycle raises `CycleError`, which names its modules.
+    TopologicalSorter({name: graph.find_modules_directly_imported_by(name) for name in graph.modules}).prepare()

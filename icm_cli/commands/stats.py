@@ -15,7 +15,7 @@ from icmlora.fleet.stats.bill_text import claims_text, disk_lines, saving_text, 
 from icmlora.io.text import counted, human_percent, human_size
 
 if TYPE_CHECKING:
-    from icmlora.fleet.stats.stats import BaseModelBill, Bill, Spread, TaskBill
+    from icmlora.fleet.stats.bill import BaseModelBill, Bill, Spread, TaskBill
 
 R = TypeVar("R")
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from icmlora.base_models.modality import IGNORED
 from icmlora.io.devices import uploaded
 
 _PIECE = 1 << 19  # logits at a time on a processor
@@ -38,11 +37,11 @@ def cross_entropy(logits: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
 
     Args:
         logits: (n, V), of at least as many predictions as there are wanted classes.
-        wanted: Indices, or `IGNORED` where a prediction is not scored.
+        wanted: Indices; negative where a prediction is not scored.
     """
     classes = uploaded(wanted, logits.device)
     log_p = log_probabilities(logits[-len(wanted) :], classes.clamp_min(0)[:, None])[:, 0]
-    return -torch.where(classes == IGNORED, 0.0, log_p).sum()
+    return -torch.where(classes < 0, 0.0, log_p).sum()
 
 
 class _LogProbabilities(torch.autograd.Function):

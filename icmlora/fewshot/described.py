@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from icmlora.base_models.examples.context import SEPARATOR, TaskContext
-from icmlora.base_models.examples.prompts import Prompt, given_prompts
+from icmlora.base_models.examples.prompts import Prompt
+from icmlora.base_models.reading import given_prompts
 from icmlora.errors import DataError
 
 if TYPE_CHECKING:

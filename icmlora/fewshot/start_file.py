@@ -16,6 +16,7 @@ from icmlora.errors import CodeError, GeneratorError
 from icmlora.fewshot.start import FewShotStart
 from icmlora.generator.codec import Codec
 from icmlora.generator.container import inflate, open_container, write_container
+from icmlora.generator.encoding import encode_adapter
 from icmlora.generator.limits import Limits
 
 MAGIC = b"ICMS\x01"
@@ -29,7 +30,7 @@ _TOLERANCE = 0.25
 
 def mean_code(start: FewShotStart, codec: Codec) -> bytes:
     """Encode a start's mean; the lengths of steps are then learned for the adapter that the code decodes to."""
-    return codec.encode(start.adapter, {}, limits=Limits(tolerance=_TOLERANCE)).data
+    return encode_adapter(codec, start.adapter, {}, limits=Limits(tolerance=_TOLERANCE)).data
 
 
 def fewshot_start_to_bytes(start: FewShotStart, code: bytes) -> bytes:

@@ -6,7 +6,7 @@
     code ──▶ condition, latent ────▶ prediction ──+ integers──▶ tokens ──▶ adapter               decode
     task vectors ──▶ condition ────▶ prediction ──────────────▶ tokens ──▶ adapter               generate
 
-The search for the quantiser step of a code is in icmlora/generator/encoding.py.
+An adapter is encoded by icmlora/generator/encoding.py, which searches for the quantiser step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from icmlora.errors import CodeError, GeneratorError
 from icmlora.generator.code import Code, CodeHead, generator_of
 from icmlora.generator.container import ABSENT
 from icmlora.generator.cvae import VIEWS, TaskState, predicted_tokens
-from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.initial_a.subspace import initial_subspace
 from icmlora.generator.network_file import TrainedGenerator
 from icmlora.generator.packing import KindIntegers, pack, unpack
@@ -35,10 +34,6 @@ from icmlora.generator.quantizer import TokenQuantizer, norm_of
 from icmlora.generator.scales import STRENGTHS
 from icmlora.generator.tokens import Modules, assembled, detokenize, modules_of
 from icmlora.io.threads import one_thread, side_by_side
-
-if TYPE_CHECKING:
-    from icmlora.generator.encoding import Encoded
-    from icmlora.generator.limits import Limits
 
 _LARGE = 1 << 18  # bytes of a code above which a second thread saves more than it costs
 _SUBSPACES = 4  # initial subspaces that stay in memory
@@ -57,7 +52,7 @@ class OpenCode:
 
 
 class Codec:
-    """Encode and decode the adapters of one generator. Works on the CPU in float32."""
+    """Read, write and decode the codes of one generator. Works on the CPU in float32."""
 
     # Under a tolerance near 1 the code of an adapter that is predicted well is condition and latent, without integers.
 
@@ -71,43 +66,6 @@ class Codec:
         self.config = config = self.net.config
         sensitivity = self.sensitivity  # not self, which the cache would keep alive
         self.subspace = lru_cache(_SUBSPACES)(lambda initial: initial_subspace(initial, config, sensitivity))
-
-    @torch.no_grad()
-    def encode(
-        self,
-        adapter: Adapter,
-        vectors: Mapping[str, torch.Tensor],
-        initial: InitialA | None = None,
-        limits: Limits | None = None,
-    ) -> Encoded:
-        """Encode one adapter with the coarsest quantiser step found that keeps the limits of its errors.
-
-        Args:
-            adapter: The adapter, as its trainer wrote it.
-            vectors: Its task vectors by view, each of shape (size,).
-            initial: Where its initial A was drawn, if that is known.
-            limits: By default the generator's own tolerance. Under a size, the code is the most accurate of at most so
-                many bytes, or the smallest found if none has so few.
-
-        Raises:
-            NotCovered: The generator has no place for one of the modules or ranks.
-            GeneratorError: No code keeps the limits.
-        """
-        from icmlora.generator.encoding import encode_adapter, encode_within  # most commands only decode
-        from icmlora.generator.limits import Limits
-
-        if limits is None:
-            limits = Limits(tolerance=self.config.tolerance)
-        if limits.size is not None:
-            return encode_within(self, adapter, vectors, initial, limits.size)
-        return encode_adapter(self, adapter, vectors, initial, limits)
-
-    @torch.no_grad()
-    def measure(self, adapter: Adapter, code: bytes) -> Encoded:
-        """Decode a code and compare the result with the adapter that was encoded."""
-        from icmlora.generator.encoding import measured
-
-        return measured(self, adapter, code)
 
     def decode(self, code: bytes, device: torch.device | None = None) -> Adapter:
         """Decode one code, to factors in float32 on a device (by default the CPU).

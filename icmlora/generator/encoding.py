@@ -60,14 +60,32 @@ class Encoded:
     weighted_error: float
 
 
+@torch.no_grad()
 def encode_adapter(
     codec: Codec,
     adapter: Adapter,
     vectors: Mapping[str, torch.Tensor],
-    initial: InitialA | None,
-    limits: Limits,
+    initial: InitialA | None = None,
+    limits: Limits | None = None,
 ) -> Encoded:
-    """Encode one adapter with the coarsest step found that keeps the limits; vectors (size,); see `Codec.encode`."""
+    """Encode one adapter with the coarsest quantiser step found that keeps the limits of its errors.
+
+    Args:
+        codec: The codec of the generator.
+        adapter: The adapter, as its trainer wrote it.
+        vectors: Its task vectors by view, each of shape (size,).
+        initial: Where its initial A was drawn, if that is known.
+        limits: By default the generator's own tolerance. Under a size, the code is the most accurate of at most so
+            many bytes, or the smallest found if none has so few.
+
+    Raises:
+        NotCovered: The generator has no place for one of the modules or ranks.
+        GeneratorError: No code keeps the limits.
+    """
+    if limits is None:
+        limits = Limits(tolerance=codec.config.tolerance)
+    if limits.size is not None:
+        return _encode_within(codec, adapter, vectors, initial, limits.size)
     asked = limits
     while True:
         best = _search(codec, adapter, vectors, initial, asked)
@@ -150,14 +168,14 @@ class Steps:
         return self._codec.close(found.head, found.groups)
 
 
-def encode_within(
+def _encode_within(
     codec: Codec,
     adapter: Adapter,
     vectors: Mapping[str, torch.Tensor],
     initial: InitialA | None,
     size: int,
 ) -> Encoded:
-    """Encode one adapter in at most `size` bytes, with the finest step found; vectors (size,); see `Codec.encode`."""
+    """Encode one adapter in at most `size` bytes, with the finest step found."""
     steps = Steps(codec, adapter, vectors, initial)
     low, high = map(steps.expected, (_FINEST, _COARSEST))
     high += _ABOVE
@@ -281,6 +299,7 @@ def coarsest(expected: int, limits: Limits, encode: Callable[[int], _Tried], eno
     return best
 
 
+@torch.no_grad()
 def measured(codec: Codec, adapter: Adapter, data: bytes) -> Encoded:
     """Decode a code, and measure how far that is from the adapter that was encoded; one kind in memory at a time."""
     originals = {module.name: module for module in adapter.modules}

@@ -22,6 +22,7 @@ from icmlora.formats.discovery.folder import load_adapter
 from icmlora.formats.peft.peft import CONFIG_NAME
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
+from icmlora.generator.encoding import encode_adapter
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.training.config import TrainConfig
 from icmlora.training.initialisation import fresh_network
@@ -50,7 +51,7 @@ def train(fleet: Path, factor: float) -> dict[str, Any] | None:
         last = bits[-len(bits) // 10 :]
         data = generator_to_bytes(state.net)
         codec = Codec(generator_from_bytes(data))
-        codes = [len(codec.encode(adapter, {}).data) for adapter in adapters]
+        codes = [len(encode_adapter(codec, adapter, {}).data) for adapter in adapters]
         return {
             "processes": ranks.count,
             "factor": factor,

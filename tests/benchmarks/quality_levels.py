@@ -38,7 +38,7 @@ from icmlora.fleet.resources.loading import Models, read_original, read_runnable
 from icmlora.fleet.resources.texts import own_text
 from icmlora.formats.format import RunnableAdapter
 from icmlora.generator.config import tolerance_of
-from icmlora.generator.encoding import Encoded
+from icmlora.generator.encoding import Encoded, encode_adapter
 from icmlora.generator.initial_a.search import SeedSearch
 from icmlora.generator.limits import Limits
 from registry.manifests import Task
@@ -114,7 +114,7 @@ class TaskLevels:
         initial = SeedSearch().find(adapter)
         for quality in LEVELS:
             limit = tolerance_of(quality)
-            encoded = codec.encode(adapter, vectors, initial, limits=Limits(tolerance=limit))
+            encoded = encode_adapter(codec, adapter, vectors, initial, limits=Limits(tolerance=limit))
             yield quality, encoded, codec.decode(encoded.data)
 
     def _answers(self, adapter: RunnableAdapter | None) -> Answers:

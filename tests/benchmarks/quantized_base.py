@@ -29,10 +29,10 @@ import torch
 
 from icmlora import Fleet
 from icmlora.base_models.catalogue import modality_of
-from icmlora.base_models.examples.examples import EvaluationData
 from icmlora.base_models.finding.lookup import inspect_base
 from icmlora.base_models.modality import BaseModel, retained_gain
 from icmlora.base_models.quantised import stored_bytes
+from icmlora.base_models.reading import EvaluationData
 from icmlora.base_models.running.attach import adapted
 from registry.names import LOAD_IN
 from tests.benchmarks.performance.machine import describe_machine, peak_memory

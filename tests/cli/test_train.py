@@ -109,8 +109,8 @@ def test_ctrl_c_while_it_encodes_publishes_nothing(icm: Icm, mixed: Path, monkey
         os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments)
 
-    real = publishing.Codec.encode
-    monkeypatch.setattr(publishing.Codec, "encode", encode)
+    real = publishing.encode_adapter
+    monkeypatch.setattr(publishing, "encode_adapter", encode)
     assert icm(*TRAIN).code == ExitCode.INTERRUPTED
     with Store.open(mixed) as store:
         assert store.generator(LABEL) is None

@@ -17,6 +17,7 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import factors_of
 from icmlora.generator.codec import Codec
+from icmlora.generator.encoding import encode_adapter
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.task_vectors.extraction import extract_adapted, extract_context
 from icmlora.training.config import TrainConfig
@@ -46,7 +47,7 @@ def refinement(base: BaseModel, codec: Codec, adapters: Sequence[Adapter], items
     """Count some steps of refining the codes of adapters side by side, and return the counts of one."""
     codes = [
         Refinable(
-            RelaxedCode(codec, adapter, codec.encode(adapter, {}).data, CARD),
+            RelaxedCode(codec, adapter, encode_adapter(codec, adapter, {}).data, CARD),
             error=0.3,
             teacher=Teacher(base, factors_of(adapter), items),
             effect=Effect(Teacher(base, factors_of(adapter), items)),

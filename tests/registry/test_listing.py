@@ -95,7 +95,7 @@ def test_a_row_has_the_folder_of_a_task_and_the_limits_of_its_code(fleet: Store)
 
 
 def test_a_task_that_is_removed_while_pages_are_read_is_left_out(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("registry.store.PAGE", 1)
+    monkeypatch.setattr("registry.states.PAGE", 1)
     for name in ("a", "b", "c"):
         ingest(store, name)
     rows, tasks = store.rows(), store.tasks()

@@ -11,7 +11,8 @@ import pytest
 from registry.errors import DamagedStore, LostRace, StoreReadOnly, TaskConflict, TaskNotFound
 from registry.filters import Selection, parse_filter, parse_sort
 from registry.manifests import BaseModel, Run, Task
-from registry.store import PAGE, Store
+from registry.states import PAGE
+from registry.store import Store
 from tests.registry.examples import BASE, adapter, code, ingest, measurement, put, task, train
 from tests.registry.pairs import damage, lose
 

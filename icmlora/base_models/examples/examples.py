@@ -11,24 +11,16 @@ A row that is empty, odd or broken is left out and counted. For a language model
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from icmlora.base_models.examples.chats import Chat, chat_of
-from icmlora.base_models.examples.media import MEDIA_KEYS, Media, Resolver, with_media
+from icmlora.base_models.examples.media import Resolver, with_media
 from icmlora.base_models.examples.media_archive import is_archive, open_archive
 from icmlora.base_models.examples.rows import BadRow, read_rows
 from icmlora.errors import DataError, located
-from icmlora.io.text import with_article
-
-if TYPE_CHECKING:
-    from icmlora.base_models.examples.chat_template import Templates
-    from icmlora.base_models.examples.context import TaskContext
-    from icmlora.base_models.modality import BaseModel
 
 Item = TypeVar("Item")
 
@@ -100,35 +92,6 @@ class Examples(Sequence[Any]):
         return f"skipped {self.skipped:,} of {rows:,} rows; the first: {self.reason}"
 
 
-@dataclass(frozen=True)
-class EvaluationData:
-    """Held-out examples of a task."""
-
-    examples: tuple[Any, ...]  # as the base model reads them, in the order of the file
-    digest: str  # SHA-256 of the file's bytes, which names the data in stored results
-    template: str | None = None  # digest of the chat template, if chats were rendered
-    skipped: str | None = None  # how many rows were left out and why, in words
-    note: str | None = None  # what a user should know of how they are read
-
-    @classmethod
-    def parse(
-        cls,
-        data: bytes,
-        *,
-        base: BaseModel | None = None,
-        path: str | Path | None = None,
-        template: Templates | None = None,
-        context: TaskContext | None = None,
-    ) -> EvaluationData:
-        """Parse the bytes of an `eval.jsonl`; without the base model, chats are not rendered."""
-        if base is None:
-            found = parse_examples(data, path=path)
-        else:
-            found = examples_for(base, data, path=path, template=template, context=context)
-        digest = hashlib.sha256(data if context is None else data + context.digest.encode()).hexdigest()
-        return cls(found.items, digest, found.template, found.summary, found.note)
-
-
 def spread(items: Sequence[Item], most: int) -> list[Item]:
     """Choose at most so many items, spread evenly: of a sorted file that is a fair choice."""
     count = min(most, len(items))
@@ -159,52 +122,8 @@ def parse_examples(
             if len(kept) + skipped > MAX_EXAMPLES:
                 raise DataError(f"more than {MAX_EXAMPLES} examples", hint="keep a sample of the task's text")
         if not kept:
-            raise DataError(_nothing(skipped, reason), hint=_HINT)
+            raise nothing_usable(skipped, reason)
     return Examples(tuple(kept), skipped, reason)
-
-
-def examples_for(
-    base: BaseModel,
-    data: bytes,
-    *,
-    path: str | Path | None = None,
-    most: int | None = None,
-    template: Templates | None = None,
-    context: TaskContext | None = None,
-) -> Examples:
-    """Read a file for a base model: its usable rows, as that model reads them.
-
-    At most `most` are returned, spread evenly over the file. `template` is the chat template that came with the
-    adapter, `context` stands before each example, and `path` is for the messages.
-
-    Raises:
-        DataError: No row can be used, or the file breaks a limit.
-    """
-    found = unread_examples(base, data, path=path)
-    with located(path):
-        if context is not None:
-            found = replace(found, items=tuple(map(context.before, found.items)))
-        # Rendering a chat takes longer than parsing it, and most callers need a few.
-        chosen = found.items if most is None else spread(found.items, most)
-        readable = base.modality.readable(base, chosen, template)
-        if readable.skipped and len(chosen) < len(found):
-            readable = base.modality.readable(base, found.items, template)
-    if not readable.items:
-        raise DataError(_nothing(readable.skipped, readable.reason), path=path, hint=_HINT)
-    items = readable.items if most is None else tuple(spread(readable.items, most))
-    return Examples(
-        items,
-        found.skipped + readable.skipped,
-        found.reason or readable.reason,
-        readable.template,
-        readable.note,
-        rows=len(found) + found.skipped,
-    )
-
-
-def unread_examples(base: BaseModel, data: bytes, *, path: str | Path | None = None) -> Examples:
-    """Return the usable rows of a file as examples of a base model's kind: chats are not rendered yet."""
-    return parse_examples(data, partial(_example_for, base), path=path)
 
 
 def text_example(row: Mapping[str, Any]) -> Example | Chat:
@@ -238,20 +157,9 @@ def _example(row: Any, example: Callable[[Mapping[str, Any]], Any], media: Resol
     return example(with_media(row, media))
 
 
-def _example_for(base: BaseModel, row: Mapping[str, Any]) -> Any:
-    """Turn a row into an example of a base model, which has to see all of it: the file of a row is most of what it is.
-
-    Raises:
-        DataError: It is not one, or names an image or a recording that the base model would not be given.
-    """
-    for key in set(MEDIA_KEYS).difference(base.modality.reads):
-        if isinstance(row.get(key), Media | Mapping):
-            what = "an image" if key == "image" else "a recording"
-            raise DataError(f"has {what}, which icm does not support for {with_article(base.modality.name)}")
-    return base.modality.example(row)
-
-
-def _nothing(skipped: int, reason: str | None) -> str:
+def nothing_usable(skipped: int, reason: str | None) -> DataError:
+    """Return the error for a file without a usable row; `reason` is why the first row was left out."""
     if reason is None:
-        return "the file holds no example"
-    return reason if skipped == 1 else f"none of its {skipped} rows is usable; the first: {reason}"
+        return DataError("the file holds no example", hint=_HINT)
+    fact = reason if skipped == 1 else f"none of its {skipped} rows is usable; the first: {reason}"
+    return DataError(fact, hint=_HINT)

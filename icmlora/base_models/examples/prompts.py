@@ -12,17 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from icmlora.base_models.examples.chat_template import Rendered
 from icmlora.base_models.examples.chats import chat_of
 from icmlora.base_models.examples.examples import Example, spread
 from icmlora.base_models.examples.rows import BadRow, read_rows
 from icmlora.errors import DataError, located
-
-if TYPE_CHECKING:
-    from icmlora.base_models.examples.chat_template import Templates
-    from icmlora.base_models.modality import BaseModel
 
 MAX_PROMPTS = 100
 _BEGINNING = 80  # characters of a plain text that a model is given, up to the end of the word
@@ -79,18 +75,6 @@ def read_prompts(data: bytes, path: str | Path) -> list[Prompt | Mapping[str, An
     return found
 
 
-def given_prompts(
-    base: BaseModel, asked: Sequence[Prompt | Mapping[str, Any]], template: Templates | None = None
-) -> list[Prompt]:
-    """Return what `read_prompts` returned as this base model reads it; raise `DataError` if it refuses a chat."""
-    chats = [base.modality.example(row) for row in asked if not isinstance(row, Prompt)]
-    read = base.modality.readable(base, chats, template)
-    if read.skipped:
-        raise DataError(f"not every prompt can be read: {read.reason}")
-    rendered = iter(read)
-    return [row if isinstance(row, Prompt) else _open(next(rendered)) for row in asked]
-
-
 def _asked(row: Any, where: str) -> Prompt | Mapping[str, Any]:
     """Read a row of a file of prompts; a chat that waits for an answer gets one, so that templates show its place."""
     if isinstance(row, BadRow):
@@ -109,13 +93,6 @@ def _asked(row: Any, where: str) -> Prompt | Mapping[str, Any]:
                 raise DataError(f"{where} {error.message}") from None
             return {**row, "messages": asked}
     raise DataError(f'{where} has no "prompt", "text" or "messages"')
-
-
-def _open(example: Example | Rendered) -> Prompt:
-    """Return a chat up to its last answer, which `_asked` added."""
-    if isinstance(example, Rendered):
-        return Prompt(example.text[: example.scored[-1][0]], is_rendered=True)
-    return Prompt(example.prompt)
 
 
 def _prompt_of(example: Any) -> Prompt | None:

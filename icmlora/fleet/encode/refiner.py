@@ -24,7 +24,7 @@ from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import factors_of
 from icmlora.fleet.resources.workers import Tell
 from icmlora.generator.codec import Codec
-from icmlora.generator.encoding import Encoded, SlotChoice, Steps
+from icmlora.generator.encoding import Encoded, SlotChoice, Steps, measured
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.generator.scales import OCTAVE
 from icmlora.training.effect import LEAST_LOST, Effect, Lost
@@ -163,7 +163,7 @@ def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, origina
     step, _ = near(lost, partial(lost_by, slots=choices[0]), steps.expected(_FIRST))
     slots = min(choices, key=cost)
     step, found = near(lost, partial(lost_by, slots=slots), step)
-    encoded = codec.measure(original, code(step, slots))
+    encoded = measured(codec, original, code(step, slots))
     return Coarse(refiner, codec, original, encoded, ForShare(keep, steps, found, slots))
 
 
@@ -237,7 +237,7 @@ class _Running:
 
     def finished(self) -> Finished:
         """Return the code as it is now."""
-        return Finished.of(self.code, self.code.codec.measure(self.code.original, self.work.relaxed.to_code()))
+        return Finished.of(self.code, measured(self.code.codec, self.code.original, self.work.relaxed.to_code()))
 
     def predict_final_loss(self, number: int) -> None:
         """Re-quantise at the step from which the remaining steps are predicted to end at the aim."""

@@ -24,7 +24,7 @@ from icmlora.fleet.encode.refiner import Coarse, Finished, Refiner, coarse_for, 
 from icmlora.fleet.measure.measure import SourceResult, TaskLosses
 from icmlora.fleet.resources.workers import Tell
 from icmlora.generator.codec import Codec
-from icmlora.generator.encoding import Encoded, Steps
+from icmlora.generator.encoding import Encoded, Steps, encode_adapter
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.limits import Limits
 from icmlora.io.text import human_size
@@ -186,7 +186,7 @@ class CodeSearch:
             self.tell(f"encoding, at most {human_size(limits.size)}")
         else:
             self.tell("encoding" if limits.tolerance is None else f"encoding, tolerance {limits.tolerance:.2g}")
-        return self.codec.encode(self.original, self.vectors, self.initial, limits)
+        return encode_adapter(self.codec, self.original, self.vectors, self.initial, limits)
 
     def _try(self, limits: Limits, refiner: Refiner | None) -> Trial:
         encoded = self._plain(limits)

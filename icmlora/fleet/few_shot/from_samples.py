@@ -16,9 +16,10 @@ from typing import Any
 from icmlora.adapter.arithmetic import truncated
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.catalogue import check_examples
-from icmlora.base_models.examples.examples import Examples, examples_for, plain
+from icmlora.base_models.examples.examples import Examples, plain
 from icmlora.base_models.examples.media_archive import read_examples
 from icmlora.base_models.modality import BaseModel, Prepared
+from icmlora.base_models.reading import examples_for
 from icmlora.base_models.running.lora_hooks import added, factors_of
 from icmlora.errors import DataError
 from icmlora.fewshot.adapt import adapt, behind_each_other, supports

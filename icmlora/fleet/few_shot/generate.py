@@ -40,7 +40,7 @@ from icmlora.fleet.vectors.vectors import VECTOR_DTYPE, put_vectors
 from icmlora.fleet.write.cards import GeneratedCard
 from icmlora.formats.format import AdapterBytes, write_adapter_files
 from icmlora.formats.peft.peft import PEFT
-from icmlora.generator.encoding import Encoded
+from icmlora.generator.encoding import Encoded, encode_adapter
 from icmlora.generator.limits import Limits
 from icmlora.generator.versions import GeneratorFile
 from icmlora.io.devices import gradient_dtype, resolve_device
@@ -290,7 +290,7 @@ def _encode(
 ) -> Encoded:
     """Encode a generated adapter coarsely, and refine the code on the samples."""
     codec = file.codec_for(adapter.layout)
-    coarse = codec.encode(adapter, {"context": _mean(vectors)}, limits=Limits(tolerance=_CODE_TOLERANCE))
+    coarse = encode_adapter(codec, adapter, {"context": _mean(vectors)}, limits=Limits(tolerance=_CODE_TOLERANCE))
     refiner = Refiner.of(base, adapter, examples, RefineConfig())
     return refiner.refine(codec, adapter, coarse, lambda note: context.progress(0, None, note))
 

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from icmlora.base_models.catalogue import check_examples
 from icmlora.base_models.examples.context import TaskContext
-from icmlora.base_models.examples.examples import spread, unread_examples
+from icmlora.base_models.examples.examples import spread
 from icmlora.base_models.examples.media_archive import read_examples
+from icmlora.base_models.reading import unread_examples
 from icmlora.errors import BaseModelUnsuited, DataError
 from icmlora.fewshot.context_choice import MOST_TOKENS, Prompted, choose_context
 from icmlora.fewshot.guard import BothWays, Guard, left_out

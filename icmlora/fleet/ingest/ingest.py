@@ -30,7 +30,8 @@ from icmlora.fleet.ingest.files import PreparedTask, Refusal, batches, prepare
 from icmlora.fleet.ingest.known_tasks import KnownTasks
 from icmlora.fleet.ingest.record import OnConflict, Outcome, record
 from icmlora.fleet.ingest.report import IngestReport, InputProblem, PlaceholderMet, TaskIngested
-from icmlora.formats.discovery.discovery import Discovery, FoundTask, find_tasks, name_tasks, no_adapter
+from icmlora.formats.discovery.discovery import Discovery, find_tasks, name_tasks, no_adapter
+from icmlora.formats.discovery.found import FoundTask
 from icmlora.formats.discovery.naming import NameTemplate
 from icmlora.formats.discovery.pickled import PickleReader, converted
 from icmlora.io.files import read_regular

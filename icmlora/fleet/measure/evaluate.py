@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.base_models.catalogue import check_examples, modality_of
-from icmlora.base_models.examples.examples import EvaluationData
 from icmlora.base_models.examples.media_archive import read_examples
+from icmlora.base_models.reading import EvaluationData
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
 from icmlora.fleet.context import (
     Context,
@@ -33,7 +33,7 @@ from icmlora.fleet.resources.decoding import read_context
 from icmlora.fleet.resources.loading import Models
 from icmlora.fleet.resources.texts import adapter_template, own_text
 from icmlora.fleet.resources.workers import Tell, check_place, worker_pool
-from icmlora.fleet.stats.stats import Spread
+from icmlora.fleet.stats.bill import Spread
 from icmlora.formats.catalogue import format_named
 from registry.errors import TaskNotFound
 from registry.filters import Selection

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.examples.examples import EvaluationData
 from icmlora.base_models.modality import retained_gain
+from icmlora.base_models.reading import EvaluationData
 from icmlora.errors import DataError, NotCovered
 from icmlora.fleet.measure.metric_result import MAX_TOKENS, MetricResult
 from icmlora.fleet.resources.decoding import OriginalForm, decode_code, predict_adapter, read_form

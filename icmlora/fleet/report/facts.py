@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from icmlora.fleet.measure.metric_result import measured_in
+from icmlora.fleet.stats.bill import Bill
 from icmlora.fleet.stats.bill_text import claims_text, disk_lines, saving_text, shortfalls
-from icmlora.fleet.stats.stats import Bill
 from icmlora.formats.catalogue import format_named
 from icmlora.io.text import counted, escape, human_percent, human_size
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any
 
-from icmlora.base_models.examples.prompts import Prompt, given_prompts, prompts_of
+from icmlora.base_models.examples.prompts import Prompt, prompts_of
+from icmlora.base_models.reading import given_prompts
 from icmlora.base_models.running.attach import adapted
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
 from icmlora.fleet.failures import FAILURES, BaseUnavailable, Failed, as_error

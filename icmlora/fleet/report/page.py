@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.report.pictures import TaskPictures
     from icmlora.fleet.report.rate_picture import RatePicture
     from icmlora.fleet.report.task_table import TaskTable
-    from icmlora.fleet.stats.stats import Bill, Spread
+    from icmlora.fleet.stats.bill import Bill, Spread
 
 _KEPT = re.compile(r"([\n\t\u200c\u200d]+)")
 """What a longer text keeps of what does not print: line ends, tabs, and the joiners of several scripts."""

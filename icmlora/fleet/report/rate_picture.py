@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from icmlora.fleet.map.label_placement import Box, place_labels
-from icmlora.fleet.stats.stats import Bill, TaskBill
+from icmlora.fleet.stats.bill import Bill, TaskBill
 from icmlora.io.text import counted, escape, human_size
 
 Quality = Literal["retained gain", "relative error"]

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.map.map import MapReport
     from icmlora.fleet.report.outputs import TaskOutputs
     from icmlora.fleet.report.pictures import TaskPictures
-    from icmlora.fleet.stats.stats import BaseModelBill, Bill
+    from icmlora.fleet.stats.bill import BaseModelBill, Bill
     from registry.manifests import Task
     from registry.store import Store
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from icmlora.fleet.measure.metric_result import measured_in
+from icmlora.fleet.stats.bill import Bill, TaskBill
 from icmlora.fleet.stats.bill_text import limits_text
-from icmlora.fleet.stats.stats import Bill, TaskBill
 from icmlora.io.text import escape, escape_lines
 from icmlora.task_vectors.map import MappedTask
 from registry.names import natural_key

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from icmlora.base_models.examples.adapter_template import template_of
 from icmlora.base_models.examples.chat_template import Templates
-from icmlora.base_models.examples.examples import EvaluationData, Examples, examples_for
+from icmlora.base_models.examples.examples import Examples
+from icmlora.base_models.reading import EvaluationData, examples_for
 from icmlora.fleet.resources.decoding import read_companions
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from icmlora.io.staging import check_absent, writing_file
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
-    from icmlora.fleet.stats.stats import BaseModelBill, Bill
+    from icmlora.fleet.stats.bill import BaseModelBill, Bill
 
 _MEBIBYTE = 2**20
 # Without the date: the same store gives the same bytes.

@@ -10,7 +10,7 @@ from icmlora.io.text import counted, human_percent, human_size
 from registry.manifests import CodeLimits
 
 if TYPE_CHECKING:
-    from icmlora.fleet.stats.stats import Bill
+    from icmlora.fleet.stats.bill import Bill
     from registry.usage import Usage
 
 

@@ -26,7 +26,7 @@ from icmlora.fleet.train.run import TrainingRun, measured_sensitivity, options_o
 from icmlora.generator.code import generator_of
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
-from icmlora.generator.encoding import Encoded
+from icmlora.generator.encoding import Encoded, encode_adapter
 from icmlora.generator.file import append_version
 from icmlora.generator.limits import Limits
 from icmlora.generator.network_file import generator_to_bytes
@@ -202,7 +202,7 @@ class UpdateCandidates:
         """Return the code of a task; note the reason and return None if it cannot be encoded."""
         try:
             vectors, initial = source.mean_vectors(task), source.initial(task)
-            return codec.encode(source.load(task, None), vectors, initial, Limits(tolerance=self._tolerance))
+            return encode_adapter(codec, source.load(task, None), vectors, initial, Limits(tolerance=self._tolerance))
         except FAILURES as error:
             self.left_out[source.task(task).name] = as_error(error).message
             return None

@@ -38,7 +38,7 @@ from icmlora.fleet.train.run import (
     wanted_config,
 )
 from icmlora.generator.codec import Codec
-from icmlora.generator.encoding import Encoded
+from icmlora.generator.encoding import Encoded, encode_adapter
 from icmlora.generator.limits import Limits
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.versions import GeneratorFile
@@ -335,7 +335,7 @@ def _encode_all(
             if found is None:
                 initial = source.initial(number)
                 try:
-                    code = codec.encode(source.load(number, None), source.mean_vectors(number), initial)
+                    code = encode_adapter(codec, source.load(number, None), source.mean_vectors(number), initial)
                 except FAILURES as error:  # such as an adapter of numbers too small to be divided
                     left_out[name] = as_error(error).message
                     continue

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from icmlora.base_models.catalogue import check_examples
-from icmlora.base_models.examples.examples import examples_for
 from icmlora.base_models.examples.media_archive import read_examples
+from icmlora.base_models.reading import examples_for
 from icmlora.errors import DataError, NotRecognized
 from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.resources.code_source import CodeSource, open_store

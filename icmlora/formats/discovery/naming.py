@@ -33,7 +33,7 @@ from registry.names import escape, folder_of, source_label
 
 if TYPE_CHECKING:
     from icmlora.fleet.ingest.known_tasks import KnownTasks
-    from icmlora.formats.discovery.discovery import FoundTask
+    from icmlora.formats.discovery.found import FoundTask
     from registry.manifests import Task
     from registry.tables import TaskRow
 

@@ -20,7 +20,7 @@ from typing import Self
 
 from icmlora.errors import AdapterRefused, UnsafeInput, located
 from icmlora.formats.discovery import pickle_child
-from icmlora.formats.discovery.discovery import FoundAdapter, FoundTask
+from icmlora.formats.discovery.found import FoundAdapter, FoundTask
 from icmlora.io.child import Forker
 from icmlora.io.files import hash_open, open_regular, read_exactly
 from icmlora.io.safetensors import MAX_FILE_BYTES

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -39,15 +39,9 @@ if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from icmlora.formats.discovery.tree import Folder
     from icmlora.formats.images.single_file_check import CheckedFile
-    from icmlora.formats.images.single_file_names import Naming, SortedFile
+    from icmlora.formats.images.single_file_names import Naming, Restated, Scales, SortedFile
 
 SUFFIX = ".safetensors"
-
-Scales = Callable[[Mapping[str, str], str, int], float]
-"""Metadata of the header, module and rank -> the factor between up @ down and dW, if the file has no alpha."""
-
-Restated = Callable[[Mapping[str, str], Mapping[str, int]], Mapping[str, str]]
-"""Metadata of the header, module -> the rank to write -> the metadata to write."""
 
 _IMAGES = ("png", "jpg", "jpeg", "webp", "gif")
 COMPANIONS = frozenset(

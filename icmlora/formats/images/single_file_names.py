@@ -32,6 +32,12 @@ NUMBERS = FLOAT_TYPES | {"I64", "I32", "I16"}
 
 FactorPart = Literal["down", "up", "mid", "alpha"]
 
+Scales = Callable[[Mapping[str, str], str, int], float]
+"""Metadata of the header, module and rank -> the factor between up @ down and dW, if the file has no alpha."""
+
+Restated = Callable[[Mapping[str, str], Mapping[str, int]], Mapping[str, str]]
+"""Metadata of the header, module -> the rank to write -> the metadata to write."""
+
 # A LoRA factor in any naming; if the file's own naming does not match it, it belongs to another naming.
 _FACTOR = re.compile(r"(?P<stem>.+?)[._](lora\d?[._](down|up|[AB])|lora_linear_layer\.(down|up))(\.default)?\.weight")
 # Factors of methods other than LoRA, as LyCORIS names them.

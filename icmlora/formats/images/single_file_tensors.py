@@ -21,7 +21,7 @@ from icmlora.errors import AdapterRefused
 from icmlora.formats.factors import fitted_parts, load_factors, unscaled
 from icmlora.formats.format import LoadedAdapter, Template
 from icmlora.formats.images.single_file_check import HEADER, CheckedFile
-from icmlora.formats.images.single_file_names import NUMBERS, Factors, Naming
+from icmlora.formats.images.single_file_names import NUMBERS, Factors, Naming, Restated, Scales
 from icmlora.formats.noted_form import bad_note, reading, types_of
 from icmlora.io.safetensors import ITEM_BYTES, TENSOR_NAME, RawTensor, encode
 from icmlora.io.strict_json import parse_object
@@ -29,7 +29,6 @@ from icmlora.io.tensors import dtype_name, raw_tensor
 
 if TYPE_CHECKING:
     from icmlora.adapter.layout import ModuleShape
-    from icmlora.formats.images.single_file import Restated, Scales
 
 _MAX_KERNEL = 64
 

@@ -20,9 +20,9 @@ import torch
 
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.examples.context import TaskContext
-from icmlora.base_models.examples.examples import examples_for
 from icmlora.base_models.kinds.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.reading import examples_for
 from icmlora.fewshot.context_choice import Prompted
 from icmlora.fewshot.start import FewShotStart
 from icmlora.formats.discovery.folder import save_adapter

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from icmlora.adapter.metrics import squared_error
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import config_for
+from icmlora.generator.encoding import encode_adapter
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.training.config import TrainConfig, steps_for
 from icmlora.training.initialisation import fresh_network
@@ -117,7 +118,7 @@ def _encode(codec: Codec, fleet: AdapterSource, tasks: Sequence[int]) -> dict[st
     for task in tasks:
         adapter = fleet.load(task, None)
         started = time.process_time()
-        encoded = codec.encode(adapter, {})
+        encoded = encode_adapter(codec, adapter, {})
         encoding.append(time.process_time() - started)
         started = time.process_time()
         codec.decode(encoded.data)

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.examples.examples import EvaluationData
+from icmlora.base_models.reading import EvaluationData
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.formats.peft.peft import CONFIG_NAME, WEIGHTS_NAME
 

@@ -19,10 +19,10 @@ from torch import nn
 
 from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.examples.examples import examples_for
 from icmlora.base_models.finding.lookup import inspect_base
 from icmlora.base_models.kinds.causal_lm import CausalLM
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.reading import examples_for
 from icmlora.base_models.running.lora_hooks import Factors, factors_of
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.io.devices import gradient_dtype

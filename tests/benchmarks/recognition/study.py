@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 
 from icmlora import Fleet
-from icmlora.base_models.examples.examples import examples_for
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.reading import examples_for
 from icmlora.fleet.context import Context
 from icmlora.fleet.ingest.ingest import ingest
 from icmlora.fleet.resources.loading import open_base, read_runnable

@@ -22,10 +22,11 @@ import torch
 from numpy.typing import NDArray
 
 from icmlora.base_models.catalogue import modality_of
-from icmlora.base_models.examples.examples import examples_for, plain
+from icmlora.base_models.examples.examples import plain
 from icmlora.base_models.examples.media_archive import read_examples
 from icmlora.base_models.finding.lookup import inspect_base
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.reading import examples_for
 from icmlora.fleet.vectors.vectors import VECTOR_DTYPE
 from icmlora.task_vectors.extraction import extract_context
 from tests.benchmarks.domain_fleet.domains import DOMAINS

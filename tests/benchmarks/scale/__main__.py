@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.examples.examples import EvaluationData
 from icmlora.base_models.finding.lookup import find_base_model
 from icmlora.base_models.kinds.causal_lm import CausalLM
+from icmlora.base_models.reading import EvaluationData
 from icmlora.base_models.running.channel_statistics import channel_statistics
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.formats.peft.peft import CONFIG_NAME

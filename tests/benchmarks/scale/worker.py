@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from icmlora.generator.codec import Codec
+from icmlora.generator.encoding import encode_adapter
 from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from tests.benchmarks.performance.machine import peak_memory
 from tests.benchmarks.scale.large import make_adapter, make_network, shapes, spectra_of
@@ -30,7 +31,7 @@ def encode(folder: Path, fleet: Path) -> dict[str, Any]:
     data = generator_to_bytes(make_network(adapter))
     codec = Codec(generator_from_bytes(data))
     started, cpu = time.perf_counter(), time.process_time()
-    encoded = codec.encode(adapter, {})
+    encoded = encode_adapter(codec, adapter, {})
     took = {"seconds": round(time.perf_counter() - started, 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
     (folder / _GENERATOR).write_bytes(data)
     (folder / _CODE).write_bytes(encoded.data)

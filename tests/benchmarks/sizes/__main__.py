@@ -38,6 +38,7 @@ _CODE = """import json, os, resource, statistics, sys, time
 from pathlib import Path
 import torch
 from safetensors.torch import load_file
+from icmlora.generator.encoding import encode_adapter
 from icmlora import load_adapter
 from icmlora.fleet.context import Context
 from icmlora.generator.limits import Limits
@@ -68,7 +69,7 @@ def load_cold():
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return load()
 def encode(**limits):
-    return codec.encode(loaded, {}, limits=Limits(**limits)).data
+    return encode_adapter(codec, loaded, {}, limits=Limits(**limits)).data
 if what == "decode":
     print(json.dumps({"code_bytes": len(code), "decode_memory": grown(lambda: codec.decode(code)),
         "decode_seconds": seconds(lambda: codec.decode(code)), "load_seconds": seconds(load),

@@ -19,6 +19,7 @@ from icmlora.base_models.kinds.causal_lm import CausalLM
 from icmlora.base_models.modality import BaseModel
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec import Codec
+from icmlora.generator.encoding import encode_adapter
 from icmlora.training.loop import draws_of
 from icmlora.training.refinement import RefineConfig, items_for
 from tests.device import workloads
@@ -102,7 +103,7 @@ def test_a_code_is_decoded_on_the_cpu_and_its_factors_copied(trained: Path) -> N
 def test_a_code_can_be_decoded_on_the_card_to_which_its_integers_are_copied(
     codec: Codec, adapters: list[Adapter]
 ) -> None:
-    code = codec.encode(adapters[0], {}).data
+    code = encode_adapter(codec, adapters[0], {}).data
     with counting() as counts:
         found = codec.decode(code, workloads.CARD)
     for module, expected in zip(found.modules, codec.decode(code).modules, strict=True):

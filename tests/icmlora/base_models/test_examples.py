@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.base_models.examples.examples import EvaluationData, Example, parse_examples
+from icmlora.base_models.examples.examples import Example, parse_examples
+from icmlora.base_models.reading import EvaluationData
 from icmlora.errors import DataError
 
 TEXTS = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=40)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.base_models.examples.examples import EvaluationData, Example, parse_examples, plain, spread
+from icmlora.base_models.examples.examples import Example, parse_examples, plain, spread
+from icmlora.base_models.reading import EvaluationData
 from icmlora.errors import DataError
 
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20).filter(lambda text: text.strip())

@@ -15,10 +15,10 @@ import transformers as t
 from peft import LoraConfig, get_peft_model
 
 from icmlora.base_models.catalogue import modality_of
-from icmlora.base_models.examples.examples import examples_for
 from icmlora.base_models.examples.media_archive import pack_rows
 from icmlora.base_models.finding.lookup import inspect_base
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.reading import examples_for
 from icmlora.base_models.running.attach import adapted
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
 from icmlora.formats.peft.peft import CONFIG_NAME, PEFT, WEIGHTS_NAME

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from icmlora.base_models.examples.chat_template import Rendered
 from icmlora.base_models.examples.examples import Example, plain
-from icmlora.base_models.examples.prompts import MAX_PROMPTS, Prompt, given_prompts, prompts_of, read_prompts
+from icmlora.base_models.examples.prompts import MAX_PROMPTS, Prompt, prompts_of, read_prompts
 from icmlora.base_models.modality import BaseModel
+from icmlora.base_models.reading import given_prompts
 from icmlora.errors import DataError
 from tests.icmlora.tiny_base import load_tiny_base
 

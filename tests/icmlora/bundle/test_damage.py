@@ -15,6 +15,7 @@ from icmlora.bundle.file import open_bundle, write_bundle
 from icmlora.errors import BundleError, DataError, IcmLoraError
 from icmlora.fleet.bundles.bundles import Bundle
 from icmlora.fleet.write.materialize import TooLossy
+from icmlora.generator.encoding import encode_adapter
 from registry.manifests import Claim, Code, File, Task
 from tests.icmlora import bundles
 from tests.icmlora.small_fleet import BASE, codec, make_adapter, same, trained_file
@@ -26,7 +27,7 @@ CONFIG = b'{"r": 2}'
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a bundle with a trained generator and the codes of two adapters."""
-    codes = {name: codec().encode(adapter, {}).data for name, adapter in ORIGINALS.items()}
+    codes = {name: encode_adapter(codec(), adapter, {}).data for name, adapter in ORIGINALS.items()}
     blobs = {hashlib.sha256(part).hexdigest(): part for part in (trained_file(), CONFIG, *codes.values())}
 
     def file(data: bytes) -> File:

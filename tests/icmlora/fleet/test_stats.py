@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from icmlora import DataError, Fleet, OutputExists, StoreNotFound
-from icmlora.fleet.stats.stats import TaskBill
+from icmlora.fleet.stats.bill import TaskBill
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, files_of, size_of
 from tests.icmlora.tiny_base import LABEL

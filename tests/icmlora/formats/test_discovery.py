@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from icmlora.errors import AdapterRefused
-from icmlora.formats.discovery.discovery import Discovery, FoundTask, find_adapters
+from icmlora.formats.discovery.discovery import Discovery, find_adapters
+from icmlora.formats.discovery.found import FoundTask
 from icmlora.formats.discovery.task_names import best_step, step_of
 from registry.names import task_name_problem
 from tests.icmlora.adapter_files import write_adapter

@@ -20,7 +20,8 @@ from icmlora.adapter.model import Adapter
 from icmlora.errors import AdapterRefused
 from icmlora.formats import catalogue
 from icmlora.formats.catalogue import format_named
-from icmlora.formats.discovery.discovery import FoundAdapter, find_adapters
+from icmlora.formats.discovery.discovery import find_adapters
+from icmlora.formats.discovery.found import FoundAdapter
 from icmlora.formats.format import AdapterBytes, AdapterFormat, Template, write_adapter_files
 from icmlora.formats.pairs.gguf import GgufFormat
 from icmlora.formats.pairs.mlx import MlxFormat

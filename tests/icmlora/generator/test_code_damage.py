@@ -16,17 +16,20 @@ from hypothesis import strategies as st
 from icmlora.errors import CodeError
 from icmlora.generator.code import MAGIC, Code, CodeHead
 from icmlora.generator.container import add_checksum
+from icmlora.generator.encoding import encode_adapter
 from icmlora.generator.limits import Limits
 from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import codec, make_adapter, make_vectors
 
 CODEC = codec()
-DATA = CODEC.encode(make_adapter(1, rank=4), make_vectors(1)).data
+DATA = encode_adapter(CODEC, make_adapter(1, rank=4), make_vectors(1)).data
 HEAD = len(MAGIC) + 36
 WORDS = HEAD + int(struct.unpack_from("<I", DATA, HEAD - 4)[0])
 
 KNOWN_CODEC = peft_codec()
-KNOWN = KNOWN_CODEC.encode(peft_fleet().load(0, None), {}, peft_fleet().initial(0), limits=Limits(tolerance=0.3)).data
+KNOWN = encode_adapter(
+    KNOWN_CODEC, peft_fleet().load(0, None), {}, peft_fleet().initial(0), limits=Limits(tolerance=0.3)
+).data
 PLAIN = zlib.decompress(KNOWN[HEAD : HEAD + int(struct.unpack_from("<I", KNOWN, HEAD - 4)[0])])
 # Where the parts of its head begin, with the widths of three kinds, two layers and eight slots.
 SHIFTS = 2 + 16 + 16 + 2 * 3 + 2 * 6

@@ -17,6 +17,7 @@ from icmlora.generator.code import Code
 from icmlora.generator.codec import Codec
 from icmlora.generator.config import MAX_SLOTS, GeneratorConfig, ModuleKind, config_for
 from icmlora.generator.container import ABSENT
+from icmlora.generator.encoding import encode_adapter
 from icmlora.generator.initial_a.draw import InitialA, InitialModule, initial_from_bytes, initial_to_bytes
 from icmlora.generator.initial_a.search import initial_under
 from icmlora.generator.limits import Limits
@@ -62,13 +63,13 @@ def codec() -> Codec:
 
 def test_an_adapter_of_rank_300_round_trips_within_its_error() -> None:
     adapter = wide_adapter()
-    made = codec().encode(adapter, {}, limits=Limits(max_error=math.sqrt(0.05)))
+    made = encode_adapter(codec(), adapter, {}, limits=Limits(max_error=math.sqrt(0.05)))
     assert squared_error(adapter, codec().decode(made.data)) == pytest.approx(made.squared_error, abs=1e-6)
     assert made.squared_error <= 0.05
 
 
 def test_all_its_slots_can_be_in_a_code() -> None:
-    made = codec().encode(wide_adapter(), {}, limits=Limits(max_error=math.sqrt(1e-7)))
+    made = encode_adapter(codec(), wide_adapter(), {}, limits=Limits(max_error=math.sqrt(1e-7)))
     assert int(codec().open(made.data).head.kept.max()) > 255
 
 
@@ -78,7 +79,8 @@ def test_a_known_initial_a_of_rank_300_makes_its_code_smaller() -> None:
     assert initial is not None
     assert [module.shape.rank for module in initial.modules] == [RANK, RANK]
     without, known = (
-        codec().encode(adapter, {}, which, limits=Limits(max_error=math.sqrt(0.05))).data for which in (None, initial)
+        encode_adapter(codec(), adapter, {}, which, limits=Limits(max_error=math.sqrt(0.05))).data
+        for which in (None, initial)
     )
     assert len(known) < len(without)
 
@@ -105,7 +107,7 @@ def test_where_an_initial_a_of_the_largest_rank_was_drawn_comes_back_from_its_by
 
 def test_a_code_of_more_slots_than_a_module_has_singular_values_is_refused() -> None:
     narrow = trained(wide_adapter(rank=6, width=4))
-    data = narrow.encode(wide_adapter(rank=6, width=4), {}).data
+    data = encode_adapter(narrow, wide_adapter(rank=6, width=4), {}).data
     code = Code.from_bytes(data, narrow.config)
     code.head.kept[code.head.kept != ABSENT] = 5
     assert np.all(code.head.kept <= narrow.config.slots)
@@ -117,6 +119,6 @@ def test_a_code_of_more_slots_than_a_module_has_singular_values_is_refused() -> 
 def test_rank_1000_on_four_modules_of_width_256_is_trained_on_and_round_trips() -> None:
     adapter = wide_adapter(rank=1000, width=256, layers=2)
     wide = trained(adapter, steps=20)
-    made = wide.encode(adapter, {})
+    made = encode_adapter(wide, adapter, {})
     assert squared_error(adapter, wide.decode(made.data)) == pytest.approx(made.squared_error, abs=1e-6)
     assert made.squared_error <= wide.config.tolerance

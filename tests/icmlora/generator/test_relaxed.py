@@ -11,6 +11,7 @@ import torch
 
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.generator.codec import Codec, OpenCode
+from icmlora.generator.encoding import encode_adapter, measured
 from icmlora.generator.entropy_coding import Integers
 from icmlora.generator.limits import Limits
 from icmlora.generator.packing import KindIntegers
@@ -27,13 +28,13 @@ Make = Callable[[int], tuple[Codec, Adapter, bytes, RelaxedCode]]
 def known(task: int, tolerance: float = 0.1) -> tuple[Codec, Adapter, bytes, RelaxedCode]:
     """Return the code of an adapter whose initial A is known."""
     under, adapter = peft_codec(), peft_fleet().load(task, None)
-    data = under.encode(adapter, {}, peft_fleet().initial(task), limits=Limits(tolerance=tolerance)).data
+    data = encode_adapter(under, adapter, {}, peft_fleet().initial(task), limits=Limits(tolerance=tolerance)).data
     return under, adapter, data, RelaxedCode(under, adapter, data)
 
 
 def relaxed(task: int, tolerance: float = 0.1) -> tuple[Codec, Adapter, bytes, RelaxedCode]:
     under, adapter = codec(), mixed_fleet().load(task, None)
-    data = under.encode(adapter, make_vectors(task), limits=Limits(tolerance=tolerance)).data
+    data = encode_adapter(under, adapter, make_vectors(task), limits=Limits(tolerance=tolerance)).data
     return under, adapter, data, RelaxedCode(under, adapter, data)
 
 
@@ -72,7 +73,7 @@ def test_moved_values_are_what_the_new_code_decodes_to(make: Make) -> None:
         for strength in code.strengths:
             strength += 0.5
     decoded = {module.name: module for module in under.decode(code.to_code()).modules}
-    assert under.measure(adapter, code.to_code()).squared_error > under.measure(adapter, data).squared_error
+    assert measured(under, adapter, code.to_code()).squared_error > measured(under, adapter, data).squared_error
     for name, (a, b) in code.factors().items():
         # A strength is stored in sixty-fourths of an octave.
         torch.testing.assert_close(decoded[name].b @ decoded[name].a, b @ a, rtol=0.02, atol=1e-3)
@@ -148,7 +149,7 @@ def test_boosts_make_longer_what_lies_across_the_subspace_and_nothing_else() -> 
 
 def test_a_code_without_integers_can_be_opened_and_closed() -> None:
     under, adapter = codec(), mixed_fleet().load(0, None)
-    data = under.encode(adapter, make_vectors(0), limits=Limits(tolerance=0.999)).data
+    data = encode_adapter(under, adapter, make_vectors(0), limits=Limits(tolerance=0.999)).data
     opened = RelaxedCode(under, adapter, data)
     opened.factors()
     assert float(opened.bits().detach()) >= 0
@@ -161,7 +162,7 @@ def test_a_code_takes_no_values_of_a_code_with_other_slots() -> None:
     def of_layer(layer: int) -> RelaxedCode:
         modules = [module if f".{layer}." in module.name else bare(module) for module in adapter.modules]
         only = replace(adapter, modules=tuple(modules))
-        return RelaxedCode(under, only, under.encode(only, make_vectors(0), limits=Limits(tolerance=0.1)).data)
+        return RelaxedCode(under, only, encode_adapter(under, only, make_vectors(0), limits=Limits(tolerance=0.1)).data)
 
     def bare(module: LoraModule) -> LoraModule:
         return replace(module, b=torch.zeros_like(module.b))
@@ -176,7 +177,9 @@ def test_a_code_takes_no_values_of_a_code_with_other_slots() -> None:
 def test_a_code_takes_what_another_step_has_fitted_but_if_anew_not_what_that_rounds_to_zero(*, anew: bool) -> None:
     under, adapter = codec(), mixed_fleet().load(0, None)
     coarse, fine, untouched = (
-        RelaxedCode(under, adapter, under.encode(adapter, make_vectors(0), limits=Limits(tolerance=tolerance)).data)
+        RelaxedCode(
+            under, adapter, encode_adapter(under, adapter, make_vectors(0), limits=Limits(tolerance=tolerance)).data
+        )
         for tolerance in (0.3, 0.1, 0.1)
     )
     with torch.no_grad():

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from icmlora.errors import CodeError, GeneratorError, NotCovered
 from icmlora.generator.container import CHECKSUM_SIZE, add_checksum
+from icmlora.generator.encoding import encode_adapter
 from icmlora.generator.file import MAGIC_OF_VERSIONS, append_version, versions_of
 from icmlora.generator.network_file import WEIGHTS, generator_to_bytes
 from icmlora.generator.version_delta import differences_to_words, words_to_changed
@@ -74,7 +75,7 @@ def three() -> bytes:
 
 
 def code_of(number: int, data: bytes) -> bytes:
-    return GeneratorFile(data).codec(number).encode(make_adapter(1, rank=4), make_vectors(1)).data
+    return encode_adapter(GeneratorFile(data).codec(number), make_adapter(1, rank=4), make_vectors(1)).data
 
 
 @given(choices=st.lists(st.tuples(st.booleans(), st.integers(0, 3)), max_size=4))

@@ -18,7 +18,7 @@ from icmlora.base_models.running.lora_hooks import added, factors_of
 from icmlora.errors import BaseModelUnsuited, DataError
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec import Codec
-from icmlora.generator.encoding import SlotChoice, Steps
+from icmlora.generator.encoding import SlotChoice, Steps, encode_adapter
 from icmlora.generator.limits import Limits
 from icmlora.generator.relaxed import RelaxedCode
 from icmlora.training import refinement, teacher
@@ -45,7 +45,7 @@ def adapter(tmp_path: Path) -> Adapter:
 @pytest.fixture
 def coded(adapter: Adapter) -> tuple[Codec, bytes]:
     codec = untrained_codec(adapter)
-    return codec, codec.encode(adapter, {}, limits=Limits(tolerance=0.4)).data
+    return codec, encode_adapter(codec, adapter, {}, limits=Limits(tolerance=0.4)).data
 
 
 def divergence(base: BaseModel, original: Adapter, other: Adapter) -> float:
@@ -303,7 +303,7 @@ def test_codes_that_are_refined_together_are_those_that_are_refined_alone(
     codec = untrained_codec(*adapters)
 
     def opened() -> list[Refinable]:
-        codes = [codec.encode(adapter, {}, limits=Limits(tolerance=0.4)).data for adapter in adapters]
+        codes = [encode_adapter(codec, adapter, {}, limits=Limits(tolerance=0.4)).data for adapter in adapters]
         return [
             Refinable(RelaxedCode(codec, adapter, code), 0.4, teacher_of(base, adapter), effect_of(base, adapter), None)
             for adapter, code in zip(adapters, codes, strict=True)

@@ -16,7 +16,7 @@ from icmlora.fleet.report.page import Page, render
 from icmlora.fleet.report.pictures import Distances, Drawn, Row, TaskPictures, data_uri
 from icmlora.fleet.report.report import assembled
 from icmlora.fleet.resources.stored_vectors import LeftOut
-from icmlora.fleet.stats.stats import BaseModelBill, Bill, TaskBill
+from icmlora.fleet.stats.bill import BaseModelBill, Bill, TaskBill
 from icmlora.task_vectors.map import map_tasks
 from registry.manifests import Adapter, Code, CodeLimits, File, Generator, Measurement, Task, Vector
 from registry.tables import TaskRow, index_of
