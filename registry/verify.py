@@ -108,7 +108,7 @@ def verify(store: StateStore, *, read_data: bool, names: Sequence[str] = ()) -> 
     if read_data and store.manifests.is_remote:  # so far, copies on this machine may have been read
         yield from _of_remote_manifests(store, found)
     yield from _of_newer(store, found.newer)
-    yield from _of_blobs(store.blobs, needs, lambda name: store.run(name[1]), read_data=read_data)
+    yield from _of_blobs(store, needs, read_data=read_data)
     if not names:
         yield from _strays(store, found)
 
@@ -163,17 +163,25 @@ def _is_next(store: StateStore, one: Found) -> bool:
     return store.ref(*one.name) is None if one.parent is None else is_named(store, one.name, one.parent)
 
 
-def _of_blobs(blobs: Blobs, needs: _Needs, run: Any, *, read_data: bool) -> Iterator[Finding]:
+def _of_blobs(store: Store, needs: _Needs, *, read_data: bool) -> Iterator[Finding]:
+    blobs = store.blobs
     present = None if needs.chosen else {info.digest: info.size for info in blobs.all()}
     for digest, expected in sorted(needs.sizes.items()):
         kind, fact = _problem_of(blobs, digest, expected, present, read_data=read_data)
-        if kind == "missing" and digest in needs.of_runs:
-            current = run(needs.of_runs[digest])
-            if current is None or digest not in current.files:
-                continue
+        if kind == "missing" and digest in needs.of_runs and not _run_needs(store, needs.of_runs[digest], digest):
+            continue
         if kind is not None:
             tasks = tuple(sorted(needs.tasks[digest]))
             yield Finding(kind, f"blob {digest} {fact}", blobs.place(digest), digest, tasks)
+
+
+def _run_needs(store: Store, name: Name, digest: str) -> bool:
+    """Return whether the current state of a training run needs a blob; it may have been replaced since the walk."""
+    try:
+        current = store.run(name[1])
+    except DamagedStore:  # its manifest is reported, and may need the blob
+        return True
+    return current is not None and digest in current.files
 
 
 def _problem_of(

@@ -72,6 +72,17 @@ def test_a_checkpoint_that_a_training_replaces_during_the_check_is_no_finding(
     assert saved
 
 
+def test_a_check_goes_on_after_a_missing_checkpoint_and_a_damaged_run(store: Store) -> None:
+    run = store.save_run(Run(base_model=BASE, config={}, weights=put(store, b"run weights")))
+    lose(store, run.weights)
+    overwrite(store, str(run.manifest), flip_two)
+    # The database does not know the next state, as after a kill.
+    store.manifests.put(encode(replace(run, parent=run.manifest, seq=run.seq + 1)).data)
+    store._state.cache_clear()
+    found = {(finding.kind, finding.digest) for finding in problems(store)}
+    assert found == {("digest", run.manifest), ("missing", run.weights)}
+
+
 @pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"\0", lambda data: b""])
 def test_a_wrong_length_is_found_without_reading(store: Store, rust: Task, change: Callable[[bytes], bytes]) -> None:
     overwrite(store, rust.final.weights, change)
