@@ -131,20 +131,9 @@ ShardOpt = Annotated[
 ]
 
 
-def loss_option(name: str, text: str, panel: str | None = None) -> Any:
-    """Return an option for an upper limit on an error."""
-    return option(f"{name} X", text, min=1e-4, max=0.9, panel=panel)
-
-
-def gain_option(text: str) -> Any:
-    """Return an option for a lower limit on the retained gain."""
-    return option("--min-gain G", text, min=0.0, max=1.0)
-
-
-MinGainOpt = Annotated[
-    float | None,
-    gain_option("Minimum retained gain of a code on the task's held-out text. Needs the base model."),
-]
+def max_error_option(text: str) -> Any:
+    """Return an option for an upper limit on the relative error of codes."""
+    return option("--max-error X", text, min=1e-4, max=0.9)
 
 
 def quality_option(text: str) -> Any:

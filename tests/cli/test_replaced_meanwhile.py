@@ -185,7 +185,7 @@ class TestEncode:
         self, icm: Icm, trained: Path, other: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         before(monkeypatch, likelihood, "nll", lambda: replace_adapter(trained, other))
-        ran = icm("encode", "poems", "--min-gain", "0.9", "--device", "cpu", "--json")
+        ran = icm("encode", "poems", "--keep", "0.9", "--refine", "0", "--device", "cpu", "--json")
         assert (ran.code, tasks_of(ran)["poems"]["status"]) == (ExitCode.PARTLY, "changed")
 
     def test_a_task_that_was_removed_is_left_out_and_named(
