@@ -127,6 +127,7 @@ def train(
     resume: ResumeOpt = True,
     fresh: FreshOpt = False,
     update: UpdateOpt = False,
+    few_shot: FewShotOpt = False,
     refine: RefineOpt = None,
     keep: KeepOpt = None,
     evaluate: EvalOpt = True,
@@ -134,7 +135,6 @@ def train(
     width: WidthOpt = None,
     steps: StepsOpt = None,
     lr: RateOpt = None,
-    few_shot: FewShotOpt = False,
     episodes: EpisodesOpt = None,
     workers: WorkersOpt = None,
 ) -> None:
