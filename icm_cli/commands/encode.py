@@ -52,7 +52,7 @@ RefineOpt = Annotated[
     int | None,
     refine_option(
         "Steps that fit each code to the effect of its adapter, on the task's samples or on texts generated with the "
-        f"adapter. Needs the base model. 0: none. Default: {REFINE_STEPS} with --quality or --keep, else none."
+        f"adapter. Needs the base model. 0: none. Default: {REFINE_STEPS}, but none with --max-error or --size."
     ),
 ]
 AgainOpt = Annotated[bool, option("--again", "Re-encode tasks already encoded with these limits.")]
