@@ -37,7 +37,7 @@ def measured(fleet: Fleet) -> list[object]:
     [
         ({"refine": 1}, ["--refine", "1"]),
         ({"max_error": 0.5}, ["--max-error", "0.5"]),
-        ({"keep": 0.9, "refine": 0, "evaluate": False}, ["--keep", "0.9", "--refine", "0", "--no-eval"]),
+        ({"quality": 3, "refine": 0, "evaluate": False}, ["--quality", "3", "--refine", "0", "--no-eval"]),
     ],
     ids=lambda given: " ".join(given),
 )
