@@ -224,7 +224,7 @@ def test_a_training_takes_all_good_tasks_and_names_the_bad_ones(
     store = Path(shutil.copytree(good / "store", tmp_path / "store"))
     break_store(store, tmp_path / "loras", kinds)
     called(store, "train", *CPU, "--refine", "1", "--steps", STEPS)
-    called(store, "train", *CPU, "--few-shot", "--episodes", "2")
+    called(store, "train", "--few-shot", *CPU, "--episodes", "2", "--base-model", LABEL)
     assert {"silent", *GOOD} <= codes(store)
 
 
