@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from icm_cli.config import log_file, switched_on
 from icm_cli.errors import ConfigProblem, ExitCode, Failure, StdoutClosed, describe, is_help
-from icm_cli.options import JsonOpt, LockTimeoutOpt, NoProgressOpt, QuietOpt, StoreOpt, VerboseOpt, bypass_pydantic
+from icm_cli.options import JsonOpt, LockTimeoutOpt, NoProgressOpt, QuietOpt, StoreOpt, VerboseOpt
 from icm_cli.output import Output
 from icm_cli.session import GlobalOptions
 from icmlora.io.text import utc
@@ -37,7 +37,6 @@ _PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
 # By default a command is the function (or group) of that name in the module of that name. These are Python keywords or
 # built-ins.
 _SPELLED = {"eval": ("eval", "evaluate"), "map": ("map", "map_"), "import": ("import_", "import_")}
-_OLD = ("mv", "tag", "note", "pin", "unpin", "path", "formats", "serve-config")  # hidden; to be removed
 
 
 class CommandGroup(TyperGroup):
@@ -50,30 +49,27 @@ class CommandGroup(TyperGroup):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import and return a subcommand, or None if it does not exist."""
         # Typer takes its suggestions from `commands`, so a mistyped name imports all of them.
-        for name in [cmd_name] if cmd_name in _PANEL_OF or cmd_name in _OLD else _PANEL_OF:
+        for name in [cmd_name] if cmd_name in _PANEL_OF else _PANEL_OF:
             if name not in self.commands:
                 self.commands[name] = _load_command(name)
         return super().get_command(ctx, cmd_name)
 
 
 def _load_command(name: str) -> click.Command:
-    module, attribute = ("old", name.replace("-", "_")) if name in _OLD else _SPELLED.get(name, (name, name))
-    panel = _PANEL_OF.get(name)
+    module, attribute = _SPELLED.get(name, (name, name))
+    panel = _PANEL_OF[name]
     found = getattr(import_module(f"icm_cli.commands.{module}"), attribute)
     alone = typer.Typer(rich_markup_mode="rich")
     if isinstance(found, typer.Typer):
         alone.add_typer(found, name=name, rich_help_panel=panel)
     else:
-        alone.command(name=name, rich_help_panel=panel, hidden=name in _OLD)(found)
+        alone.command(name=name, rich_help_panel=panel)(found)
     return typer.main.get_group(alone).commands[name]
 
 
 app = typer.Typer(
     name="icm", cls=CommandGroup, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}
 )
-
-
-bypass_pydantic()
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from icm_cli.output import Field, Output
 from icm_cli.session import Session
 from icm_cli.text import as_fields, coded_size, figure, grouped
-from icmlora.fleet.measure.metric_result import gain_text
 from icmlora.io.text import counted, human_size, some
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ _FIELDS: tuple[Field[TaskEncoded], ...] = (
     Field("before", lambda task: coded_size(task.before), right=True),
     Field("relative error", lambda task: figure(task.relative_error), right=True),
     Field("effect kept", lambda task: figure(task.effect, digits=3), right=True),
-    Field("retained gain", lambda task: gain_text(task.retained_gain, task.precision, digits=4), right=True),
 )
 
 
@@ -41,15 +39,12 @@ def print_encoded(session: Session, event: Event, kind: str = "task") -> None:
         session.out.event(kind, **as_fields(event))
 
 
-def print_evict_hint(session: Session, report: EncodeReport, max_error: float | None, min_gain: float | None) -> None:
-    """Print the `icm evict` command with the same limits if every task meets them."""
+def print_evict_hint(session: Session, report: EncodeReport, max_error: float | None) -> None:
+    """Print the `icm evict` command with the same limit, or for a gain, if every task meets its limits."""
     if report.short or all(task.status == "evicted" for task in report.tasks):
         return
-    limits = (("--max-error", max_error), ("--min-gain", min_gain))
-    same = " ".join(f"{option} {limit:g}" for option, limit in limits if limit is not None)
-    session.out.hint(
-        f"run `icm evict {same or '--min-gain GAIN'}` to delete the originals of tasks whose codes meet the limit"
-    )
+    limit = "--min-gain GAIN" if max_error is None else f"--max-error {max_error:g}"
+    session.out.hint(f"run `icm evict {limit}` to delete the originals of tasks whose codes meet the limit")
 
 
 def sum_up(session: Session, report: EncodeReport, *, brief: bool = False) -> None:

@@ -1,24 +1,17 @@
 """Options shared by several commands.
 
-`icm_cli.session.command` adds the global options to every command, so they work before and after its name. Typer
-converts values with pydantic, and importing pydantic doubles the start time of a short command. Strings, paths and
-whole numbers are therefore converted here.
+`icm_cli.session.command` adds the global options to every command, so they work before and after its name.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import typer
-import typer.core
 
 from icm_cli.config import DEFAULT_LOCK_TIMEOUT
-
-if TYPE_CHECKING:
-    from typer import _click as click  # Typer brings its own copy of click
 
 GLOBAL_PANEL = "Global options"
 Completed = Literal["task", "base", "tag", "filter", "sort", "format"]
@@ -113,17 +106,6 @@ SortOpt = Annotated[
 ]
 LimitOpt = Annotated[int | None, option("--limit N", "Show at most N tasks.", min=1)]
 FromOpt = Annotated[Path | None, option("--from FILE", "Read this bundle instead of the store.")]
-ServedBaseOpt = Annotated[
-    str | None,
-    option(
-        "--base-model NAME",
-        "Base model that the engine runs. Needed if there are several or it cannot be detected.",
-        completes="base",
-    ),
-]
-GatewayOpt = Annotated[
-    bool, option("--gateway", "With --print-config vllm: run `icm serve` as a gateway instead of the plug-in.")
-]
 BundleArg = Annotated[Path, argument("FILE", "A bundle written by `icm export`.")]
 DryRunOpt = Annotated[bool, option("--dry-run -n", "Print the planned changes without making them.")]
 YesOpt = Annotated[bool, option("--yes -y", "Skip the confirmation question.")]
@@ -149,20 +131,9 @@ ShardOpt = Annotated[
 ]
 
 
-def loss_option(name: str, text: str, panel: str | None = None) -> Any:
-    """Return an option for an upper limit on an error."""
-    return option(f"{name} X", text, min=1e-4, max=0.9, panel=panel)
-
-
-def gain_option(text: str) -> Any:
-    """Return an option for a lower limit on the retained gain."""
-    return option("--min-gain G", text, min=0.0, max=1.0)
-
-
-MinGainOpt = Annotated[
-    float | None,
-    gain_option("Minimum retained gain of a code on the task's held-out text. Needs the base model."),
-]
+def max_error_option(text: str) -> Any:
+    """Return an option for an upper limit on the relative error of codes."""
+    return option("--max-error X", text, min=1e-4, max=0.9)
 
 
 def quality_option(text: str) -> Any:
@@ -182,38 +153,3 @@ def refine_option(text: str) -> Any:
 
 DtypeName = Literal["bfloat16", "float16", "float32"]
 OutputOpt = Annotated[Path, option("--output -o DIR", "Output folder. Must not exist or be empty.")]
-
-_PATCHED_TYPER = "0.29."
-"""Version prefix of Typer with the replaced method. Other versions convert all values themselves."""
-
-_NUMBER = re.compile("[0-9]{1,9}")
-
-
-def bypass_pydantic() -> None:
-    """Convert strings, paths and whole numbers without importing pydantic."""
-    if typer.__version__.startswith(_PATCHED_TYPER):
-        parameter_class: Any = typer.core._TyperParameter
-        parameter_class.get_runtime_param = lambda parameter: _FastCoercion()
-
-
-class _FastCoercion:
-    """Replacement for Typer's value conversion."""
-
-    def coerce(self, value: Any, param: Any, ctx: click.Context) -> Any:
-        """Return the converted value of a parameter."""
-        if value is None:
-            return () if param.multiple or param.nargs == -1 else None
-        kind, rules = param.type_descriptor.annotation, param.type_descriptor.parameter_info
-        if type(value) is kind and kind in (str, int, bool):
-            return value
-        if kind is Path and isinstance(value, str | Path):
-            return Path(value)
-        if kind == list[str] and isinstance(value, list | tuple) and all(isinstance(word, str) for word in value):
-            return list(value)
-        if kind is int and isinstance(value, str) and _NUMBER.fullmatch(value):
-            number = int(value)
-            if (rules.min is None or number >= rules.min) and (rules.max is None or number <= rules.max):
-                return number
-        from typer._coercion import build_runtime_param  # imports pydantic, which also reports invalid values
-
-        return build_runtime_param(param.type_descriptor).coerce(value, param=param, ctx=ctx)

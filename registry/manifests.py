@@ -188,7 +188,6 @@ class Vector(Part):
 class CodeLimits(Part):
     """The limits that a code was made for."""
 
-    min_gain: float | None = None  # least retained gain
     max_error: float | None = None  # largest relative error
     tolerance: float | None = None  # largest squared error of dW weighted by sensitivity
     is_kept: bool = True  # whether the limits are met

@@ -163,7 +163,7 @@ def _is_next(store: StateStore, one: Found) -> bool:
     return store.ref(*one.name) is None if one.parent is None else is_named(store, one.name, one.parent)
 
 
-def _of_blobs(store: Store, needs: _Needs, *, read_data: bool) -> Iterator[Finding]:
+def _of_blobs(store: StateStore, needs: _Needs, *, read_data: bool) -> Iterator[Finding]:
     blobs = store.blobs
     present = None if needs.chosen else {info.digest: info.size for info in blobs.all()}
     for digest, expected in sorted(needs.sizes.items()):
@@ -175,7 +175,7 @@ def _of_blobs(store: Store, needs: _Needs, *, read_data: bool) -> Iterator[Findi
             yield Finding(kind, f"blob {digest} {fact}", blobs.place(digest), digest, tasks)
 
 
-def _run_needs(store: Store, name: Name, digest: str) -> bool:
+def _run_needs(store: StateStore, name: Name, digest: str) -> bool:
     """Return whether the current state of a training run needs a blob; it may have been replaced since the walk."""
     try:
         current = store.run(name[1])

@@ -161,7 +161,7 @@ def started_template(trained_template: Path, tmp_path_factory: pytest.TempPathFa
 
         use_config_of(trained_template)
         shutil.copytree(trained_template, store, dirs_exist_ok=True)
-        icm_quietly(store, "train", "--objective", "functional", "--episodes", EPISODES, "--device", "cpu")
+        icm_quietly(store, "train", "--few-shot", "--episodes", EPISODES, "--device", "cpu")
 
     return built_once(tmp_path_factory, "started", build)
 

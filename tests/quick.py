@@ -24,7 +24,6 @@ def quick_codes() -> Iterator[None]:
     """Refine codes on few and short texts, generated ones in few steps, and draw what a seed gives once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode, "REFINE_STEPS", 40)
-        patch.setattr(encode, "RefineConfig", partial(RefineConfig, samples=8, tokens=24))
         patch.setattr(encode, "FOR_SHARE", replace(FOR_SHARE, samples=8, tokens=24))
         patch.setattr(generate, "RefineConfig", partial(RefineConfig, steps=12, samples=8, tokens=24))
         for searching in (adapter_source, loading):

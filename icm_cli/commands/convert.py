@@ -103,7 +103,7 @@ def convert(
       icm convert loras/ loras-mlx/ --format mlx
     """
     if list_formats:
-        show_formats(session)
+        _show_formats(session)
         return
     if source is None or destination is None:
         raise UsageProblem("SRC and DST are required", hint="run `icm convert SRC DST --format NAME`")
@@ -133,7 +133,7 @@ def convert(
     end(done, stopped=stopped, partly=bool(report.failed), hint=hint)
 
 
-def show_formats(session: Session) -> None:
+def _show_formats(session: Session) -> None:
     """Print the adapter formats and the valid source formats of each."""
     from icmlora.fleet.write.format_pairs import written_from
     from icmlora.formats import catalogue

@@ -40,7 +40,7 @@ def doctor(session: Session, path: PathOpt = None) -> None:
       du -sb "$(icm doctor --path store)"
     """
     if path is not None:
-        found = path_of(session, path)
+        found = _path_of(session, path)
         session.out.document({"name": path, "path": str(found)})
         session.out.answer(str(found))
         return
@@ -70,7 +70,7 @@ def doctor(session: Session, path: PathOpt = None) -> None:
         raise typer.Exit(ExitCode.FAILED)
 
 
-def path_of(session: Session, what: What) -> Path:
+def _path_of(session: Session, what: What) -> Path:
     """Return the path of the store, its database, its blobs, the configuration file or the log."""
     if what == "config":
         return config_file()

@@ -9,12 +9,11 @@ from icm_cli.encode_report import print_encoded, print_evict_hint, sum_up
 from icm_cli.options import (
     BaseModelOpt,
     DeviceOpt,
-    MinGainOpt,
     ShardOpt,
     SomeTasksArg,
     WorkersOpt,
     keep_option,
-    loss_option,
+    max_error_option,
     option,
     quality_option,
     refine_option,
@@ -29,14 +28,7 @@ if TYPE_CHECKING:
 
 ErrorOpt = Annotated[
     float | None,
-    loss_option("--max-error", "Maximum relative error of a code, ||dW' - dW|| / ||dW||. 0.3 means 30 %."),
-]
-ToleranceOpt = Annotated[
-    float | None,
-    loss_option(
-        "--tolerance",
-        "Maximum squared error weighted by channel sensitivity, as set by `icm train --quality`. Prefer --max-error.",
-    ),
+    max_error_option("Maximum relative error of a code, ||dW' - dW|| / ||dW||. 0.3 means 30 %."),
 ]
 SizeOpt = Annotated[
     str | None,
@@ -60,7 +52,7 @@ RefineOpt = Annotated[
     int | None,
     refine_option(
         "Steps that fit each code to the effect of its adapter, on the task's samples or on texts generated with the "
-        f"adapter. Needs the base model. 0: none. Default: {REFINE_STEPS} with --quality or --keep, else none."
+        f"adapter. Needs the base model. 0: none. Default: {REFINE_STEPS}, but none with --max-error or --size."
     ),
 ]
 AgainOpt = Annotated[bool, option("--again", "Re-encode tasks already encoded with these limits.")]
@@ -73,8 +65,6 @@ def encode(
     quality: QualityOpt = None,
     keep: KeepOpt = None,
     max_error: ErrorOpt = None,
-    min_gain: MinGainOpt = None,
-    tolerance: ToleranceOpt = None,
     size: SizeOpt = None,
     refine: RefineOpt = None,
     base_model: BaseModelOpt = None,
@@ -90,18 +80,17 @@ def encode(
     CPU. A quality level sets the share of the adapter's effect to preserve, or a limit on the weight error if the base
     model is missing. A code slightly below the level is reported but is not a failure. With --keep it is.
 
-    If no code of a task meets the limits, the most accurate one is stored and the exit code is 3. `icm evict` with the
-    same --min-gain or --max-error keeps the original of such a task. Original-only tasks affect the exit code only when
-    named.
+    If no code of a task meets the limits, the most accurate one is stored and the exit code is 3. Original-only tasks
+    affect the exit code only when named.
 
     Tasks already encoded with the same limits are skipped, so run the same command again to continue after an
     interruption.
 
-    With --size, add --max-error or --min-gain to report codes that miss that limit.
+    With --size, add --max-error to report codes that miss that limit.
 
     Example:
       icm encode --keep 0.98
-      icm encode --min-gain 0.98
+      icm encode --size 12KiB
     """
     from icmlora.fleet.encode.encode import encode
 
@@ -111,9 +100,7 @@ def encode(
             tasks or (),
             quality=quality,
             keep=keep,
-            min_gain=min_gain,
             max_error=max_error,
-            tolerance=tolerance,
             size=None if size is None else parse_bytes(size),
             refine=refine,
             base_model=base_model,
@@ -126,5 +113,5 @@ def encode(
     report, stopped = session.run("encode", work, partial(print_encoded, session))
     sum_up(session, report)
     if not stopped:
-        print_evict_hint(session, report, max_error, min_gain)
+        print_evict_hint(session, report, max_error)
     end(f"encoded {counted(len(report.tasks), 'task')}", stopped=stopped, partly=bool(report.short))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 from icm_cli.errors import ExitCode
-from icm_cli.options import DeviceOpt, DryRunOpt, MinGainOpt, SomeTasksArg, WorkersOpt, option
+from icm_cli.options import DeviceOpt, DryRunOpt, SomeTasksArg, WorkersOpt, option
 from icm_cli.output import Field, Output
 from icm_cli.session import Session, command, end
 from icm_cli.text import as_fields, coded_size, figure
@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 ErrorOpt = Annotated[
     float | None,
     option("--max-error X", "Maximum relative error of a code, ||dW' - dW|| / ||dW||. 0.3 means 30 %.", min=0.0),
+]
+MinGainOpt = Annotated[
+    float | None,
+    option(
+        "--min-gain G",
+        "Minimum retained gain of a code on the task's held-out text. Needs the base model.",
+        min=0.0,
+        max=1.0,
+    ),
 ]
 CheckpointsOpt = Annotated[bool, option("--checkpoints-only", "Delete only checkpoints. Keep the final adapters.")]
 

@@ -83,7 +83,7 @@ def generate(
     """Create an adapter for a new task from a few samples.
 
     Starts from the average of the fleet's adapters and takes a few gradient steps with learned step sizes. Needs the
-    base model and a generator trained with `icm train --objective functional`.
+    base model and a generator trained with `icm train --few-shot`.
 
     The samples are also stored as the context of the task, and the adapter is fitted for prompts that include them. Use
     --context 0 for an adapter without context. With 8 or more samples, 4 are held out to measure adapter and context

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from registry.tables import TaskRow
 
 TagsOpt = Annotated[bool, option("--tags", "List all tags with their number of tasks instead.")]
-OldFiltersOpt = Annotated[list[str] | None, option("-f", "As --filter.", hidden=True)]
 
 
 @command
@@ -30,7 +29,6 @@ def ls(
     limit: LimitOpt = None,
     bundle: FromOpt = None,
     tags: TagsOpt = False,
-    old_filters: OldFiltersOpt = None,
 ) -> None:
     """List the tasks in the store, or in a bundle with --from.
 
@@ -49,11 +47,8 @@ def ls(
     from icmlora.fleet.tasks.tasks import count_tasks, list_tasks
 
     if tags:
-        list_tags(session)
+        _list_tags(session)
         return
-    if old_filters:
-        session.out.note("`icm ls -f` is deprecated and will be removed: use -F or --filter")
-        filters = [*(filters or ()), *old_filters]
     if bundle is not None:
         from icm_cli.bundle_list import list_bundle
 
@@ -78,7 +73,7 @@ def ls(
         out.hint("run `icm ingest PATH` to add adapters")
 
 
-def list_tags(session: Session) -> None:
+def _list_tags(session: Session) -> None:
     """Print all tags with their number of tasks."""
     from icmlora.fleet.tasks import tasks
 

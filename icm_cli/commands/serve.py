@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from icm_cli import engine_config
 from icm_cli.engine_config import Engine
 from icm_cli.errors import CliError, UsageProblem
-from icm_cli.options import FromOpt, GatewayOpt, ServedBaseOpt, option
+from icm_cli.options import FromOpt, option
 from icm_cli.session import Session, command
 from icmlora.io.text import counted, escape, escape_lines, parse_bytes, utc
 
@@ -36,6 +36,17 @@ PrintConfigOpt = Annotated[
         "--print-config vllm|sglang",
         "Print the environment and command line that start this engine, then exit.",
     ),
+]
+BaseModelOpt = Annotated[
+    str | None,
+    option(
+        "--base-model NAME",
+        "Base model that the engine runs. Needed if there are several or it cannot be detected.",
+        completes="base",
+    ),
+]
+GatewayOpt = Annotated[
+    bool, option("--gateway", "With --print-config vllm: run `icm serve` as a gateway instead of the plug-in.")
 ]
 EngineOpt = Annotated[
     Literal["auto", "vllm", "sglang"], option("--engine auto|vllm|sglang", "Type of the engine. auto detects it.")
@@ -143,7 +154,7 @@ def serve(
     engine_url: EngineUrlOpt = None,
     engine: EngineOpt = "auto",
     bundle: FromOpt = None,
-    base_model: ServedBaseOpt = None,
+    base_model: BaseModelOpt = None,
     print_config: PrintConfigOpt = None,
     gateway: GatewayOpt = False,
     host: HostOpt = "127.0.0.1",

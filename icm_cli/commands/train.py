@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
@@ -17,9 +17,8 @@ from icm_cli.options import (
     BaseModelOpt,
     DeviceOpt,
     WorkersOpt,
-    gain_option,
     keep_option,
-    loss_option,
+    max_error_option,
     option,
     quality_option,
     refine_option,
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.train.update import Updated, UpdateReport
 
 _MODEL = "Model"
+_EPISODES = 48
 
 QualityOpt = Annotated[
     int | None,
@@ -64,24 +64,11 @@ EvalOpt = Annotated[
 ]
 ErrorOpt = Annotated[
     float | None,
-    loss_option("--max-error", "Encode to at most this relative error, ||dW' - dW|| / ||dW||, without refinement."),
+    max_error_option("Encode to at most this relative error, ||dW' - dW|| / ||dW||, without refinement."),
 ]
 KeepOpt = Annotated[
     float | None,
     keep_option("Encode to keep this share of each adapter's effect."),
-]
-GainOpt = Annotated[
-    float | None,
-    gain_option("Encode to keep this retained gain. Needs the base model and held-out text."),
-]
-ToleranceOpt = Annotated[
-    float | None,
-    loss_option(
-        "--tolerance",
-        "Largest squared error, weighted by the sensitivity of each channel. Default: set by --quality. Prefer "
-        "--max-error.",
-        _MODEL,
-    ),
 ]
 WidthOpt = Annotated[
     int | None,
@@ -115,18 +102,17 @@ RateOpt = Annotated[
         max=1.0,
     ),
 ]
-
-
-ObjectiveName = Literal["bits", "functional", "both"]
-ObjectiveOpt = Annotated[
-    ObjectiveName,
+FewShotOpt = Annotated[
+    bool,
     option(
-        "--objective",
-        "bits trains the generator and encodes the tasks. functional trains the few-shot start for `icm generate` "
-        "and leaves codes unchanged. both does both.",
+        "--few-shot",
+        "Train the few-shot start for `icm generate` instead of the generator. Codes do not change.",
     ),
 ]
-EpisodesOpt = Annotated[int, option("--episodes N", "Training episodes of the few-shot start.", panel=_MODEL, min=1)]
+EpisodesOpt = Annotated[
+    int | None,
+    option("--episodes N", f"Training episodes of the few-shot start. Default: {_EPISODES}.", panel=_MODEL, min=1),
+]
 
 _EVENT_EVERY = 10  # steps between two JSON lines
 
@@ -141,17 +127,15 @@ def train(
     resume: ResumeOpt = True,
     fresh: FreshOpt = False,
     update: UpdateOpt = False,
-    objective: ObjectiveOpt = "bits",
+    few_shot: FewShotOpt = False,
     refine: RefineOpt = None,
     keep: KeepOpt = None,
     evaluate: EvalOpt = True,
     max_error: ErrorOpt = None,
-    min_gain: GainOpt = None,
-    tolerance: ToleranceOpt = None,
     width: WidthOpt = None,
     steps: StepsOpt = None,
     lr: RateOpt = None,
-    episodes: EpisodesOpt = 48,
+    episodes: EpisodesOpt = None,
     workers: WorkersOpt = None,
 ) -> None:
     """Train a generator per base model, encode every task and evaluate the codes.
@@ -164,34 +148,33 @@ def train(
 
     To train on several GPUs or machines, start icm with torchrun.
 
-    `icm generate` needs a few-shot start: train it with --objective both, or later with --objective functional.
+    `icm generate` needs a few-shot start as well: train it afterwards with --few-shot.
 
     Example:
       icm train --device cuda
+      icm train --few-shot --device cuda
       torchrun --nproc-per-node 4 $(command -v icm) train --device cuda
     """
-    from icmlora.fleet.few_shot.train import check_few_shot
     from icmlora.fleet.train.train import train
     from icmlora.fleet.train.update import update as add_tasks
 
-    others = (quality, tolerance, width, steps, lr, refine, keep, max_error, min_gain)
-    _check_options(objective, update=update, anew=fresh or width is not None, others=others)
-    where, few_shot = session.device(device), objective != "bits"
-    if few_shot:  # fail now, not after hours of training the generator
-        check_few_shot(session.context, base_model=base_model)
+    others = (quality, width, steps, lr, refine, keep, max_error, workers)
+    _check_options(few_shot=few_shot, update=update, anew=fresh or width is not None, episodes=episodes, others=others)
+    where = session.device(device)
 
-    options: dict[str, Any] = {"device": where, "base_model": base_model, "quality": quality, "tolerance": tolerance}
-    options |= {"steps": steps, "learning_rate": lr, "seed": seed, "refine": refine, "resume": resume}
-    options |= {"keep": keep, "max_error": max_error, "min_gain": min_gain, "evaluate": evaluate, "workers": workers}
+    options: dict[str, Any] = {"device": where, "base_model": base_model, "quality": quality, "steps": steps}
+    options |= {"learning_rate": lr, "seed": seed, "refine": refine, "resume": resume}
+    options |= {"keep": keep, "max_error": max_error, "evaluate": evaluate, "workers": workers}
 
     def work(context: Context) -> TrainReport:
         return train(context, width=width, fresh=fresh, **options)
 
     if launched()[0]:
-        raise typer.Exit(_help(session, None if update or objective == "functional" else work))
-    partly = False
-    if objective != "functional":
-        printed = _Printed(session, max_error, min_gain, keep, few_shot=few_shot)
+        raise typer.Exit(_help(session, None if update or few_shot else work))
+    if few_shot:
+        partly = _train_few_shot(session, where, base_model, episodes or _EPISODES, seed)
+    else:
+        printed = _Printed(session, max_error, keep)
         report: TrainReport | UpdateReport
         if update:
             report, stopped = session.run("update", lambda context: add_tasks(context, **options), printed.show)
@@ -201,19 +184,21 @@ def train(
         if stopped:
             printed.interrupted(report)
         partly = report.is_partial
-    if few_shot:
-        partly = _train_few_shot(session, where, base_model, episodes, seed) or partly
-    if partly:  # only now: a task that misses a limit must not stop the later stages
+    if partly:
         raise typer.Exit(ExitCode.PARTLY)
 
 
-def _check_options(objective: ObjectiveName, *, update: bool, anew: bool, others: Sequence[float | None]) -> None:
+def _check_options(
+    *, few_shot: bool, update: bool, anew: bool, episodes: int | None, others: Sequence[float | str | None]
+) -> None:
     if update and anew:
         hint = "run `icm train --fresh` to train a new generator on all tasks"
         raise UsageProblem("--update keeps the current generator and excludes --fresh and --width", hint=hint)
-    if objective == "functional" and (update or anew or any(value is not None for value in others)):
-        fact = "--objective functional trains no generator and excludes the options for it"
-        raise UsageProblem(fact, hint="run `icm train --objective both` to train both")
+    if few_shot and (update or anew or any(value is not None for value in others)):
+        fact = "--few-shot trains no generator and excludes the options for it"
+        raise UsageProblem(fact, hint="run `icm train`, then `icm train --few-shot`")
+    if episodes is not None and not few_shot:
+        raise UsageProblem("--episodes is only for --few-shot", hint="run `icm train --few-shot --episodes N`")
 
 
 @dataclass
@@ -222,9 +207,7 @@ class _Printed:
 
     session: Session
     max_error: float | None
-    min_gain: float | None
     keep: float | None
-    few_shot: bool  # whether a few-shot start is trained next
     is_summed_up: bool = False  # whether the generators are printed
     encoded: int = 0  # number of encodings printed
     is_explained: bool = False  # whether the reasons for skipped evaluations are printed
@@ -232,7 +215,7 @@ class _Printed:
     @property
     def is_refining(self) -> bool:
         """Whether codes are refined to the default quality."""
-        return self.keep is self.max_error is self.min_gain is None
+        return self.keep is self.max_error is None
 
     def show(self, event: Event) -> None:
         """Print an event."""
@@ -255,14 +238,14 @@ class _Printed:
             self.is_summed_up = True
             if isinstance(report, TrainReport):
                 for trained in report.trained:
-                    _sum_up(self.session, trained, few_shot=self.few_shot)
+                    _sum_up(self.session, trained)
             else:
                 for updated in report.updated:
                     _sum_up_update(self.session, updated)
         for encoded in report.encoded[self.encoded :]:
             encode_report.sum_up(self.session, encoded, brief=self.is_refining)
             if not self.is_refining and not is_stopped:
-                encode_report.print_evict_hint(self.session, encoded, self.max_error, self.min_gain)
+                encode_report.print_evict_hint(self.session, encoded, self.max_error)
         self.encoded = len(report.encoded)
         if report.measurable is not None and not self.is_explained:
             self.is_explained = True
@@ -319,7 +302,7 @@ def _train_few_shot(session: Session, device: str, base_model: str | None, episo
     for trained in report.trained:
         _sum_up_few_shot(session, trained)
     if stopped:
-        hint = "run `icm train --objective functional` to start again; generators and codes did not change"
+        hint = "run `icm train --few-shot` to start again; generators and codes did not change"
         raise Interrupted("interrupted; no few-shot start was stored", hint=hint)
     return bool(report.failed) or any(trained.left_out for trained in report.trained)
 
@@ -360,7 +343,7 @@ def _print_few_shot(session: Session, event: Event) -> None:
         session.out.event("start", **asdict(event))
 
 
-def _sum_up(session: Session, trained: Trained, *, few_shot: bool) -> None:
+def _sum_up(session: Session, trained: Trained) -> None:
     out, metrics = session.out, trained.metrics
     bits = metrics["bits_per_parameter"]
     before = metrics["bits_per_parameter_before"]
@@ -383,9 +366,9 @@ def _sum_up(session: Session, trained: Trained, *, few_shot: bool) -> None:
     if trained.earlier_codes:
         out.note(f"{counted(trained.earlier_codes, 'task')} not encoded again: codes of earlier generators stay")
     print_replaced(out, trained.replaced_bytes)
-    if trained.start_dropped and not few_shot:
+    if trained.start_dropped:
         out.note("the new generator has no few-shot start; the previous generator had one")
-        out.hint("run `icm train --objective functional` to train one; codes do not change")
+        out.hint("run `icm train --few-shot` to train one; codes do not change")
 
 
 def _warn_of(session: Session, left_out: Mapping[str, str]) -> None:

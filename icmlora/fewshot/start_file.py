@@ -50,7 +50,7 @@ def fewshot_start_from_bytes(data: bytes, decode: Callable[[bytes], Adapter]) ->
     opened = open_container(data, len(MAGIC)) if data.startswith(MAGIC) else None
     if opened is None:
         message = "not a few-shot start, or one that is damaged or in another format"
-        raise GeneratorError(message, hint="run `icm train --objective both` to train it again")
+        raise GeneratorError(message, hint="run `icm train --few-shot` to train it again")
     packed, code = opened
     try:
         head = json.loads(inflate(packed, 2, _HEAD_LIMIT))

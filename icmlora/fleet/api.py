@@ -23,7 +23,7 @@ from icmlora.fleet.evict.evict import evict
 from icmlora.fleet.evict.restore import restore
 from icmlora.fleet.few_shot.generate import generate
 from icmlora.fleet.few_shot.task_context import remove_context, set_context, task_context
-from icmlora.fleet.few_shot.train import check_few_shot, train_few_shot
+from icmlora.fleet.few_shot.train import train_few_shot
 from icmlora.fleet.ingest.ingest import ingest
 from icmlora.fleet.map.map import map_fleet
 from icmlora.fleet.measure.evaluate import evaluate, measurable
@@ -130,7 +130,6 @@ class Fleet(Context):
     # New adapters.
     recognize = recognize
     find_described = find_described
-    check_few_shot = check_few_shot
     train_few_shot = train_few_shot
     generate = generate
     set_context = set_context

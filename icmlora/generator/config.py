@@ -161,9 +161,9 @@ def _of_quality(values: Sequence[float], quality: int) -> float:
     return values[quality - 1]
 
 
-def quality_of(tolerance: float) -> int | None:
-    """Return the quality whose plain codes have this tolerance; None if there is none."""
-    return _TOLERANCES.index(tolerance) + 1 if tolerance in _TOLERANCES else None
+def quality_of(tolerance: float) -> int:
+    """Return the lowest quality whose plain codes keep a tolerance; the highest if none does."""
+    return 1 + sum(limit > tolerance for limit in _TOLERANCES[:-1])
 
 
 def config_for(

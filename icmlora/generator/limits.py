@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from icmlora.errors import OptionsConflict
 from icmlora.generator.scales import OCTAVE
 from icmlora.generator.water_filling import WaterFilling
 
@@ -33,27 +34,34 @@ class Limits:
     Attributes:
         quality: 1 (smallest codes) to 8 (most accurate); it stands for a share to keep, or without the base model
             for a tolerance.
-        min_gain: Least retained gain on the task's held-out text.
         max_error: Largest relative error of dW.
-        tolerance: Largest squared error of dW weighted by the sensitivity of its channels.
+        tolerance: Largest squared error of dW weighted by the sensitivity of its channels: what a quality stands for.
         size: Most bytes of the code, which is as accurate as they allow.
-        refine: Steps of refinement; None for as many as suit a quality or a share to keep, or for none under other
-            limits.
+        refine: Steps of refinement; None for as many as suit a quality or a share to keep, and none under other limits.
         keep: Least share of the adapter's effect; see `icmlora.training.effect`.
     """
 
     quality: int | None = None
-    min_gain: float | None = None
     max_error: float | None = None
     tolerance: float | None = None
     size: int | None = None
     refine: int | None = None
     keep: float | None = None
 
+    def __post_init__(self) -> None:
+        """Raise `OptionsConflict` for limits that do not go together."""
+        named = {"--quality": self.quality, "--keep": self.keep, "--max-error": self.max_error, "--size": self.size}
+        given = [name for name, value in named.items() if value is not None]
+        if self.refine and not self.is_by_quality and self.keep is None:
+            given.append("--refine")
+        if len(given) > 1 and given != ["--max-error", "--size"]:
+            fact = f"{given[0]} cannot be combined with {' and '.join(given[1:])}"
+            raise OptionsConflict(fact, hint="--max-error goes with --size; --refine with --quality or --keep")
+
     @property
     def is_by_quality(self) -> bool:
         """Whether a quality takes the place of limits."""
-        return all(limit is None for limit in (self.min_gain, self.max_error, self.tolerance, self.size, self.keep))
+        return self.max_error is self.size is self.keep is None
 
     @property
     def max_squared_error(self) -> float | None:

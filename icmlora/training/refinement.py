@@ -14,9 +14,10 @@ soon as good as its adapter, and on other text not yet, hence the margin (docs/r
 The base model is frozen. Refinement brings back what coarse rounding lost of an adapter's function, at fewer bits: the
 second term lets values round to zero where that does no harm. Both terms are free of scale. What a code loses of the
 adapter's effect, or of its right answers, sets the price: it rises while that is less than what may be lost, and falls
-while it is more. Where a code was found to lose more of other examples, less may be lost of those that it reads. For a
-code whose limit is another, the price stays, and is lower for a smaller error at the start, because an accurate code
-gets less function for each further bit. The refined code decodes like any other and needs no base model for that.
+while it is more. Where a code was found to lose more of other examples, less may be lost of those that it reads. The
+code of a generated adapter has no share to keep: its price stays, and is lower for a smaller error at the start,
+because an accurate code gets less function for each further bit. The refined code decodes like any other and needs no
+base model for that.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class Refinable:
     error: float  # the code's squared error, weighted by sensitivity
     teacher: Teacher  # of what it is refined on
     effect: Effect  # of the adapter, on other examples
-    aim: float | None  # share of the effect that the code should lose, None if it is for another limit
+    aim: float | None  # share of the effect that the code should lose, None without a share to keep
     # What the last steps lost, (2,) each: shares of the effect, and of right answers.
     lost: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     optimism: float = 1.0  # how much more is lost of other examples than of those that are read

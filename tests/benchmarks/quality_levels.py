@@ -58,7 +58,7 @@ class Level:
     code_bytes: int
     bf16_bytes: int
     relative_error: float
-    weighted_error: float  # squared, as `--tolerance` limits it
+    weighted_error: float  # squared, as a plain quality limits it
     logit_error: float
     retained_gain: float
 

@@ -66,7 +66,6 @@ def test_an_unknown_option_names_the_help_of_its_command(icm: Icm) -> None:
         ("ls --lock-timeout abc", "'--lock-timeout'", "a valid number"),
         ("materialize x -o a --dtype fp16", "'--dtype'", "'fp16' is not one of"),
         ("materialize x", "'--output' / '-o'", "Missing option"),
-        ("path frob", "'what'", "'frob' is not one of"),
     ],
 )
 def test_a_usage_error_names_the_option(icm: Icm, line: str, option: str, fact: str) -> None:

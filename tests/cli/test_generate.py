@@ -315,11 +315,11 @@ class TestRefusals:
     def test_a_generator_without_a_start(self, icm: Icm, trained: Path, samples: Path, out: Path) -> None:
         ran = icm("generate", "geese", "--samples", samples, "-o", out, "--json")
         assert ran.code == ExitCode.FAILED
-        assert "--objective functional" in ran.error["hint"]
+        assert "--few-shot" in ran.error["hint"]
 
     def test_a_store_without_a_generator(self, icm: Icm, mixed: Path, samples: Path, out: Path) -> None:
         ran = icm("generate", "geese", "--samples", samples, "-o", out, "--json")
-        assert "--objective both" in ran.error["hint"]
+        assert "icm train`, then `icm train --few-shot" in ran.error["hint"]
 
     def test_another_base_model(self, generate: Generate) -> None:
         assert "no generator for other/base" in generate("--base-model", "other/base", "--json").error["message"]
@@ -391,7 +391,7 @@ def test_a_few_shot_start_that_is_trained_meanwhile_does_not_matter(
     icm: Icm, generate: Generate, started: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def train_another(*arguments: Any) -> Any:
-        icm_quietly(started, "train", "--objective", "functional", "--episodes", 3, "--device", "cpu")
+        icm_quietly(started, "train", "--few-shot", "--episodes", 3, "--device", "cpu")
         return real(*arguments)
 
     before = generate("--json", folder=tmp_path / "before").document

@@ -21,7 +21,7 @@ from tests.icmlora.tiny_base import LABEL
 Icm = Callable[..., Ran]
 TRAIN = ("train", "--no-eval", "--refine", "0", "--device", "cpu", "--steps", STEPS)
 UPDATE = ("train", "--update", "--no-eval", "--refine", "0", "--device", "cpu", "--steps", STEPS)
-FUNCTIONAL = ("train", "--objective", "functional", "--episodes", EPISODES, "--device", "cpu")
+FEW_SHOT = ("train", "--few-shot", "--episodes", EPISODES, "--device", "cpu")
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -45,7 +45,7 @@ def another_process_trains(store: Path, base_model: str = LABEL, seconds: float 
 
 
 @pytest.mark.one_case
-@pytest.mark.parametrize("command", [TRAIN, UPDATE, FUNCTIONAL], ids=["train", "update", "functional"])
+@pytest.mark.parametrize("command", [TRAIN, UPDATE, FEW_SHOT], ids=["train", "update", "few-shot"])
 def test_the_second_one_is_told_who_trains_and_changes_nothing(
     icm: Icm, started: Path, command: tuple[object, ...]
 ) -> None:

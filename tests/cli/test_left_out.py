@@ -138,7 +138,7 @@ class TestNotRun:
         assert (measured.code, f"no measurements for 3 tasks ({some(GOOD)}): {reason}" in measured.err) == (0, True)
         kept = icm("evict", "apples", "--min-gain", "0.1", *CPU)
         assert (kept.code, "is of a kind that icm cannot run" in kept.out) == (ExitCode.PARTLY, True)
-        assert icm("encode", "apples", "--tolerance", "0.5", *CPU).code == 0
+        assert icm("encode", "apples", "--max-error", "0.5", *CPU).code == 0
 
 
 class TestExtras:
@@ -166,7 +166,7 @@ class TestExtras:
     @pytest.mark.slow
     def test_its_code_is_not_refined(self, icm: Icm, with_bias: Path) -> None:
         assert icm("train", "--no-eval", "--refine", "0", *CPU, "--steps", STEPS).code == 0
-        ran = icm("encode", "loud", "--tolerance", "0.5", "--refine", "2", *CPU)
+        ran = icm("encode", "loud", "--quality", "1", "--refine", "2", *CPU)
         assert "its adapter has more than LoRA factors, so its code cannot be refined" in ran.out + ran.err
 
 

@@ -25,7 +25,7 @@ COMMANDS = (
     ("ingest", "late", "--no-vectors"),
     (*TRAIN, "--update"),
     (*TRAIN, "--fresh"),
-    ("train", "--objective", "functional", "--episodes", EPISODES, "--device", "cpu"),
+    ("train", "--few-shot", "--episodes", EPISODES, "--device", "cpu"),
     ("generators", "rollback", "FIRST"),
     ("encode", "poems", "--max-error", "0.1"),
     ("evict", "poems", "--max-error", "0.7"),

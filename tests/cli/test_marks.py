@@ -1,11 +1,10 @@
-"""`icm edit`, and what `icm ls` and `icm show` make of names, tags and notes; the spellings from before."""
+"""`icm edit`, and what `icm ls` and `icm show` make of names, tags and notes."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from icm_cli.app import _OLD
 from icm_cli.completion import complete_filter, complete_sort, complete_tag, complete_task
 from icm_cli.errors import ExitCode
 from tests.cli.conftest import Ran, modules_of
@@ -114,42 +113,6 @@ def test_a_note_that_is_given_and_removed_is_wrong_usage(icm: Icm, stored: Path)
 def test_an_empty_note_names_the_way_to_remove_it(icm: Icm, stored: Path) -> None:
     ran = icm("edit", "rust", "--note", "", "--json")
     assert (ran.code, "--no-note" in ran.error["hint"]) == (ExitCode.FAILED, True)
-
-
-@pytest.mark.parametrize(
-    ("line", "out", "new"),
-    [
-        ("mv rust oxide", "renamed rust to oxide\n", "icm edit TASK --name NEW"),
-        ("tag rust sql --add prod -a big", "rust: big, prod\nsql: big, prod\n", "icm edit TASK --tag TAG"),
-        ("tag rust -r prod", "rust: no tags\n", "icm edit TASK --tag TAG --untag TAG"),
-        ("tag", "", "icm ls --tags"),
-        ("note rust text", "", "icm edit TASK --note TEXT"),
-        ("note rust", "", "icm show TASK"),
-        ("pin rust", "pinned 1 task\n", "icm edit TASK --pin"),
-        ("unpin rust", "unpinned 1 task\n", "icm edit TASK --no-pin"),
-        ("path db", None, "icm doctor --path db"),
-        ("formats", None, "icm convert --list-formats"),
-        ("ls -f name=rust", None, "--filter"),
-    ],
-)
-def test_a_spelling_from_before_works_and_names_the_new_one(
-    icm: Icm, stored: Path, line: str, out: str | None, new: str
-) -> None:
-    ran = icm(*line.split())
-    assert (ran.code, new in ran.err) == (0, True)
-    if out is not None:
-        assert ran.out.startswith(out)
-
-
-@pytest.mark.parametrize("option", ["--json", "--quiet"])
-def test_scripts_are_not_told_of_new_spellings(icm: Icm, stored: Path, option: str) -> None:
-    assert (icm("pin", "rust", option).err, icm("ls", "-f", "name=rust", option).err) == ("", "")
-
-
-def test_the_help_does_not_list_spellings_from_before(icm: Icm) -> None:
-    shown = {line.split()[1] for line in icm("--help").out.splitlines() if line.startswith("│ ")}
-    assert "edit" in shown
-    assert not set(_OLD) & shown
 
 
 def test_ls_filters_sorts_and_limits(icm: Icm, stored: Path, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def good(trained_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         write_subject(folder / "more" / name, seed=50 + number)
     icm_quietly(folder / "store", "ingest", folder / "more", *CPU)
     icm_quietly(folder / "store", "train", "--update", "--no-eval", "--refine", "0", *CPU)
-    icm_quietly(folder / "store", "train", "--objective", "functional", "--episodes", "2", *CPU)
+    icm_quietly(folder / "store", "train", "--few-shot", "--episodes", "2", *CPU)
     return folder
 
 
@@ -223,7 +223,8 @@ def test_a_training_takes_all_good_tasks_and_names_the_bad_ones(
 ) -> None:
     store = Path(shutil.copytree(good / "store", tmp_path / "store"))
     break_store(store, tmp_path / "loras", kinds)
-    called(store, "train", *CPU, "--refine", "1", "--steps", STEPS, "--objective", "both", "--episodes", "2")
+    called(store, "train", *CPU, "--refine", "1", "--steps", STEPS)
+    called(store, "train", "--few-shot", *CPU, "--episodes", "2", "--base-model", LABEL)
     assert {"silent", *GOOD} <= codes(store)
 
 

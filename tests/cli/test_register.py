@@ -205,7 +205,7 @@ def test_another_store_that_imports_it_knows_it_as_generated(icm: Icm, register:
 @pytest.mark.slow
 def test_the_next_start_does_not_learn_from_it(icm: Icm, register: Register, started: Path) -> None:
     def start_of() -> object:
-        assert icm("train", "--objective", "functional", "--episodes", EPISODES, "--device", "cpu").code == 0
+        assert icm("train", "--few-shot", "--episodes", EPISODES, "--device", "cpu").code == 0
         return current(started).start
 
     before = start_of()
@@ -235,8 +235,8 @@ def test_it_is_removed_like_any_other(icm: Icm, register: Register) -> None:
 def test_starts_are_learned_and_updates_made_with_it_there(icm: Icm, register: Register, tmp_path: Path) -> None:
     register()
     icm("ingest", write_subject(tmp_path / "ships"), "--device", "cpu")
-    options = ("--update", "--objective", "both", "--episodes", EPISODES)
-    assert icm(*TRAIN, *options).code == 0
+    assert icm(*TRAIN, "--update").code == 0
+    assert icm("train", "--few-shot", "--episodes", EPISODES, "--device", "cpu").code == 0
     assert icm("materialize", "geese", "-o", tmp_path / "again").code == 0
 
 

@@ -172,7 +172,6 @@ class TestEval:
 class TestEncode:
     """`icm encode`."""
 
-    @pytest.mark.slow
     def test_a_task_whose_adapter_was_replaced_is_left_out_and_named(
         self, icm: Icm, trained: Path, other: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -180,13 +179,6 @@ class TestEncode:
         ran = icm("encode", "poems", "rules", "--max-error", "0.1")
         assert (ran.code, "poems: its adapter changed during encoding" in ran.out) == (ExitCode.PARTLY, True)
         assert set(codes(trained)) == {"rules", "silent"}
-
-    def test_an_adapter_that_was_replaced_while_its_code_was_measured_is_left_out_too(
-        self, icm: Icm, trained: Path, other: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        before(monkeypatch, likelihood, "nll", lambda: replace_adapter(trained, other))
-        ran = icm("encode", "poems", "--min-gain", "0.9", "--device", "cpu", "--json")
-        assert (ran.code, tasks_of(ran)["poems"]["status"]) == (ExitCode.PARTLY, "changed")
 
     def test_a_task_that_was_removed_is_left_out_and_named(
         self, icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch

@@ -30,7 +30,7 @@ COMMANDS = [
     "ingest FOLDER/loras --device cpu",
     "vectors poems --again --device cpu",
     f"train --no-eval --refine 1 --device cpu --steps {STEPS}",
-    f"train --objective functional --episodes {EPISODES} --device cpu",
+    f"train --few-shot --episodes {EPISODES} --device cpu",
     "encode --max-error 0.5 --device cpu",
     "encode poems --max-error 0.1 --device cpu",
     "encode rules --size 20KiB --device cpu",

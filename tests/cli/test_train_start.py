@@ -1,4 +1,4 @@
-"""`icm train --objective`: the few-shot start."""
+"""`icm train --few-shot`: the few-shot start."""
 
 from __future__ import annotations
 
@@ -19,21 +19,7 @@ from tests.cli.tiny_fleet import EPISODES, STEPS, write_lora
 from tests.icmlora.tiny_base import LABEL
 
 Icm = Callable[..., Ran]
-FUNCTIONAL = ("train", "--objective", "functional", "--episodes", EPISODES, "--device", "cpu")
-BOTH = (
-    "train",
-    "--objective",
-    "both",
-    "--episodes",
-    EPISODES,
-    "--no-eval",
-    "--refine",
-    "0",
-    "--steps",
-    STEPS,
-    "--device",
-    "cpu",
-)
+FEW_SHOT = ("train", "--few-shot", "--episodes", EPISODES, "--device", "cpu")
 FULL = ("train", "--no-eval", "--refine", "0", "--steps", STEPS, "--device", "cpu")
 
 
@@ -55,9 +41,9 @@ def during_episodes(monkeypatch: pytest.MonkeyPatch, happen: Callable[[], None])
     monkeypatch.setattr(starting, "meta_train", meta_train)
 
 
-def test_functional_learns_a_start_and_leaves_generator_and_codes(icm: Icm, trained: Path) -> None:
+def test_it_learns_a_start_and_leaves_generator_and_codes(icm: Icm, trained: Path) -> None:
     before, all_codes = current(trained), codes(trained)
-    (learned,) = of_type(icm(*FUNCTIONAL, "--json"), "start")
+    (learned,) = of_type(icm(*FEW_SHOT, "--json"), "start")
     after = current(trained)
     assert (after.blob, after.version, codes(trained)) == (before.blob, before.version, all_codes)
     assert (after.start, after.start_size) == (learned["start"], learned["size"])
@@ -67,7 +53,7 @@ def test_functional_learns_a_start_and_leaves_generator_and_codes(icm: Icm, trai
 
 @pytest.mark.slow
 def test_json_lines_keep_their_names(icm: Icm, trained: Path) -> None:
-    ran = icm(*FUNCTIONAL, "--json")
+    ran = icm(*FEW_SHOT, "--json")
     episodes, (learned,) = of_type(ran, "episode"), of_type(ran, "start")
     assert len(episodes) == EPISODES
     assert set(episodes[0]) == {"type", "base_model", "task", "number", "episodes", "support", "in_context", "loss"}
@@ -79,47 +65,36 @@ def test_json_lines_keep_their_names(icm: Icm, trained: Path) -> None:
 
 @pytest.mark.slow
 def test_tasks_without_samples_are_in_the_mean_and_have_no_episode(icm: Icm, trained: Path) -> None:
-    ran = icm(*FUNCTIONAL, "--json")
+    ran = icm(*FEW_SHOT, "--json")
     assert {event["task"] for event in of_type(ran, "episode")} == {"poems", "rules"}
 
 
 @pytest.mark.slow
 def test_text_says_what_known_tasks_get(icm: Icm, trained: Path) -> None:
-    ran = icm(*FUNCTIONAL)
+    ran = icm(*FEW_SHOT)
     assert f"few-shot start for {LABEL}: " in ran.out
     assert "of the gain of the trained adapters on held-out samples" in ran.err
 
 
 @pytest.mark.slow
 def test_a_seed_decides_the_start(icm: Icm, trained: Path, started_template: Path) -> None:
-    icm(*FUNCTIONAL)
+    icm(*FEW_SHOT)
     assert current(trained).start == current(started_template).start
-    icm(*FUNCTIONAL, "--seed", 1)
+    icm(*FEW_SHOT, "--seed", 1)
     assert current(trained).start != current(started_template).start
-
-
-@pytest.mark.slow
-def test_both_trains_and_then_learns_a_start(icm: Icm, mixed: Path, started_template: Path) -> None:
-    ran = icm(*BOTH, "--json")
-    kinds = [event["type"] for event in ran.events if event["type"] in ("trained", "start")]
-    assert kinds == ["trained", "start"]
-    assert current(mixed).start == current(started_template).start
 
 
 @pytest.mark.slow
 def test_it_needs_no_original(icm: Icm, trained: Path) -> None:
     assert icm("evict", "--max-error", "0.95").code == 0
-    assert [event["tasks"] for event in of_type(icm(*FUNCTIONAL, "--json"), "start")] == [3]
+    assert [event["tasks"] for event in of_type(icm(*FEW_SHOT, "--json"), "start")] == [3]
     assert icm("verify", "--read-data").code == 0
 
 
-@pytest.mark.parametrize("command", [FUNCTIONAL, BOTH], ids=["functional", "both"])
-def test_one_task_with_samples_is_too_few_and_is_said_before_any_work(
-    icm: Icm, trained: Path, command: tuple[object, ...]
-) -> None:
+def test_one_task_with_samples_is_too_few(icm: Icm, trained: Path) -> None:
     icm("rm", "poems", "--yes")
     before = current(trained)
-    ran = icm(*command, "--fresh", "--json") if command is BOTH else icm(*command, "--json")
+    ran = icm(*FEW_SHOT, "--json")
     assert ran.code == ExitCode.FAILED
     assert "a few-shot start needs 2 tasks" in ran.error["message"]
     assert "--samples" in ran.error["hint"]
@@ -131,38 +106,41 @@ def test_samples_that_leave_nothing_to_predict_are_none(icm: Icm, trained: Path,
     folder = write_lora(tmp_path / "letters", seed=5)
     (folder / "samples.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     icm("ingest", folder, "--no-vectors")
-    ran = icm(*FUNCTIONAL, "--json")
+    ran = icm(*FEW_SHOT, "--json")
     assert "letters" not in {event["task"] for event in of_type(ran, "episode")}
 
 
-@pytest.mark.parametrize("command", [FUNCTIONAL, BOTH], ids=["functional", "both"])
-def test_a_base_model_that_is_not_here_is_said_before_any_work(
-    icm: Icm, trained: Path, command: tuple[object, ...]
-) -> None:
+def test_a_base_model_that_is_not_here_is_said(icm: Icm, trained: Path) -> None:
     before = current(trained)
     icm("base", "rm", LABEL)
-    ran = icm(*command, "--json")
+    ran = icm(*FEW_SHOT, "--json")
     assert (ran.error["kind"], ran.out) == ("base_model_not_found", "")
     assert current(trained) == before
 
 
 def test_without_a_generator_it_names_the_command_that_makes_one(icm: Icm, mixed: Path) -> None:
-    ran = icm(*FUNCTIONAL, "--json")
+    ran = icm(*FEW_SHOT, "--json")
     assert ran.code == ExitCode.FAILED
     assert "icm train" in ran.error["hint"]
 
 
 @pytest.mark.parametrize(
-    "option", ["--update", "--fresh", "--quality=3", "--refine=100", "--steps=5", "--max-error=0.1"]
+    "option", ["--update", "--fresh", "--quality=3", "--refine=100", "--steps=5", "--max-error=0.1", "--workers=2"]
 )
-def test_options_of_generator_and_codes_do_not_go_with_functional(icm: Icm, trained: Path, option: str) -> None:
-    ran = icm(*FUNCTIONAL, option, "--json")
-    assert (ran.code, "both" in ran.error["hint"]) == (ExitCode.USAGE, True)
+def test_options_of_generator_and_codes_do_not_go_with_it(icm: Icm, trained: Path, option: str) -> None:
+    ran = icm(*FEW_SHOT, option, "--json")
+    assert (ran.code, "then `icm train --few-shot`" in ran.error["hint"]) == (ExitCode.USAGE, True)
+
+
+def test_episodes_are_only_for_it(icm: Icm, trained: Path) -> None:
+    before = codes(trained)
+    ran = icm("train", "--episodes", 5, "--json")
+    assert (ran.code, "--few-shot" in ran.error["hint"], codes(trained)) == (ExitCode.USAGE, True, before)
 
 
 def test_ctrl_c_keeps_no_start(icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     during_episodes(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT))
-    ran = icm(*FUNCTIONAL, "--json")
+    ran = icm(*FEW_SHOT, "--json")
     assert (ran.code, "no few-shot start was stored" in ran.error["message"]) == (ExitCode.INTERRUPTED, True)
     assert current(trained).start is None
     assert icm("verify", "-v").code == 0
@@ -171,7 +149,7 @@ def test_ctrl_c_keeps_no_start(icm: Icm, trained: Path, monkeypatch: pytest.Monk
 def test_ctrl_c_keeps_the_start_that_was_there(icm: Icm, started: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = current(started)
     during_episodes(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT))
-    assert icm(*FUNCTIONAL, "--seed", 5).code == ExitCode.INTERRUPTED
+    assert icm(*FEW_SHOT, "--seed", 5).code == ExitCode.INTERRUPTED
     assert current(started) == before
 
 
@@ -181,7 +159,7 @@ def test_a_failure_keeps_the_start_that_was_there(icm: Icm, started: Path, monke
 
     before = current(started)
     during_episodes(monkeypatch, fail)
-    assert icm(*FUNCTIONAL, "--seed", 5).code == ExitCode.FAILED
+    assert icm(*FEW_SHOT, "--seed", 5).code == ExitCode.FAILED
     assert current(started) == before
 
 
@@ -189,7 +167,7 @@ def test_a_generator_that_becomes_current_meanwhile_gets_no_start(
     icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     during_episodes(monkeypatch, lambda: make_another_current(trained))
-    ran = icm(*FUNCTIONAL, "--json")
+    ran = icm(*FEW_SHOT, "--json")
     assert (ran.error["kind"], "again" in ran.error["hint"]) == ("generator_conflict", True)
     assert (current(trained).version, current(trained).start) == (2, None)
 
@@ -201,7 +179,7 @@ class TestLaterTrainings:
     def test_a_full_training_drops_it_and_says_so(self, icm: Icm, started: Path) -> None:
         ran = icm(*FULL)
         assert "no few-shot start; the previous generator had one" in ran.err
-        assert "--objective functional" in ran.err
+        assert "--few-shot" in ran.err
         assert current(started).start is None
 
     @pytest.mark.one_case
@@ -216,12 +194,6 @@ class TestLaterTrainings:
         assert "few-shot" not in icm(*FULL).err
 
     @pytest.mark.slow
-    def test_both_learns_it_anew(self, icm: Icm, started: Path) -> None:
-        before = current(started).start
-        assert "no few-shot start" not in icm(*BOTH).err
-        assert current(started).start not in (None, before)
-
-    @pytest.mark.slow
     def test_an_update_keeps_it(self, icm: Icm, started: Path, tmp_path: Path) -> None:
         before = current(started).start
         icm("ingest", write_lora(tmp_path / "extra", seed=9, targets=("mlp.down_proj",), rank=8), "--no-vectors")
@@ -229,18 +201,12 @@ class TestLaterTrainings:
         assert (current(started).start, current(started).version) == (before, 2)
 
     @pytest.mark.slow
-    def test_an_update_without_new_tasks_still_learns_one(self, icm: Icm, trained: Path) -> None:
-        ran = icm(*BOTH, "--update")
-        assert (ran.code, "nothing to do: every task" in ran.out) == (0, True)
-        assert current(trained).start is not None
-
-    @pytest.mark.slow
     def test_it_is_learned_where_the_newest_network_is_of_other_modules(
         self, icm: Icm, trained: Path, tmp_path: Path
     ) -> None:
         icm("ingest", write_lora(tmp_path / "extra", seed=9, targets=("mlp.down_proj",), rank=8), "--no-vectors")
         assert icm(*FULL, "--update").code == 0
-        assert of_type(icm(*FUNCTIONAL, "--json"), "start")
+        assert of_type(icm(*FEW_SHOT, "--json"), "start")
         assert icm("verify", "--read-data").code == 0
 
 
@@ -261,7 +227,7 @@ class TestTheBill:
     @pytest.mark.slow
     def test_stats_add_it_to_what_all_tasks_share(self, icm: Icm, trained: Path) -> None:
         before = icm("stats", "--json").document
-        icm(*FUNCTIONAL)
+        icm(*FEW_SHOT)
         after, size = icm("stats", "--json").document, current(trained).start_size
         assert after["fleets"][0]["start_size"] == size
         assert after["fleets"][0]["decoder_size"] == before["fleets"][0]["decoder_size"]

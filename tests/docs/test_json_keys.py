@@ -77,7 +77,7 @@ def test_a_documents_keys_are_those_on_the_page(
     if name in ("recognize", "generate"):
         write_texts(tmp_path, "geese.jsonl")
     if name == "generate":
-        icm("train", "--objective", "functional", "--episodes", "1", "--device", "cpu")
+        icm("train", "--few-shot", "--episodes", "1", "--device", "cpu")
     if name in ("ls --from", "import"):
         icm("export", "fleet.icm")
     if name == "ls --tags":
@@ -108,7 +108,7 @@ def documented() -> dict[tuple[str, str], set[str]]:
         ("vectors", "--again"),
         ("train", "--steps", "10", "--fresh", "--refine", "2"),
         ("train", "--update"),
-        ("train", "--objective", "functional", "--episodes", "1"),
+        ("train", "--few-shot", "--episodes", "1"),
         ("eval", "poems"),
         ("encode", "--max-error", "0.32"),
         ("evict", "--max-error", "0.7"),

@@ -58,7 +58,7 @@ class Command:
 
 
 _TRAIN = f"train --device cpu --steps {STEPS} --no-eval --refine 0"
-_LEARN = f"train --device cpu --objective functional --episodes {EPISODES}"
+_LEARN = f"train --device cpu --few-shot --episodes {EPISODES}"
 PRUNE = "prune --yes --older-than 0s --empty-quarantine"
 _GENERATE = f"generate {GENERATED} --samples {{root}}/later/{GENERATED}.jsonl -o {{output}} --register --device cpu"
 

@@ -18,14 +18,12 @@ from icmlora.errors import (
     Cancelled,
     DataError,
     GeneratorError,
-    OptionsConflict,
     OutOfMemory,
 )
 from icmlora.fleet.context import Context, Event, Shard, reporting, select_tasks, use_case
 from icmlora.fleet.encode.refiner import Finished, Refiner, refine_all, stoppable
 from icmlora.fleet.encode.search import CodeSearch
 from icmlora.fleet.failures import FAILURES, Failed, as_error
-from icmlora.fleet.measure.measure import TaskLosses, losses_on_own_text
 from icmlora.fleet.resources.adapter_source import mean_vectors
 from icmlora.fleet.resources.decoding import codec_of_task
 from icmlora.fleet.resources.loading import Models, read_original
@@ -37,10 +35,10 @@ from icmlora.generator.config import keep_of, quality_of, tolerance_of
 from icmlora.generator.limits import Limits
 from icmlora.io.devices import gradient_dtype
 from icmlora.training.config import REFINE_STEPS
-from icmlora.training.refinement import FOR_SHARE, WITHOUT_REFINE, RefineConfig
+from icmlora.training.refinement import FOR_SHARE, WITHOUT_REFINE
 from registry.errors import TaskNotFound
 from registry.filters import Selection
-from registry.manifests import Code, CodeLimits, File, Generator, Measurement, Task, WithRelativeError
+from registry.manifests import Code, CodeLimits, File, Generator, Task, WithRelativeError
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -65,9 +63,7 @@ class TaskEncoded(WithRelativeError, Event):
     before: int | None = None  # bytes of the code that it had before, if any
     squared_error: float | None = None
     effect: float | None = None  # share of its adapter's effect that its code keeps
-    retained_gain: float | None = None
     reason: str | None = None
-    precision: str | None = None  # of the base model that the gain was measured on
 
 
 @dataclass
@@ -97,9 +93,7 @@ def encode(
     *,
     quality: int | None = None,
     keep: float | None = None,
-    min_gain: float | None = None,
     max_error: float | None = None,
-    tolerance: float | None = None,
     size: int | None = None,
     refine: int | None = None,
     base_model: str | None = None,
@@ -111,19 +105,16 @@ def encode(
     """Re-encode tasks with the current generator, as small as the limits allow; nothing is trained.
 
     A task whose code was made with the same limits is skipped, so the same call continues after an interruption.
-    A code meets all of `min_gain`, `max_error`, `tolerance` and `size` that are given, or keeps what `keep` says.
-    Without any, the quality counts.
+    A code meets `max_error` and `size`, or keeps what `keep` says. Without any, the quality counts.
 
     Args:
         context: The store, and who listens.
         tasks: Names of tasks; all by default.
         quality: 1 (smallest codes) to 8 (most accurate); by default the generator's. It means a share to keep
-            if the base model is on this machine, else a tolerance.
+            if the base model is on this machine, else a limit on the error.
         keep: Share of the adapter's effect that a code keeps, as seen on samples that refinement does not read. Needs
             the base model.
-        min_gain: Smallest retained gain on the task's held-out text. Needs the base model.
         max_error: Largest relative error, ||dW' - dW|| / ||dW||: 0.3 for 30 %.
-        tolerance: Largest squared error, weighted by how sensitive each channel is: what `quality` sets.
         size: Bytes that the file of each code may have. The codes are as accurate as that allows.
         refine: Steps that fit a code to what its adapter does, on the task's samples or on texts that the adapted
             model writes itself. Needs the base model. By default 160 with a quality or a share to keep, and none with
@@ -141,8 +132,7 @@ def encode(
         OptionsConflict: Limits that do not go together.
         DataError: There is no generator, or the base model has no tasks.
     """
-    limits = Limits(quality, min_gain, max_error, tolerance, size, refine, keep)
-    check_limits(limits)
+    limits = Limits(quality=quality, keep=keep, max_error=max_error, size=size, refine=refine)
     check_place(device, workers)
     with context.open() as store:
         where = Shard.of(shard)
@@ -163,7 +153,7 @@ def encode_in(
     workers: str | None,
     shard: Shard | None = None,
 ) -> EncodeReport:
-    """Do the work of `encode` in an open store, under limits that were checked."""
+    """Do the work of `encode` in an open store."""
     report = EncodeReport(is_named=bool(tasks))
     with reporting(report):
         chosen = select_tasks(store, tasks, base_model, shard)
@@ -197,24 +187,6 @@ def _replaced_bytes(store: Store, base_model: str, codes: Sequence[tuple[Code | 
     return replaced_bytes(before, after, used)
 
 
-def check_limits(limits: Limits) -> None:
-    """Raise `OptionsConflict` for limits that do not go together."""
-    names = ("keep", "max_error", "min_gain", "tolerance", "size")
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(limits, name) is not None]
-    if limits.quality is not None and given:
-        raise OptionsConflict(f"--quality cannot be combined with {' and '.join(given)}")
-    if limits.keep is not None and len(given) > 1:
-        raise OptionsConflict(f"--keep cannot be combined with {' and '.join(given[1:])}")
-    if limits.size is not None and limits.refine:
-        fact = "--refine changes the size of a code, so it cannot be used with --size"
-        raise OptionsConflict(fact, hint="leave out one of the two")
-    if limits.refine and limits.max_error is not None:
-        hint = "use --min-gain, which measures refined codes"
-        raise OptionsConflict(
-            "--refine moves codes away from the weights, so it cannot be used with --max-error", hint=hint
-        )
-
-
 @dataclass(frozen=True)
 class PendingCode:
     """A new code of a task, before it is recorded."""
@@ -224,7 +196,6 @@ class PendingCode:
     generator: File
     data: bytes
     asked: CodeLimits
-    measured: Sequence[Measurement]
 
     def record(self, store: Store, replaced: list[tuple[Code | None, Code]]) -> TaskEncoded:
         """Record it, and note which code it replaces, unless another process changed the task."""
@@ -240,7 +211,7 @@ class PendingCode:
         def change(task: Task) -> Task:
             nonlocal reason
             reason = self._obstacle(task)
-            return task if reason is not None else with_code(task, code, self.measured)
+            return task if reason is not None else with_code(task, code)
 
         name = self.outcome.task
         try:
@@ -281,10 +252,6 @@ class _Turn:
     task: Task
     generator: Generator
     tell: Tell
-
-    def losses(self, limits: Limits) -> TaskLosses | None:
-        """Return the measurements of gains, if a limit needs them."""
-        return None if limits.min_gain is None else losses_on_own_text(self.models, self.task, self.generator.blob)
 
     def unchanged(self, status: EncodeStatus, reason: str | None = None) -> TaskEncoded:
         """Return the outcome of a task that keeps its code."""
@@ -375,23 +342,20 @@ def restore_hint(task: Task) -> str:
 
 def _limits_under(generator: Generator, asked: Limits, *, refined: bool) -> Limits:
     """Return the limits of one code, refined or plain: a quality means a tolerance, or a share to keep and steps."""
+    steps = REFINE_STEPS if asked.refine is None else asked.refine
     if asked.keep is not None:
-        return replace(asked, refine=REFINE_STEPS if asked.refine is None else asked.refine)
+        return replace(asked, refine=steps)
     if not asked.is_by_quality:
-        return replace(asked, refine=asked.refine or 0)
+        return replace(asked, refine=0)
     quality = asked.quality or quality_of(float(generator.config["tolerance"]))  # type: ignore[arg-type]
-    if quality is None:
-        fact = "the generator was trained with its own tolerance, so its codes have no quality level"
-        raise DataError(fact, hint="specify --quality or another limit")
     if not refined:
         return Limits(tolerance=tolerance_of(quality), refine=0)
-    return Limits(keep=keep_of(quality), refine=REFINE_STEPS if asked.refine is None else asked.refine)
+    return Limits(keep=keep_of(quality), refine=steps)
 
 
 def _asked(limits: Limits, *, is_kept: bool) -> CodeLimits:
     """Return the limits of a code as they are recorded."""
     return CodeLimits(
-        min_gain=limits.min_gain,
         max_error=limits.max_error,
         tolerance=limits.tolerance,
         is_kept=is_kept,
@@ -403,25 +367,17 @@ def _asked(limits: Limits, *, is_kept: bool) -> CodeLimits:
 
 def _known(turn: _Turn, asked: Limits, limits: Limits) -> TaskEncoded | None:
     """Return the outcome if the task has a code of the same limits, so that an interrupted run continues."""
-    task = turn.task
-    code = task.code_under(turn.generator)
+    code = turn.task.code_under(turn.generator)
     if code is None or code.asked is None or code.asked != _asked(limits, is_kept=code.asked.is_kept):
         return None
-    wanted = (code.generator, "code", task.eval_data, turn.models.load_in(task.base_model))
-    measured = [one for one in task.measured if (one.generator, one.source, one.data, one.load_in) == wanted]
-    if limits.min_gain is not None and not measured:
-        return None  # its held-out text has changed, or how its base model is loaded
-    outcome = turn.unchanged("known" if code.asked.is_kept or asked.is_by_quality else "below")
-    if not measured:
-        return outcome
-    return replace(outcome, retained_gain=measured[0].retained_gain, precision=measured[0].precision)
+    return turn.unchanged("known" if code.asked.is_kept or asked.is_by_quality else "below")
 
 
 def _searched(turn: _Turn, asked: Limits, limits: Limits, *, again: bool) -> TaskEncoded | _Prepared:
     """Prepare to search for the code of a task."""
     models, task = turn.models, turn.task
     original, refiner, reason = read_original(models.store, task.final), None, None
-    if limits.refine or limits.keep is not None:
+    if limits.keep is not None:
         try:
             refiner = _refiner(turn, original, limits)
         except (BaseModelNotFound, BaseModelUnsuited, DataError) as error:
@@ -433,8 +389,7 @@ def _searched(turn: _Turn, asked: Limits, limits: Limits, *, again: bool) -> Tas
     generator_file = models.generator_file(turn.generator.blob)
     codec = codec_of_task(models.store, generator_file, task.code, original.layout)
     vectors = mean_vectors(models.store, task.vectors)
-    initial, losses = models.seeds.find(original), turn.losses(limits)
-    search = CodeSearch(codec, original, vectors, initial, limits, losses, refiner, turn.tell)
+    search = CodeSearch(codec, original, vectors, models.seeds.find(original), limits, refiner, turn.tell)
     return _Prepared(turn, search, asked.is_by_quality, reason)
 
 
@@ -448,13 +403,13 @@ def _refiner(turn: _Turn, original: Adapter, limits: Limits) -> Refiner:
     base = models.base(task.base_model, gradient_dtype(models.device))
     samples = read_samples(models.store, task, base)
     with stoppable(base, lambda: turn.tell("preparing to refine")):
-        config = replace(RefineConfig() if limits.keep is None else FOR_SHARE, steps=limits.refine or 0)
-        return Refiner.of(base, original, () if samples is None else samples.items, config)
+        items = () if samples is None else samples.items
+        return Refiner.of(base, original, items, replace(FOR_SHARE, steps=limits.refine or 0))
 
 
 def _refined_together(prepared: Sequence[_Prepared], tell: Tell) -> dict[str, Finished]:
     """Refine the codes of several tasks together; nothing is returned where that fails, so each is made alone."""
-    prepared = [one for one in prepared if one.search.is_refined_once]
+    prepared = [one for one in prepared if one.search.is_refined]
     if len(prepared) < 2:
         return {}
     try:
@@ -472,29 +427,24 @@ def _code(prepared: _Prepared, refined: Finished | None) -> TaskEncoded | Pendin
     """Make the smallest code of a task that meets the limits, or the most accurate one of a size."""
     turn, search, reason, size = prepared.turn, prepared.search, prepared.reason, prepared.search.limits.size
     try:
-        best, is_kept = search.best() if refined is None else search.done(refined)
+        best = refined or search.best()
     except Cancelled:
         raise
     except GeneratorError as error:  # not even the finest step meets the limits
         return turn.unchanged("below", error.message)
     except FAILURES as error:
         return turn.unmeasured(error)
-    taken, losses = len(best.encoded.data), search.losses
+    taken = len(best.encoded.data)
     if size is not None and taken > size:
         reason = f"its smallest code takes {taken:,} bytes"
     outcome = TaskEncoded(
         turn.task.name,
-        "encoded" if is_kept or prepared.is_by_quality else "below",
+        "below" if best.misses_limit and not prepared.is_by_quality else "encoded",
         taken,
         before=None if turn.task.code is None else turn.task.code.size,
         squared_error=best.encoded.squared_error,
         effect=best.effect,
-        retained_gain=best.gain,
         reason=reason,
-        precision=None if losses is None else losses.precision,
     )
-    measured = list[Measurement]()
-    if losses is not None:
-        measured = [*losses.made, *([] if best.result is None else [losses.record_of(best.result)])]
-    asked = _asked(search.limits, is_kept=is_kept)
-    return PendingCode(outcome, turn.task, turn.generator.blob, best.encoded.data, asked, measured)
+    asked = _asked(search.limits, is_kept=not best.misses_limit)
+    return PendingCode(outcome, turn.task, turn.generator.blob, best.encoded.data, asked)

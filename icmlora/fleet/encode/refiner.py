@@ -109,7 +109,7 @@ class Coarse:
     codec: Codec
     original: Adapter
     encoded: Encoded
-    share: ForShare | None = None  # None for a code that is for another limit
+    share: ForShare | None = None  # None for the code of a generated adapter
 
     def relaxed(self, data: bytes) -> RelaxedCode:
         """Return its adapter's code of these bytes, to be changed."""
@@ -121,8 +121,13 @@ class Finished:
     """A code that was refined, or left as it was, and its loss of the adapter's effect."""
 
     encoded: Encoded
-    lost: Lost | None  # None for a code without a share to keep
+    lost: Lost | None  # None without a share to keep
     misses_limit: bool
+
+    @property
+    def effect(self) -> float | None:
+        """The share of the adapter's effect that it keeps; None if not measured."""
+        return None if self.lost is None else 1 - self.lost.counted
 
     @classmethod
     def of(cls, code: Coarse, encoded: Encoded) -> Finished:

@@ -214,7 +214,7 @@ def _generator_with_start(store: Store, base_model: str | None) -> Generator:
     current = [one for one in map(store.generator, bases) if one is not None]
     if not current:
         of_it = "" if base_model is None else f" for {base_model}"
-        hint = "run `icm train --objective both` to train one"
+        hint = "run `icm train`, then `icm train --few-shot`"
         if store.generators():
             hint = f"run `icm generators` to list generators of other base models; {hint}"
         raise DataError(f"there is no generator{of_it}", hint=hint)
@@ -225,7 +225,7 @@ def _generator_with_start(store: Store, base_model: str | None) -> Generator:
         names = ", ".join(row.base_model for row in found)
         raise DataError(f"there are generators for several base models: {names}", hint="choose one with --base-model")
     fact = f"the generator of {current[0].base_model} has no few-shot start"
-    raise DataError(fact, hint="run `icm train --objective functional` to train one; codes do not change")
+    raise DataError(fact, hint="run `icm train --few-shot` to train one; codes do not change")
 
 
 def _largest_rank(file: GeneratorFile, start: FewShotStart, wanted: int | None) -> int:

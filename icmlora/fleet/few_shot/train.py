@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.catalogue import modality_of
 from icmlora.base_models.modality import BaseModel, Prepared
 from icmlora.base_models.running.modules import not_matrix
 from icmlora.errors import DataError
 from icmlora.fewshot.meta_training import Episode, MetaConfig, meta_train
 from icmlora.fewshot.start import FewShotStart, encodable_part, untrained_fewshot_start
 from icmlora.fewshot.start_file import fewshot_start_from_bytes, fewshot_start_to_bytes, mean_code
-from icmlora.fleet.context import Context, Event, OpenedGenerator, ignore, locate_base, reporting, use_case
+from icmlora.fleet.context import Context, Event, OpenedGenerator, reporting, use_case
 from icmlora.fleet.failures import FAILURES, BaseModelFailed, as_error, one_of_several
 from icmlora.fleet.resources.adapter_source import refuse_large
 from icmlora.fleet.resources.decoding import decode_code
@@ -153,18 +152,6 @@ def _is_plain(final: StoredAdapter, base: BaseModel) -> bool:
     if final.original_only is not None or any(extra.file is None for extra in final.extras):
         return False
     return not_matrix(base, final.layout) is None
-
-
-@use_case
-def check_few_shot(context: Context, *, base_model: str | None = None) -> None:
-    """Check that `train_few_shot` has all it needs except a generator, for one `base_model` or for all."""
-    with context.open() as store:
-        labels, report = base_models_with_tasks(store, base_model), FewShotReport()
-        for label in labels:
-            with one_of_several(replace(context, on_event=ignore), report, label, labels):
-                tasks = store.tasks(Selection(base_model=label))
-                _refuse_few(label, sum(task.samples is not None for task in tasks))
-                modality_of(locate_base(store, label))
 
 
 def read_few_shot_start(store: Store, generator: Generator, file: GeneratorFile) -> FewShotStart:

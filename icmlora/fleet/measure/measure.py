@@ -136,10 +136,6 @@ class TaskLosses:
             self.made.append(self.record_of(result))
         return results
 
-    def measure_adapter(self, source: Source, adapter: Adapter, squared_error: float) -> SourceResult:
-        """Measure an adapter that is not in the store, and record nothing."""
-        return self.result_of(source, self.score_of(source, self.written(adapter)), squared_error, self._references)
-
     def written(self, adapter: Adapter) -> RunnableAdapter:
         """Write a decoded adapter as `icm materialize` does, and read it again."""
         return self._form.runnable(adapter)
@@ -183,11 +179,6 @@ class TaskLosses:
             metric=result.score.metric,
             others=result.score.others,
         )
-
-    @cached_property
-    def _references(self) -> Mapping[Source, SourceResult]:
-        """The results of base model and original."""
-        return self.measure(())
 
     @cached_property
     def _form(self) -> OriginalForm:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 
-from registry.manifests import Code, Generator, Measurement, Task
+from registry.manifests import Code, Generator, Task
 
 
 def needs_code(task: Task, generator: Generator) -> bool:
@@ -13,14 +13,14 @@ def needs_code(task: Task, generator: Generator) -> bool:
     return task.code_under(generator) is None
 
 
-def with_code(task: Task, code: Code, measured: Iterable[Measurement] = ()) -> Task:
+def with_code(task: Task, code: Code) -> Task:
     """Return a task with another code, without the measurements of its earlier one."""
     kept = tuple(
         one
         for one in task.measured
         if one.generator is None or (one.source == "network" and one.generator == code.generator)
     )
-    return replace(task, code=code, measured=replace(task, measured=kept).with_measured(*measured))
+    return replace(task, code=code, measured=kept)
 
 
 def is_same_code(code: Code | None, other: Code | None) -> bool:

@@ -69,7 +69,6 @@ def disk_lines(usage: Usage) -> list[tuple[str, int]]:
 def limits_text(asked: CodeLimits) -> str:
     """Return the limits of a code in words."""
     limits = (
-        ("retained gain at least", asked.min_gain),
         ("relative error at most", asked.max_error),
         ("weighted error at most", asked.tolerance),
     )

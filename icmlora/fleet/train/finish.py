@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
-from icmlora.errors import Cancelled, OptionsConflict
+from icmlora.errors import Cancelled
 from icmlora.fleet.context import Context, StageBegun
-from icmlora.fleet.encode.encode import EncodeReport, check_limits, encode_in
+from icmlora.fleet.encode.encode import EncodeReport, encode_in
 from icmlora.fleet.failures import BaseModelFailed
 from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable, evaluate_in, measurable_in
 from icmlora.generator.limits import Limits
@@ -42,14 +42,6 @@ class FinishReport:
         return bool(self.failed) or short or unmeasured or self.evaluate_error is not None
 
 
-def check_finish(limits: Limits) -> None:
-    """Raise `OptionsConflict` for limits that do not go together. Call it before the training."""
-    check_limits(limits)
-    if limits.refine and limits.tolerance is not None:
-        fact = "codes for --tolerance are not refined, so it cannot be used with --refine"
-        raise OptionsConflict(fact, hint="leave out one of the two")
-
-
 def finish(
     context: Context,
     store: Store,
@@ -66,10 +58,10 @@ def finish(
     """Encode again for limits or refine, then measure, and add the results to the report.
 
     `base_models` are those with new codes, `tasks` the tasks with a new code, if not all, and `only` the base model
-    that was selected, if any. Without other limits, codes are refined, unless they have their own tolerance.
+    that was selected, if any. Without limits, codes are refined.
     """
-    labels: Sequence[str | None] = base_models if limits.tolerance is None and limits.refine != 0 else []
-    if not (limits.keep is limits.max_error is limits.min_gain is None):
+    labels: Sequence[str | None] = base_models if limits.refine != 0 else []
+    if not limits.is_by_quality:
         labels = [only] if base_models else []
     for label in labels:
         try:

@@ -360,7 +360,6 @@ def wanted_config(
     tolerance_before: float | None,
     *,
     quality: int | None,
-    tolerance: float | None,
     width: int | None,
 ) -> GeneratorConfig:
     """Choose the network of a generator; None means the value of the current one, or the default.
@@ -376,15 +375,13 @@ def wanted_config(
             fact = f"the current generator has width {previous.width}, and training from it cannot change the width"
             raise DataError(fact, hint="run `icm train --fresh` to train from scratch with any width")
         tolerance_before = previous.tolerance
-    if tolerance is None and quality is None:
-        tolerance = tolerance_before
     return config_for(
         source.base_model,
         source.layouts(),
         tasks=source.tasks(),
         condition_size=source.condition_size(),
         quality=DEFAULT_QUALITY if quality is None else quality,
-        tolerance=tolerance,
+        tolerance=tolerance_before if quality is None else None,
         width=width,
         previous=previous,
     )

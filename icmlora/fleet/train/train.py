@@ -23,7 +23,7 @@ from icmlora.fleet.context import Context, Event, reporting, use_case
 from icmlora.fleet.failures import FAILURES, as_error, one_of_several
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource
 from icmlora.fleet.resources.workers import check_place
-from icmlora.fleet.train.finish import FinishReport, check_finish, finish
+from icmlora.fleet.train.finish import FinishReport, finish
 from icmlora.fleet.train.publish import publish, put_files
 from icmlora.fleet.train.run import (
     TrainingRun,
@@ -118,7 +118,6 @@ def train(
     device: str = "auto",
     base_model: str | None = None,
     quality: int | None = None,
-    tolerance: float | None = None,
     width: int | None = None,
     steps: int | None = None,
     learning_rate: float | None = None,
@@ -127,7 +126,6 @@ def train(
     fresh: bool = False,
     refine: int | None = None,
     keep: float | None = None,
-    min_gain: float | None = None,
     max_error: float | None = None,
     evaluate: bool = True,
     workers: str | None = None,
@@ -149,8 +147,6 @@ def train(
         device: Where to compute.
         base_model: Train only the generator of this base model.
         quality: 1 (smallest codes) to 8 (most accurate); by default the current generator's, at first 4.
-        tolerance: The same as a number: the largest squared error, weighted by how sensitive each channel is. Codes of
-            a tolerance are not refined.
         width: Hidden width of a new generator's decoder; by default it depends on the number of tasks.
         steps: Adapters to draw; by default it depends on the number of tasks and adapters, and on the device.
         learning_rate: Peak learning rate.
@@ -159,7 +155,6 @@ def train(
         fresh: Start from scratch instead of from the current generator.
         refine: Steps that fit each code to what its adapter does; 0 for none, by default as in `encode`.
         keep: Encode again to keep this share of each adapter's effect, as `encode` does.
-        min_gain: Encode again to keep this retained gain, as `encode` does.
         max_error: Encode again to keep this relative error, as `encode` does.
         evaluate: Measure the codes, as `evaluate` does.
         workers: Where to encode and measure, as described for `Fleet`.
@@ -172,12 +167,11 @@ def train(
         GeneratorError: The training diverged, or no task could be encoded.
         OptionsConflict: Limits that do not go together.
     """
-    limits = Limits(quality, min_gain, max_error, tolerance, refine=refine, keep=keep)
-    check_finish(limits)
+    limits = Limits(quality=quality, keep=keep, max_error=max_error, refine=refine)
     if workers is not None:  # a typing error is reported now, not after hours
         check_place(device, workers)
     report = TrainReport()
-    config_of = partial(wanted_config, quality=quality, tolerance=tolerance, width=width)
+    config_of = partial(wanted_config, quality=quality, width=width)
     schedule_of = partial(options_of, steps=steps, learning_rate=learning_rate, seed=seed)
     with reporting(report):
         with joined() as ranks:

@@ -24,7 +24,7 @@ from icmlora.fleet.failures import one_of_several
 from icmlora.fleet.resources.task_code import needs_code
 from icmlora.fleet.resources.workers import check_place
 from icmlora.fleet.train.candidates import UpdateCandidates
-from icmlora.fleet.train.finish import FinishReport, check_finish, finish
+from icmlora.fleet.train.finish import FinishReport, finish
 from icmlora.fleet.train.publish import publish, put_files
 from icmlora.fleet.train.run import TrainingRun, base_models_with_tasks, run_metrics, usable_source
 from icmlora.fleet.train.train import CodeMade
@@ -82,14 +82,12 @@ def update(
     device: str = "auto",
     base_model: str | None = None,
     quality: int | None = None,
-    tolerance: float | None = None,
     steps: int | None = None,
     learning_rate: float | None = None,
     seed: int = 0,
     resume: bool = True,
     refine: int | None = None,
     keep: float | None = None,
-    min_gain: float | None = None,
     max_error: float | None = None,
     evaluate: bool = True,
     workers: str | None = None,
@@ -100,17 +98,15 @@ def update(
     evicted. It takes as long as the new tasks take. Then the new codes are encoded again or refined, and measured, as
     `train` does.
 
-    `device`, `base_model`, `learning_rate`, `seed`, `resume`, `refine`, `keep`, `min_gain`, `max_error`, `evaluate` and
-    `workers` are as in `train`. `quality` and `tolerance` default to the first training's values, and `steps` depends
-    on the number of new tasks.
+    `device`, `base_model`, `learning_rate`, `seed`, `resume`, `refine`, `keep`, `max_error`, `evaluate` and `workers`
+    are as in `train`. `quality` defaults to that of the first training, and `steps` depends on the number of new tasks.
 
     Raises:
         DataError: The store has no tasks, or a base model has no generator yet.
         GeneratorError: The training diverged; nothing changed.
         OptionsConflict: Limits that do not go together.
     """
-    limits = Limits(quality, min_gain, max_error, tolerance, refine=refine, keep=keep)
-    check_finish(limits)
+    limits = Limits(quality=quality, keep=keep, max_error=max_error, refine=refine)
     check_place(device, workers)
     report, place = UpdateReport(), resolve_device(device)
     candidates_of = partial(
@@ -122,9 +118,7 @@ def update(
         for label in sorted(labels, key=lambda label: store.generator(label) is not None):
             with one_of_several(context, report, label, labels):
                 with store.job(label):
-                    updated, codes = _update_base(
-                        context, store, label, place, quality, tolerance, candidates_of, resume=resume
-                    )
+                    updated, codes = _update_base(context, store, label, place, quality, candidates_of, resume=resume)
                 report.updated.append(updated)
                 for code in codes:
                     context.on_event(code)
@@ -150,7 +144,6 @@ def _update_base(
     label: str,
     device: torch.device,
     quality: int | None,
-    tolerance: float | None,
     candidates_of: Callable[..., UpdateCandidates],
     *,
     resume: bool,
@@ -165,8 +158,8 @@ def _update_base(
     present = GeneratorFile(data)
     tasks = (task for task in store.tasks(Selection(base_model=label)) if needs_code(task, generator))
     source = usable_source(context, store, label, tasks)
-    if tolerance is None:  # then as in the generator's first training
-        tolerance = present.configs[0].tolerance if quality is None else tolerance_of(quality)
+    # By default as in the generator's first training.
+    tolerance = present.configs[0].tolerance if quality is None else tolerance_of(quality)
     identity: dict[str, object] = {"update": str(generator.blob), "tolerance": tolerance, "fleet": source.digest()}
     run = TrainingRun.open(store, label, identity, resume=resume) if source.names else None
     candidates = candidates_of(store, source, run=run, tolerance=tolerance)

@@ -57,12 +57,11 @@ def measure_codes(store: Path, error: float, few: Sequence[str], errors: Sequenc
 
     Args:
         store: The store.
-        error: Largest relative error of the codes of all tasks. Without a base model all channels count alike, so that
-            the tolerance of a generator is the square of it.
+        error: Largest relative error of the codes of all tasks.
         few: The few tasks.
         errors: Their largest relative errors: those that another method reached on the same files.
     """
-    training, lines = _timed(store, "train", "--no-eval", "--refine", "0", "--tolerance", str(error * error))
+    training, lines = _timed(store, "train", "--no-eval", "--refine", "0", "--max-error", str(error))
     (trained,) = [line for line in _lines(lines) if line["type"] == "trained"]
     found = {
         "error": error,

@@ -63,7 +63,7 @@ class Episodes(AdaptersAlone):
 
 
 def fit_start(base: BaseModel, members: Sequence[StudyTask], episodes: int, seed: int, stored: Path) -> FewShotStart:
-    """Learn a start as `icm train --objective functional` does, and read it back from its file.
+    """Learn a start as `icm train --few-shot` does, and read it back from its file.
 
     The generator that codes its mean has the statistics of these tasks and is not trained: its prediction of a mean
     over all tasks would be worth little.

@@ -89,7 +89,7 @@ def test_vectors_are_made_and_codes_are_refined(card: Icm, coded: Path) -> None:
 
 
 def test_a_few_shot_start_generates_an_adapter(card: Icm, coded: Path, tmp_path: Path) -> None:
-    card("train", "--objective", "functional", "--episodes", 2)
+    card("train", "--few-shot", "--episodes", 2)
     samples = write_samples(tmp_path / "geese.jsonl", "grey geese")
     document = card("generate", "geese", "--samples", samples, "-o", tmp_path / "out", "--refine", 2, "--json").document
     assert document["nats_per_token"] < document["base_nats_per_token"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from icmlora import DataError, Fleet
+from icmlora import Fleet
 from tests.icmlora.fleet.stores import blob_of, code_blobs, files_of
 
 SIZE = 500
@@ -47,15 +47,3 @@ def test_another_limit_is_checked_as_well(fleet: Fleet, limit: float, status: st
     (task,) = fleet.encode(["poems"], size=SIZE, max_error=limit).tasks
     assert task.status == status
     assert (task.size or 0) <= SIZE
-
-
-@pytest.mark.slow
-def test_so_is_the_retained_gain(learned: Fleet) -> None:
-    for gain, status in ((0.01, "encoded"), (1.0, "below")):
-        (task,) = learned.encode(["apples"], size=260, min_gain=gain, device="cpu").tasks
-        assert (task.status, task.retained_gain is None) == (status, False), task
-
-
-def test_a_size_does_not_go_with_refinement(fleet: Fleet) -> None:
-    with pytest.raises(DataError, match="size"):
-        fleet.encode(size=SIZE, refine=2)

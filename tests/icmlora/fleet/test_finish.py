@@ -9,7 +9,7 @@ import pytest
 
 from icm_cli.app import run
 from icmlora import Cancelled, Fleet
-from icmlora.errors import InvalidWorkers, OptionsConflict
+from icmlora.errors import InvalidWorkers
 from icmlora.fleet.context import Event, StageBegun
 from icmlora.fleet.encode.encode import EncodeReport, TaskEncoded
 from icmlora.fleet.measure.evaluate import EvaluateReport, TaskEvaluated
@@ -37,7 +37,7 @@ def measured(fleet: Fleet) -> list[object]:
     [
         ({"refine": 1}, ["--refine", "1"]),
         ({"max_error": 0.5}, ["--max-error", "0.5"]),
-        ({"tolerance": 0.3, "evaluate": False}, ["--tolerance", "0.3", "--no-eval"]),
+        ({"quality": 3, "refine": 0, "evaluate": False}, ["--quality", "3", "--refine", "0", "--no-eval"]),
     ],
     ids=lambda given: " ".join(given),
 )
@@ -88,7 +88,7 @@ def test_without_the_base_model_codes_stay_plain_and_the_report_says_why_nothing
 
 
 def test_a_limit_that_no_code_meets_makes_the_report_partial(ingested: Fleet) -> None:
-    report = ingested.train(device="cpu", steps=STEPS, min_gain=1.0, evaluate=False)
+    report = ingested.train(device="cpu", steps=STEPS, max_error=1e-6, evaluate=False)
     assert report.is_partial
     assert "silent" in {task.task for task in report.encoded[0].short}
 
@@ -113,31 +113,6 @@ def test_workers_that_mean_nothing_are_refused_before_the_training(ingested: Fle
     with pytest.raises(InvalidWorkers):
         ingested.train(workers="many", **FEW)
     assert code_blobs(ingested) == {}
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"keep": 0.98, "max_error": 0.3},
-        {"quality": 3, "min_gain": 0.9},
-        {"refine": 2, "max_error": 0.3},
-        {"refine": 2, "tolerance": 0.3},
-    ],
-    ids=" ".join,
-)
-def test_options_that_contradict_each_other_are_refused_before_the_training(
-    ingested: Fleet, options: dict[str, Any]
-) -> None:
-    for work in (ingested.train, ingested.update):
-        with pytest.raises(OptionsConflict):
-            work(device="cpu", steps=STEPS, evaluate=False, **options)
-    assert code_blobs(ingested) == {}
-
-
-def test_codes_for_a_gain_are_refined_if_asked(learned: Fleet) -> None:
-    learned.train(device="cpu", steps=STEPS, min_gain=0.5, refine=1, evaluate=False)
-    asked = [task.code.asked for task in tasks_in(learned).values() if task.code is not None]
-    assert [(limits.min_gain, limits.refined) for limits in asked if limits is not None] == [(0.5, 1)] * 3
 
 
 def test_an_update_without_new_tasks_does_nothing_more(fleet: Fleet) -> None:

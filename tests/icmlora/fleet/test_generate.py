@@ -160,7 +160,7 @@ def test_samples_that_cannot_be_used_are_refused(able: Fleet, samples: Path, out
 def test_a_generator_without_a_few_shot_start_says_what_trains_one(fleet: Fleet, samples: Path, out: Path) -> None:
     with pytest.raises(DataError, match="no few-shot start") as error:
         fleet.generate("geese", samples, out, device="cpu")
-    assert "--objective functional" in str(error.value.hint)
+    assert "--few-shot" in str(error.value.hint)
 
 
 def test_a_base_model_that_has_no_generator_is_refused(able: Fleet, samples: Path, out: Path) -> None:

@@ -92,7 +92,7 @@ def test_only_that_task_keeps_its_code(fleet: Fleet, monkeypatch: pytest.MonkeyP
     fleet.update(refine=0, evaluate=False, **CPU)  # type: ignore[arg-type]
     before = code_blobs(fleet)
     with too_long(monkeypatch, error):
-        report = fleet.encode(min_gain=0.3, refine=0, **CPU)  # type: ignore[arg-type]
+        report = fleet.encode(keep=0.9, refine=0, **CPU)  # type: ignore[arg-type]
     assert {task.task: task.status for task in report.tasks if task.status == "unmeasured"} == {"ships": "unmeasured"}
     (reason,) = [task.reason for task in report.tasks if task.task == "ships"]
     assert reason is not None

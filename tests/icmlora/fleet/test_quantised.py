@@ -104,18 +104,6 @@ def test_listing_bill_and_task_say_the_precision_of_a_gain(learned: Fleet, base:
 
 
 @pytest.mark.slow
-def test_a_code_for_a_gain_is_made_again_when_the_base_model_is_another_one(learned: Fleet, base: Path) -> None:
-    limits = {"min_gain": 0.5, "refine": 2, **CPU}
-    (full,) = learned.encode(["ships"], **limits).tasks  # type: ignore[arg-type]
-    assert learned.encode(["ships"], **limits).tasks[0].status == "known"  # type: ignore[arg-type]
-    learned.add_base_model(LABEL, base, load_in="nf4")
-    (few,) = learned.encode(["ships"], **limits).tasks  # type: ignore[arg-type]
-    assert [(task.status, task.precision) for task in (full, few)] == [("encoded", "float32"), ("encoded", "nf4")]
-    (again,) = learned.encode(["ships"], **limits).tasks  # type: ignore[arg-type]
-    assert (again.status, again.precision, again.retained_gain) == ("known", "nf4", few.retained_gain)
-
-
-@pytest.mark.slow
 def test_samples_are_not_compared_with_vectors_of_another_precision(
     subjects: Fleet, base: Path, samples: Path, tmp_path: Path
 ) -> None:

@@ -261,18 +261,16 @@ def test_a_new_generator_has_no_few_shot_start(started: Path) -> None:
     assert generators_in(Fleet(started))[-1].start is None
 
 
-def test_a_few_shot_start_needs_samples_of_two_tasks(ingested: Fleet) -> None:
-    ingested.check_few_shot()
-    ingested.remove(["poems"])
+def test_a_few_shot_start_needs_samples_of_two_tasks(fleet: Fleet) -> None:
+    fleet.remove(["poems"])
     with pytest.raises(DataError, match="samples"):
-        ingested.check_few_shot()
+        fleet.train_few_shot(device="cpu", episodes=1)
 
 
 def test_a_few_shot_start_needs_the_base_model(fleet: Fleet) -> None:
     fleet.forget_base_model(LABEL)
-    for work in (fleet.check_few_shot, lambda: fleet.train_few_shot(device="cpu", episodes=1)):
-        with pytest.raises(BaseModelNotFound, match=LABEL):
-            work()
+    with pytest.raises(BaseModelNotFound, match=LABEL):
+        fleet.train_few_shot(device="cpu", episodes=1)
 
 
 def test_a_few_shot_start_needs_a_generator(ingested: Fleet) -> None:

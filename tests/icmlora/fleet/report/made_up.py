@@ -66,7 +66,7 @@ class Made:
     def _code(self) -> Code | None:
         if self.code is None:
             return None
-        asked = CodeLimits(min_gain=0.99, is_kept=False) if (self.gain or 1) < 0.5 else None
+        asked = CodeLimits(max_error=0.1, is_kept=False) if (self.gain or 1) < 0.5 else None
         squared = None if self.error is None else self.error**2
         return Code(blob=File("1" * 64, self.code), generator=NETWORK, squared_error=squared, asked=asked)
 

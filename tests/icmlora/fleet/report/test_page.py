@@ -162,7 +162,7 @@ def test_parts_that_differ_are_marked_and_equal_texts_are_called_so() -> None:
 
 def test_a_task_that_misses_its_limits_is_counted_in_words() -> None:
     html = html_of(page_of([*FLEET, replace(FLEET[0], name="plums", gain=0.2)]))
-    assert "1 task keeps its original: no code meets retained gain at least 0.99." in html
+    assert "1 task keeps its original: no code meets relative error at most 0.1." in html
 
 
 def test_pictures_are_in_the_page_with_what_they_show() -> None:
