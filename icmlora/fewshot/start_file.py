@@ -33,7 +33,7 @@ def mean_code(start: FewShotStart, codec: Codec) -> bytes:
 
 
 def fewshot_start_to_bytes(start: FewShotStart, code: bytes) -> bytes:
-    """Write a start whose mean is what the code decodes to; the same start gives the same bytes."""
+    """Serialise a start whose mean the code holds; equal starts give equal bytes."""
     head = {
         "sizes": start.sizes,
         "rates": start.rates,
@@ -69,7 +69,7 @@ def fewshot_start_from_bytes(data: bytes, decode: Callable[[bytes], Adapter]) ->
 
 
 def _fits(start: FewShotStart) -> bool:
-    """Say whether a start has one size and one rate for each module, and one slope for each step."""
+    """Return whether a start has one size and rate per module and one slope per step."""
     rows, steps = {len(start.sizes), *map(len, start.rates)}, {len(start.slopes), len(start.in_context)}
     is_right = rows == {len(start.adapter.modules)} and steps == {len(start.rates)}
     return is_right and start.tasks >= 1 and 1 <= len(start.rates) <= _STEPS_LIMIT
