@@ -32,7 +32,7 @@ SCORED_TOKENS = 128
 _MAX_HELD_OUT, _MIN_STRIDE = 12, 3  # held-out samples: at most twelve, and at most every third
 _MIN_LENGTH, _MAX_LENGTH, _BETWEEN = 80, 256, 2  # tokens taken of a text, and between two texts
 _DRAWS = 2  # other orders to try where not all samples fit
-_SURE = 2.0  # standard errors by which a candidate has to be better
+_SURE = 2.0  # minimum lead of a better candidate, in standard errors
 _HARDLY = 0.02  # share of a context's gain that fewer samples may cost
 _SHARE_OF_POSITIONS = 0.75  # of the base model's positions: the request has to fit too
 _BLOCK = 32  # tokens; vLLM's blocks have 16 on a card, and a multiple of this on a CPU
@@ -168,7 +168,7 @@ def choose_context(
         samples: The samples.
         most_tokens: Limit of the context's length.
         total: Number of samples in the end, if further ones are to be filled in.
-        tell: Called with the number of candidates read, and roughly how many there will be.
+        tell: Called with the candidates read so far, and roughly how many there will be.
 
     Raises:
         DataError: No sample fits.

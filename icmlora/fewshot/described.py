@@ -1,4 +1,4 @@
-"""Let the base model write a task's samples from a description (Self-Instruct, arXiv 2212.10560).
+"""Generate a task's samples with the base model, from a description (Self-Instruct, arXiv 2212.10560).
 
 sentence ──chat template, or a plain prompt──▶ base model ──▶ texts, sampled one token after the other
 """

@@ -58,7 +58,7 @@ class Guard:
 
     @property
     def losses(self) -> dict[Served, float]:
-        """Measured losses, by what is served."""
+        """Measured losses, by choice."""
         every: dict[Served, float | None] = {
             "neither": self.neither,
             "context": self.context,

@@ -14,7 +14,7 @@ STEP_PARAMETERS = 1 << 20  # most parameters of an adapter that a step sees
 STACKED = 8  # adapters per step on a card
 _MAX_TURN = 8
 
-# How many steps a run has by default, and how fast it learns. The help of `icm train` is made from these.
+# Default steps and learning rates; the help of `icm train` shows these.
 SMALL_FLEET = 16  # runs with fewer tasks are short: training hardly pays there
 SMALL_STEPS_PER_TASK, LEAST_SMALL_STEPS, SMALL_RATE = 20, 200, 8e-3
 STEPS_PER_ADAPTER, LEAST_STEPS, MOST_STEPS, RATE = 8, 1_000, 20_000, 4e-3

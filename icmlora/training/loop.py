@@ -43,7 +43,7 @@ _SUBSPACES = 4
 _CACHE_BYTES = 512 << 20
 _WHOLE = 1 << 17  # parameters; a step sees a smaller adapter whole, as a part of it would not be faster
 _KEPT = 8  # bytes cached per parameter: its token, and as much again for an initial A
-_READ_EVERY = 10  # steps on a card between readings of the loss, each of which waits for the card
+_READ_EVERY = 10  # steps on a card between readings of the loss, as reading waits for the card
 _PROBED = 8  # tasks whose adapters a probe measures
 
 

@@ -45,7 +45,7 @@ _READ = 3  # minimum number of samples learned from per held-out sample
 _LOOKED_AT = 8  # last steps whose losses set a price
 _REMEMBERED = 16  # last steps whose losses are compared with losses on other examples
 _MAX_OPTIMISM = 4.0  # limit of the ratio of the two: few texts were read
-_MAX_DOUBT = 1.5  # limit of the factor by which optimism lowers the aim
+_MAX_DOUBT = 1.5  # largest reduction of the aim for optimism, as a factor
 # Adam's step length does not depend on the slope, so all values of a large code with a small effect overshoot. If by
 # linear extrapolation the first steps would remove more than this multiple of the loss, steps are shortened
 # (docs/results/LOG.md, 2026-11-30).
@@ -58,7 +58,7 @@ _FULL = 0.2
 # (docs/results/LOG.md, 2026-12-02).
 _AVERAGED = 1 / 8
 _STEEPNESS = 3  # exponent of the ratio of allowed to actual loss in the price
-_MAX_FALL, _MAX_RISE = 16, 8  # limits of the factors by which the price falls and rises
+_MAX_FALL, _MAX_RISE = 16, 8  # largest factors of a falling and of a rising price
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@
 
 The rest of a vocabulary shares a few per cent of the probability; as a single event it still pulls as a whole. A target
 takes a hundredth of the memory of its logits, so each example goes through the adapted model only once, however often
-it is used. The divergence of the coarser distributions is at most that of the full ones.
+it is used. The divergence of the coarser distributions is a lower bound of the full divergence.
 """
 
 from __future__ import annotations
