@@ -40,7 +40,7 @@ class ModuleEvidence:
 class Evidence:
     """Evidence by dotted module name."""
 
-    modules: Mapping[str, ModuleEvidence]  # one entry per module, in the order that they were named
+    modules: Mapping[str, ModuleEvidence]  # one entry per module, in the order given
     nats: float  # loss at the point where the evidence was gathered, in nats per token
     tokens: int  # how many tokens were scored
 

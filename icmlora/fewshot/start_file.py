@@ -48,7 +48,7 @@ def fewshot_start_from_bytes(data: bytes, decode: Callable[[bytes], Adapter]) ->
     """Read a few-shot start; raise `GeneratorError` if it is damaged, or of another generator."""
     opened = open_container(data, len(MAGIC)) if data.startswith(MAGIC) else None
     if opened is None:
-        message = "not a few-shot start, or one that is damaged or in another format"
+        message = "not a few-shot start, or it is damaged or in another format"
         raise GeneratorError(message, hint="run `icm train --objective both` to train it again")
     packed, code = opened
     try:

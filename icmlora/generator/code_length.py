@@ -17,14 +17,14 @@ from torch.autograd.function import once_differentiable
 from icmlora.generator.scales import GAUSSIAN_SHARE, SMALLEST_SCALE, WIDE
 
 _PIECE = 1 << 15  # values computed at a time on a CPU: their intermediate results take 1 MB
-_MIN_PROBABILITY = 1e-12  # so its logarithm is finite
+_MIN_PROBABILITY = 1e-12  # keeps its logarithm finite
 _COMPONENTS = ((GAUSSIAN_SHARE, 1.0), (1.0 - GAUSSIAN_SHARE, WIDE))  # share of each Gaussian, and its width in scales
 
 
 def bin_bits(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return -log2 of the probability of the unit bin around each value, under the coder's zero-mean mixture.
 
-    Both have the same shape; values need not be integers. Scales are raised to the coder's smallest.
+    Both have the same shape; values need not be integers. Scales below the coder's smallest are raised to it.
     """
     bits: torch.Tensor = _BinBits.apply(values.float(), scale.float())  # type: ignore[no-untyped-call]
     return bits

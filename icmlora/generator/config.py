@@ -16,8 +16,8 @@ from icmlora.errors import GeneratorError, NotCovered
 # A layer number has no leading zero, so a module's name can be rebuilt from it, and at most four digits, so a name
 # cannot demand tables of millions of layers. Other digits are part of the name.
 _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9]\d{0,3})(?=\.)")
-# In an image model's names (`down_blocks.1.attentions.0.transformer_blocks.5.attn1`) this number counts layers: SDXL
-# then has 120 kinds instead of 350.
+# In an image model's names (`down_blocks.1.attentions.0.transformer_blocks.5.attn1`) the number after
+# `transformer_blocks` counts layers: SDXL then has 120 kinds instead of 350.
 _INNER_NUMBER = re.compile(r"(?<=[._]transformer_blocks\.)(?:0|[1-9]\d{0,3})(?=\.)")
 
 # quality -> share of |dW|^2 that a code may lose.

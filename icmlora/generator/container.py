@@ -20,7 +20,7 @@ from icmlora.errors import CodeError, IcmLoraError, OtherFormat
 
 # Bytes of a checksum: the first of the SHA-256 of the preceding content. It detects damage even outside a store.
 CHECKSUM_SIZE = 8
-LENGTH = struct.Struct("<I")  # length of the compressed head
+LENGTH = struct.Struct("<I")  # format of the compressed head's length
 
 ABSENT = 0xFFFF  # in place of a number of rank slots: the adapter has no such module
 

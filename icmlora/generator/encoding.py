@@ -108,8 +108,8 @@ def _search(
 class SlotChoice:
     """Which slots a code has, and how its strengths compensate for rounding."""
 
-    # Slots whose values are small compared with the step. Most of their integers are 0: they reduce the error of dW,
-    # but improve the adapter's function only a little.
+    # Slots whose values are small compared with the step, so most of their integers are 0. They bring |dW| nearer to
+    # the original, but improve the adapter's function only a little.
     has_faint: bool
     for_strong: bool  # as `strength_of` has it
 

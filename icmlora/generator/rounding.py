@@ -67,7 +67,7 @@ class Rounding:
 
         Predictions are the same at every step; `keeps_means` caches them, in as much memory as the tokens take. Errors
         of plain dW are optional. Errors are accurate to 1e-6, or exact in twice the time. The decoded dW is as long as
-        the original; `for_strong`, as long along its strong slots, which lose less to rounding.
+        the original, or with `for_strong` as long along its strong slots, which lose less to rounding.
         """
         self._codec, self.tokens, self._state, self._head = codec, tokens, state, head
         self._keeps_means, self._is_plain_wanted = keeps_means, is_plain_wanted

@@ -31,7 +31,7 @@ READ_TOGETHER = 4
 # Limit of a model's parameters times the texts in one pass with gradients on a CPU: with 1.5 G parameters a text of 96
 # tokens takes a fifth of a gigabyte, and reading it with others saves a fifth of the time.
 _WITH_GRADIENTS = 2**32
-_MIN_PROBABILITY = 1e-6  # of the rest, so its logarithm is finite
+_MIN_PROBABILITY = 1e-6  # of the rest; keeps its logarithm finite
 
 
 @dataclass(frozen=True, eq=False)
