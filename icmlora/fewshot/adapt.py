@@ -2,11 +2,11 @@
 
     start ──evidence──▶ step 0 ──evidence──▶ step 1 ──▶ ... ──▶ adapter, still to be cut to the rank that is written
 
-Up to 16 samples are read again for each of the learned steps. With more samples every step reads 16 others, and there
-are as many steps as that takes: one step from 64 samples is hardly better than one from 16, but four steps are.
+Up to 16 samples are read again for each learned step. With more samples every step reads 16 others, and there are as
+many steps as that takes: one step from 64 samples is hardly better than one from 16, but four steps are.
 
-An adapter that is to be served behind the samples is made for that: each sample is read behind others, in another order
-for each step (MetaICL, arXiv 2110.15943). What the samples tell in a prompt is then not what it learns.
+An adapter that will be served with the samples in its prompt is made for that: each sample is read after others, in
+another order for each step (MetaICL, arXiv 2110.15943). The adapter then does not learn what the prompt already shows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from icmlora.fewshot.start import USUAL_SAMPLES, FewShotStart
 from icmlora.fewshot.step import lengthened, unit_steps
 
 JOINED = 1280
-"""Tokens that are read together: about as many as a context has."""
+"""Tokens read together, about as many as a context has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Adapted:
     """An adapter after some steps."""
 
     adapter: Adapter  # its rank is the sum of the ranks of the start and of all steps so far
-    nats: float  # loss on the samples before the last of these steps, in nats per token
+    nats: float  # loss on the samples before the last step, in nats per token
 
 
 def adapt(
@@ -56,14 +56,14 @@ def adapt(
 
 
 def behind_each_other(base: BaseModel, samples: Sequence[Prepared], seed: int) -> list[Prepared]:
-    """Return samples in a few texts, one behind the other, in a random order."""
+    """Return the samples joined into a few texts, in random order."""
     shuffled = random.Random(seed).sample(list(samples), len(samples))  # noqa: S311 - an order, not secrets
     return base.modality.joined(base, shuffled, JOINED)
 
 
 def supports(samples: Sequence[Prepared], learned: int) -> list[Sequence[Prepared]]:
-    """Return the samples that each step reads: all if they are 16 or fewer, else 16 from all over the file."""
-    # The order of samples may mean something, such as a file sorted by topic. Each is read at least once.
+    """Return the samples that each step reads: all if at most 16, else 16 from across the file."""
+    # The file may be sorted, for example by topic. Each sample is read at least once.
     if len(samples) <= USUAL_SAMPLES:
         return [samples] * learned
     steps = max(learned, math.ceil(len(samples) / USUAL_SAMPLES))

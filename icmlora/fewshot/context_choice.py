@@ -1,11 +1,11 @@
-"""Choose the context of a task among its samples: how much of each, which, in what order, and how many.
+"""Choose a task's context from its samples: how many, which, in what order, and how much of each.
 
-    samples ──most──▶ candidates, before each of the others ──▶ losses of these ──▶ a better candidate
-       └──a third, at most 12: the others
+    samples ──most──▶ candidates, before each held-out sample ──▶ losses of these ──▶ a better candidate
+       └──a third, at most 12: held out
 
-The first candidate has as many samples as fit, in their order, and of each text as much as lets all fit: at least 80
-tokens. What differs from it has to be better beyond the noise of a few texts: measured, the candidate with the least
-loss was often worse than the first (docs/results/LOG.md, 2026-11-30). In the end the others take part too.
+The first candidate has as many samples as fit, in file order, each cut to the length that lets all fit but to no less
+than 80 tokens. Another candidate has to be better beyond the noise of a few texts: the candidate with the lowest loss
+was often worse than the first (docs/results/LOG.md, 2026-11-30). Finally the held-out samples are added where they fit.
 """
 
 from __future__ import annotations
@@ -26,42 +26,42 @@ if TYPE_CHECKING:
     from icmlora.base_models.modality import BaseModel, Score
 
 MOST_TOKENS = 1536
-"""Of a context, unless the user says otherwise."""
+"""Default maximum length of a context."""
 SCORED_TOKENS = 128
-"""Of each text, that are scored behind a context."""
-_OTHERS, _LEAST_SHARE = 12, 3  # samples that tell which candidate is best: at most twelve, and one of three
-_SHORTEST, _LONGEST, _BETWEEN = 80, 256, 2  # tokens of a text that are taken, and between two
-_DRAWS = 2  # other orders that are tried, where not all samples fit
-_SURE = 2.0  # standard errors by which a candidate has to be better
-_HARDLY = 0.02  # share of what a context brings that fewer samples may cost
-_SHARE_OF_POSITIONS = 0.75  # of what a base model reads: the request has to fit too
+"""Tokens of each text that are scored after a context."""
+_MAX_HELD_OUT, _MIN_STRIDE = 12, 3  # held-out samples: at most twelve, and at most every third
+_MIN_LENGTH, _MAX_LENGTH, _BETWEEN = 80, 256, 2  # tokens taken of a text, and between two texts
+_DRAWS = 2  # other orders to try where not all samples fit
+_SURE = 2.0  # minimum lead of a better candidate, in standard errors
+_HARDLY = 0.02  # share of a context's gain that fewer samples may cost
+_SHARE_OF_POSITIONS = 0.75  # of the base model's positions: the request has to fit too
 _BLOCK = 32  # tokens; vLLM's blocks have 16 on a card, and a multiple of this on a CPU
-_LONG = 16 * _BLOCK  # tokens of a context from which on a part of a block is little of it
-_ATTEMPTS = 4  # at cutting a text to a length: what is left of it may have other tokens
-_USUAL = 5  # candidates that are read
-_OF_A_TURN = 8  # tokens that a chat template writes around a message, about
+_LONG = 16 * _BLOCK  # tokens; in a longer context a partial block is a small part
+_ATTEMPTS = 4  # at cutting a text to a length: the rest may be tokenised differently
+_USUAL = 5  # candidates usually read
+_OF_A_TURN = 8  # tokens that a chat template adds to a message, roughly
 
 
 @dataclass(frozen=True)
 class ChosenContext:
-    """A context, and what it is made of."""
+    """A context and the samples in it."""
 
     context: TaskContext
-    samples: Sequence[Example | Chat]  # as they stand in it
+    samples: Sequence[Example | Chat]  # as they appear in it
     tokens: int
-    length: int  # tokens that were taken of each text
-    is_enough: bool = False  # whether more samples would do nothing
+    length: int  # tokens taken of each text
+    is_enough: bool = False  # whether more samples would not help
 
 
 @dataclass(frozen=True, eq=False)
 class Prompted:
-    """Reads examples behind a context, with the adapter that is on the base model at that moment."""
+    """Reads examples after a context, with the base model's current adapter."""
 
     base: BaseModel
-    template: Templates | None = None  # that came with the adapter
+    template: Templates | None = None  # the adapter's own
 
     def score(self, context: TaskContext | None, examples: Sequence[Any], tokens: int = SCORED_TOKENS) -> Score:
-        """Return the loss in nats per token; of the examples, not of what stands before them."""
+        """Return the loss of the examples, without the context, in nats per token."""
         shown = examples if context is None else [context.before(example) for example in examples]
         read = self.base.modality.readable(self.base, shown, self.template)
         if not read.items:
@@ -69,7 +69,7 @@ class Prompted:
         return self.base.modality.measure(self.base, read.items, tokens)
 
     def usable(self, examples: Sequence[Any]) -> list[Any]:
-        """Return the chats that the base model's template takes; where it has none, those with a plain form as that."""
+        """Return the samples that the base model can read; without a chat template, chats as plain text."""
         read = self.base.modality.readable(self.base, examples, self.template)
         if read.skipped:
             parts = (self.usable([example]) for example in examples) if len(examples) > 1 else ()
@@ -77,7 +77,7 @@ class Prompted:
         return [item if isinstance(item, Example) else one for one, item in zip(examples, read.items, strict=True)]
 
     def written(self, context: TaskContext) -> TaskContext:
-        """Give a context of chats the text that stands before plain text, as the chat template writes it."""
+        """Add to a context of chats its text in the chat template, for use before plain text."""
         if context.text:
             return context
         answers = [place for place, turn in enumerate(context.messages) if turn["role"] == "assistant"]
@@ -85,7 +85,7 @@ class Prompted:
         return replace(context, text=read.items[0].text) if read.items else context
 
     def context_of(self, samples: Sequence[Example | Chat], length: int) -> ChosenContext:
-        """Make the context of some samples, in their order; a long one of texts has whole blocks of tokens."""
+        """Make a context of samples, in order; a long one of plain texts fills whole token blocks."""
         return self.chosen(self.written(TaskContext.of(self._in_blocks(samples))), samples, length)
 
     def chosen(self, context: TaskContext, samples: Sequence[Example | Chat] = (), length: int = 0) -> ChosenContext:
@@ -93,19 +93,19 @@ class Prompted:
         return ChosenContext(context, samples, self._count(context.text), length)
 
     def filled(self, chosen: ChosenContext, more: Sequence[Example | Chat], most: int) -> ChosenContext:
-        """Put further samples before those of a context, as many as fit: there they matter least."""
+        """Prepend as many further samples as fit; at the start they matter least."""
         if chosen.is_enough:
             return chosen
         fit = self.fitting(more, chosen.length, self.limit(most) - chosen.tokens)
         return self.context_of([*fit, *chosen.samples], chosen.length) if fit else chosen
 
     def limit(self, most: int) -> int:
-        """Return at most so many tokens, or fewer where the base model reads too few."""
+        """Return the token limit, lowered where the base model has too few positions."""
         positions = self.base.positions
         return most if positions is None else min(most, int(positions * _SHARE_OF_POSITIONS))
 
     def fitting(self, samples: Sequence[Example | Chat], length: int, most: int) -> list[Example | Chat]:
-        """Return samples that fit into so many tokens together, each text cut to a length, from the first one on."""
+        """Return the samples that together fit into `most` tokens, in order, each text cut to a length."""
         taken: list[Example | Chat] = []
         for sample in samples:
             one = self._cut(sample, length)
@@ -116,9 +116,9 @@ class Prompted:
         return taken
 
     def _in_blocks(self, samples: Sequence[Example | Chat]) -> Sequence[Example | Chat]:
-        """Cut the beginning of the first of some texts, so that an engine's prefix cache holds all of the context.
+        """Cut the start of the first text so that an engine's prefix cache holds the whole context.
 
-        It keeps whole blocks of tokens only, and reads the rest of a context again for each request.
+        The cache keeps whole blocks of tokens only; the rest of a context is read again for each request.
         """
         first, tokenizer = samples[0], self.base.tokenizer
         if not all(isinstance(sample, Example) and not sample.prompt for sample in samples):
@@ -134,17 +134,17 @@ class Prompted:
         return [first, *samples[1:]]
 
     def _cut(self, sample: Example | Chat, length: int) -> Example | Chat:
-        """Cut a plain text; a question without its answer, or a chat without its end, would be no sample."""
+        """Cut a plain text; prompts with answers and chats stay whole, as part of one is no sample."""
         if isinstance(sample, Chat) or sample.prompt:
             return sample
         ids = self.base.tokenizer(sample.completion, add_special_tokens=False)["input_ids"]
         if len(ids) <= length:
             return sample
         text = str(self.base.tokenizer.decode(ids[:length], clean_up_tokenization_spaces=False))
-        return replace(sample, completion=text.rstrip("\N{REPLACEMENT CHARACTER}"))  # half of a character
+        return replace(sample, completion=text.rstrip("\N{REPLACEMENT CHARACTER}"))  # a split character
 
     def _size(self, sample: Example | Chat) -> int:
-        """Return about how many tokens a sample takes: rendering every chat by itself would take long."""
+        """Return roughly how many tokens a sample takes; rendering every chat would be slow."""
         if isinstance(sample, Chat):
             return sum(self._count(turn["content"]) + _OF_A_TURN for turn in sample.messages)
         return self._count(TaskContext.of([sample]).text)
@@ -161,25 +161,25 @@ def choose_context(
     total: int | None = None,
     tell: Callable[[int, int], None] = lambda done, of: None,
 ) -> ChosenContext:
-    """Choose a context with the adapter that is on the base model.
+    """Choose a context with the base model's current adapter.
 
     Args:
-        prompted: What reads them.
+        prompted: Reads and scores the samples.
         samples: The samples.
-        most_tokens: Of the context.
-        total: How many samples there will be in the end, if others are to be filled in.
-        tell: Gets how many candidates were read, and of about how many.
+        most_tokens: Limit of the context's length.
+        total: Number of samples in the end, if further ones are to be filled in.
+        tell: Called with the candidates read so far, and roughly how many there will be.
 
     Raises:
         DataError: No sample fits.
     """
     most, total = prompted.limit(most_tokens), total or len(samples)
-    every = max(_LEAST_SHARE, -(-len(samples) // _OTHERS))
-    others = samples[::every] if len(samples) >= 2 * _LEAST_SHARE else []
+    every = max(_MIN_STRIDE, -(-len(samples) // _MAX_HELD_OUT))
+    others = samples[::every] if len(samples) >= 2 * _MIN_STRIDE else []
     pool = [sample for place, sample in enumerate(samples) if not others or place % every]
-    length = min(_LONGEST, max(_SHORTEST, most // total - _BETWEEN))
-    # As much of the limit as the pool is of all samples, or a candidate would be longer than what it stands for.
-    room = max(most * len(pool) // total, min(most, _LONGEST))
+    length = min(_MAX_LENGTH, max(_MIN_LENGTH, most // total - _BETWEEN))
+    # The pool's share of the limit, or a candidate would be longer than the context that it represents.
+    room = max(most * len(pool) // total, min(most, _MAX_LENGTH))
     first = prompted.fitting(pool, length, room) or prompted.fitting(pool, length, most)
     if not first:
         raise DataError(f"no sample is short enough for a context of {most} tokens", hint="allow more tokens")
@@ -200,7 +200,7 @@ class _Candidate:
 
 
 class _Search:
-    """Looks at candidates; each is read once."""
+    """Compares candidates; each is read once."""
 
     def __init__(self, prompted: Prompted, others: Sequence[Example | Chat], tell: Callable[[int, int], None]) -> None:
         self._prompted, self._others, self._tell = prompted, others, tell
@@ -209,7 +209,7 @@ class _Search:
     def best(
         self, first: Sequence[Example | Chat], length: int, pool: Sequence[Example | Chat], room: int
     ) -> _Candidate:
-        """Return the first candidate, or one that is better for sure: with longer or shorter texts, or other ones."""
+        """Return the first candidate, or a clearly better one with longer, shorter or other texts."""
         found = _Candidate(first, length)
         fit = self._prompted.fitting
         if all(isinstance(one, Example) and not one.prompt for one in pool):
@@ -221,7 +221,7 @@ class _Search:
         return found
 
     def fewer(self, samples: Sequence[Example | Chat]) -> Sequence[Example | Chat]:
-        """Leave out the first half, and again, as long as that costs hardly anything for sure."""
+        """Drop the first half repeatedly, as long as that clearly costs next to nothing."""
         allowed = _HARDLY * max(0.0, float((self._nats(()) - self._nats(samples)).mean()))
         all_of_them = samples
         while len(samples) > 1:
@@ -239,7 +239,7 @@ class _Search:
         return other if mean > _SURE * error else one
 
     def _nats(self, samples: Sequence[Example | Chat]) -> torch.Tensor:
-        """Return the loss of each of the others behind some samples, in nats per token."""
+        """Return the loss of each held-out sample after some samples, in nats per token."""
         key = tuple(map(id, samples))
         if key not in self._known:
             context = self._prompted.context_of(samples, 0).context if samples else None
@@ -250,7 +250,7 @@ class _Search:
 
 
 def estimate(differences: torch.Tensor) -> tuple[float, float]:
-    """Return the mean of some differences, and its standard error: of a single one, infinite."""
+    """Return the mean of some differences and its standard error, infinite for a single difference."""
     error = float(differences.std() / len(differences) ** 0.5) if len(differences) > 1 else float("inf")
     return float(differences.mean()), error
 

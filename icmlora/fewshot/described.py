@@ -1,4 +1,4 @@
-"""Samples of a task that the base model writes itself, from a sentence about it (Self-Instruct, arXiv 2212.10560).
+"""Generate a task's samples with the base model, from a description (Self-Instruct, arXiv 2212.10560).
 
 sentence ──chat template, or a plain prompt──▶ base model ──▶ texts, sampled one token after the other
 """
@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 
 _ASKED = "Write one example of the following. Write only the example itself, without a title or any comment.\n\n{about}"
 _PLAIN = "{about}\n\nExample:\n"
-_SHORTEST = 24  # characters of a text that says something
+_MIN_CHARACTERS = 24  # of a text with any content
 
 
 def described_samples(base: BaseModel, about: str, count: int, tokens: int, *, seed: int = 0) -> list[str]:
-    """Let the base model write at most `count` different texts, of at most so many tokens each.
+    """Generate at most `count` different texts of at most `tokens` tokens with the base model.
 
     Raises:
-        DataError: It writes nothing.
+        DataError: The base model writes nothing.
     """
     from icmlora.base_models.kinds.continuations import variants
 
     written = variants(base, _prompt(base, about), count, tokens, seed=seed)
-    texts = [text for text in dict.fromkeys(text.strip() for text in written) if len(text) >= _SHORTEST]
+    texts = [text for text in dict.fromkeys(text.strip() for text in written) if len(text) >= _MIN_CHARACTERS]
     if not texts:
         raise DataError(f"{base.label} wrote no text for this description", hint="add samples with --samples FILE")
     return texts
 
 
 def described_context(about: str) -> TaskContext:
-    """Return the sentence itself as a context: what the base model writes from it says no more."""
+    """Return the description itself as a context: texts generated from it add nothing."""
     return TaskContext(f"{about.strip()}{SEPARATOR}", ({"role": "system", "content": about.strip()},))
 
 

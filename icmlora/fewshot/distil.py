@@ -1,4 +1,4 @@
-"""Move what samples in a prompt tell into an adapter that is served without them (context distillation).
+"""Distil the effect of samples in a prompt into an adapter that is served without them (context distillation).
 
     teacher   base + adapter for a context:  half of the samples, then the others ──▶ predictions of these, and the
                                                                                       same the other way
@@ -6,8 +6,8 @@
 
 minimise   KL(teacher || student)          Askell et al., arXiv 2112.00861; Snell et al., arXiv 2209.15189
 
-The steps learn what the samples say about each other, too, which other text of the task may contradict. So the adapter
-goes half of the way: there it keeps most of what helps, and little of what harms (Wortsman et al., arXiv 2109.01903;
+The steps also learn how the samples predict each other, and other text of the task may contradict that. So the adapter
+goes half of the way, where it keeps most of the benefit and little of the harm (Wortsman et al., arXiv 2109.01903;
 docs/results/LOG.md, 2026-11-30).
 """
 
@@ -31,29 +31,29 @@ from icmlora.fewshot.finetune import FinetuneConfig, descend
 from icmlora.io.devices import uploaded
 from icmlora.training.teacher import Teacher, shortfalls, target
 
-_GROUP = 16  # samples that are read together
-_TOGETHER = 2560  # tokens of them
-_BETWEEN = 8  # tokens between two samples, at most
+_GROUP = 16  # samples read together
+_TOGETHER = 2560  # tokens read together
+_BETWEEN = 8  # most tokens between two samples
 
 
 @dataclass(frozen=True)
 class DistilConfig:
-    """How much is distilled, and from what."""
+    """Options of distillation."""
 
     steps: int
     batch: int = 4  # texts a step
     learning_rate: float = 2e-3
-    part: float = 0.5  # of the way from the adapter to where the steps lead
+    part: float = 0.5  # of the way from the adapter to the result of the steps
     seed: int = 0
 
 
 def distil(
     base: BaseModel, adapter: Adapter, teacher: Adapter, samples: Sequence[Prepared], config: DistilConfig
 ) -> Iterator[tuple[float, Adapter]]:
-    """Teach an adapter what another predicts behind samples; yields each step's divergence, and the adapter then.
+    """Distil a teacher's predictions after samples into an adapter; yields each step's divergence and adapter.
 
-    Only for base models whose samples can stand before others (`Modality.takes_context`). The divergence is that where
-    the steps are, in nats per token.
+    Only for base models whose samples can precede others (`Modality.takes_context`). The divergence is measured at the
+    end point of the steps so far, in nats per token.
 
     Raises:
         DataError: No two samples fit into what the base model reads.
@@ -70,13 +70,13 @@ def distil(
 
 
 class PromptedTeacher(Teacher):
-    """Predicts samples behind others: those of one half of a group behind the other half, and the other way.
+    """Predicts the samples in each half of a group after the other half.
 
     Args:
         base: The base model.
-        original: Factors that are on it meanwhile.
+        original: Factors to add to it.
         samples: Two or more.
-        config: Whose seed draws the halves.
+        config: Its seed draws the halves.
     """
 
     def __init__(self, base: BaseModel, original: Factors, samples: Sequence[Prepared], config: DistilConfig) -> None:
@@ -90,7 +90,7 @@ class PromptedTeacher(Teacher):
                 self._read(group[half:], group[:half])
 
     def _read(self, before: Sequence[int], behind: Sequence[int]) -> None:
-        """Keep what is predicted of samples behind others."""
+        """Store the predictions for samples that follow others."""
         modality, items = self.base.modality, [self._items[number] for number in (*before, *behind)]
         (text,) = modality.joined(self.base, items, _TOGETHER)
         (logits,) = modality.logits(self.base, [text])
@@ -104,7 +104,7 @@ class PromptedTeacher(Teacher):
             self._targets[number] = target(self.base, item, spread, scored)
 
     def _scored(self, item: Prepared, predictions: int) -> torch.Tensor:
-        """Say which predictions of an item are scored, bool of shape (predictions,)."""
+        """Return which predictions of an item are scored, bool of shape (predictions,)."""
         wanted = self.base.modality.wanted(item) or ()
         first = predictions - len(wanted)
         marks = [place >= first and wanted[place - first] != IGNORED for place in range(predictions)]
@@ -112,14 +112,14 @@ class PromptedTeacher(Teacher):
 
 
 def _groups(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """Split an order into groups of about equal size, each of two at least."""
+    """Split an order into groups of about equal size, at least two in each."""
     count = max(1, min(len(order) // 2, math.ceil(len(order) / size)))
     bounds = (len(order) * number // count for number in range(count + 1))
     return (order[first:end] for first, end in itertools.pairwise(bounds))
 
 
 def _size_of_group(base: BaseModel, samples: Sequence[Prepared]) -> int:
-    """Return how many samples are read together; raise `DataError` if no two fit into what the base model reads."""
+    """Return how many samples to read together; raise `DataError` if no two fit into what the base model reads."""
     longest, room = max(item.size for item in samples) + _BETWEEN, base.within(_TOGETHER)
     if room < 2 * longest:
         fact = f"two samples of {longest} tokens exceed the {room} tokens that the base model reads"

@@ -1,9 +1,9 @@
-"""What a few samples say about a base model's modules: how the loss would change each of them.
+"""Evidence from a few samples about a base model's modules: how the loss would change each of them.
 
     samples ──base + start──▶ loss ──backward──▶ per module:   g x^T       (out, in)       gradient
       inputs x (in) of a module, gradients g (out) of its outputs    x^2, g^2    (in,), (out,)   mean squares
 
-All are means over the scored tokens, from one pass forward and backward without any adapter of the task. On an
+All are means over the scored tokens, from one forward and backward pass without any adapter of the task. On an
 accelerator the activations of one layer at a time are in memory; backward computes the others again (`recomputing`).
 """
 
@@ -24,12 +24,12 @@ from icmlora.base_models.running.conv_as_linear import input_rows, output_rows
 from icmlora.base_models.running.lora_hooks import Factors, added
 from icmlora.base_models.running.modules import kernel_shape, matrix_shape
 
-_AMPLE = ("cpu",)  # types of devices with memory enough for all activations of a few short texts
+_AMPLE = ("cpu",)  # device types with enough memory for all activations of a few short texts
 
 
 @dataclass(frozen=True, eq=False)
 class ModuleEvidence:
-    """What the samples say about one module, float32 on the base model's device."""
+    """Evidence about one module, float32 on the base model's device."""
 
     gradient: torch.Tensor  # gradient of the loss with respect to dW, shape (out, in)
     inputs: torch.Tensor  # mean squares of the module's inputs, shape (in,)
@@ -38,10 +38,10 @@ class ModuleEvidence:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """What the samples say, by dotted module name."""
+    """Evidence by dotted module name."""
 
-    modules: Mapping[str, ModuleEvidence]  # one entry per module, in the order in which they were named
-    nats: float  # loss where the evidence was gathered, in nats per token
+    modules: Mapping[str, ModuleEvidence]  # one entry per module, in the order given
+    nats: float  # loss at the point where the evidence was gathered, in nats per token
     tokens: int  # how many tokens were scored
 
 
@@ -49,8 +49,8 @@ def gather_evidence(
     base: BaseModel, start: Factors, modules: Iterable[str], samples: Sequence[Prepared], *, batch_size: int = 1
 ) -> Evidence:
     """Run the samples forward and backward once, with factors A (r, in) and B (out, r) on the base model."""
-    # Needs 4 * in * out bytes a module in addition to the base model's activations, whatever the number of samples.
-    # Made beforehand: backward reaches the modules last to first, and some, such as experts, not at all.
+    # Needs 4 * in * out bytes per module in addition to the base model's activations, for any number of samples.
+    # Made beforehand: backward reaches the modules in reverse order, and some, such as experts, not at all.
     sums = {name: _zeros(base, name) for name in modules}
     nats, tokens = 0.0, sum(item.count for item in samples)
     for first in range(0, len(samples), batch_size):
@@ -66,8 +66,8 @@ def gather_evidence(
 
 @contextmanager
 def mean_loss(base: BaseModel, factors: Factors, batch: Sequence[Prepared]) -> Iterator[torch.Tensor]:
-    """Give the loss of some samples in nats per token: a scalar, with gradients to the factors that ask for them."""
-    # Call backward inside the block: on an accelerator it computes activations again, with the factors in place.
+    """Yield the loss of some samples in nats per token: a scalar, with gradients to factors that require them."""
+    # Call backward inside the block: on an accelerator it recomputes activations, with the factors in place.
     with added(base.model, factors), recomputing(base.model):
         yield base.modality.loss(base, batch) / sum(item.count for item in batch)
 
@@ -75,14 +75,14 @@ def mean_loss(base: BaseModel, factors: Factors, batch: Sequence[Prepared]) -> I
 @contextmanager
 def recomputing(model: nn.Module) -> Iterator[None]:
     """On an accelerator, keep no activations inside the model's layers (Chen et al., arXiv 1604.06174)."""
-    # Saves most of the memory of a long pass through a large base model and costs another forward pass. Forward and
-    # backward both belong into the block, and into the blocks of hooks on the layers' modules, which run again. The
-    # model's own switch would need training mode, which turns dropout on.
+    # Saves most of the memory of a long pass through a large base model, and costs another forward pass. Forward and
+    # backward both belong in the block, and in the blocks of hooks on the layers' modules, which run again. The
+    # model's own switch would need training mode, and that turns dropout on.
     from transformers.modeling_layers import GradientCheckpointingLayer  # takes a second
 
     is_ample = next(model.parameters()).device.type in _AMPLE
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    # A layer has a method of its own where accelerate has spread the model over several devices.
+    # A layer has its own `forward` where accelerate has spread the model over several devices.
     changed = {} if is_ample else {layer: layer.__dict__.get("forward") for layer in layers}
     for layer in changed:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -125,7 +125,7 @@ def _zeros(base: BaseModel, name: str) -> list[torch.Tensor]:
 class _Watched(torch.autograd.Function):
     """Pass a module's outputs on; backward adds products of its inputs and their gradient to `sums`."""
 
-    # Inputs are saved through autograd and not in a closure, so that `recomputing` can drop them and make them again.
+    # Inputs are saved through autograd, not in a closure, so `recomputing` can drop and recompute them.
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Continue from an adapter with ordinary gradient steps.
+"""Fine-tune an adapter with ordinary gradient steps.
 
 minimise   loss of some of the samples, drawn again for each step        by Adam, over the factors A and B
 """
@@ -22,7 +22,7 @@ _GRADIENT_LIMIT = 1.0
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """How an adapter is fine-tuned."""
+    """Options of fine-tuning."""
 
     steps: int
     learning_rate: float = 1e-3  # peak of a linear schedule: up during the first tenth of the steps, then down to zero
@@ -38,7 +38,7 @@ class FinetuneConfig:
 def finetune(
     base: BaseModel, adapter: Adapter, samples: Sequence[Prepared], config: FinetuneConfig
 ) -> Iterator[tuple[float, Adapter]]:
-    """Fine-tune an adapter's factors on samples; yields each step's loss (nats per token) and the adapter then."""
+    """Fine-tune an adapter's factors on samples; yields each step's loss (nats per token) and adapter."""
 
     def loss(factors: Factors, batch: Sequence[int]) -> AbstractContextManager[torch.Tensor]:
         return mean_loss(base, factors, [samples[number] for number in batch])
@@ -53,7 +53,7 @@ def descend(
     samples: int,
     config: FinetuneConfig,
 ) -> Iterator[tuple[float, Adapter]]:
-    """Take gradient steps on what factors lose on some of the samples; yields each step's loss and the adapter then."""
+    """Minimise a loss over random samples; yields each step's loss and adapter."""
     # Every sample is drawn once before any is drawn again.
     pairs = {m.name: (_leaf(m.a, device), _leaf(m.b, device)) for m in adapter.modules}
     weights = [factor for pair in pairs.values() for factor in pair]

@@ -1,7 +1,7 @@
-"""What a context and an adapter are worth for a task: losses of samples that neither of them has seen.
+"""Measure what a context and an adapter gain on a task: losses on samples that neither has seen.
 
-8 samples or more    four are left out of both, and tell
-2 to 7               each is read behind the others, by the base model or with an adapter that is there anyway
+8 samples or more    four are held out of both
+2 to 7               leave-one-out: each is read after the others, by the base model or with an existing adapter
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ Served = Literal["neither", "context", "adapter", "both"]
 Sample = TypeVar("Sample")
 
 LEFT_OUT = 4
-"""Samples that tell; of fewer than twice as many none are left out."""
+"""Size of the held-out set; with fewer than twice as many samples none are held out."""
 _WITHOUT_CONTEXT: tuple[Served, ...] = ("neither", "adapter")
 _BY_COST: tuple[Served, ...] = (*_WITHOUT_CONTEXT, "context", "both")
-_HARDLY = 0.02  # share of what the best brings, or loses itself, that a cheaper one may lose more
+_HARDLY = 0.02  # extra loss allowed for a cheaper choice, as a share of the best one's gain or loss
 
 
 @dataclass(frozen=True)
 class Guard:
-    """Losses in nats per token, and what they say."""
+    """Losses in nats per token, and the choice that follows from them."""
 
     neither: float
     context: float
-    adapter: float | None  # None where no adapter was made without the samples that tell
+    adapter: float | None  # None where no adapter was made without the held-out samples
     both: float | None
-    samples: int  # that tell
-    in_turn: bool = False  # whether each was read behind the others, and none was left out
-    least: float = 0.0  # that the context has to bring by itself, in nats per token
+    samples: int  # number of samples measured
+    in_turn: bool = False  # whether this is leave-one-out: each was read after the others
+    least: float = 0.0  # minimum gain of the context by itself, in nats per token
 
     @classmethod
     def of(cls, bare: BothWays | None, adapted: BothWays | None, *, in_turn: bool) -> Guard | None:
-        """Put the losses of the base model and those with an adapter together; None if there are none.
+        """Combine the losses of the base model with and without an adapter; None if there are none.
 
-        Where the base model alone was asked, the context has to be worth more than the standard error of what it is.
+        Where only the base model was measured, the context's gain has to exceed its standard error.
         """
         if bare is None:
             return None
@@ -58,7 +58,7 @@ class Guard:
 
     @property
     def losses(self) -> dict[Served, float]:
-        """Those that were measured, by what is served."""
+        """Measured losses, by choice."""
         every: dict[Served, float | None] = {
             "neither": self.neither,
             "context": self.context,
@@ -69,64 +69,65 @@ class Guard:
 
     @property
     def told_by(self) -> str:
-        """The samples that tell, in words."""
+        """Description of the samples that were measured."""
         return counted(self.samples, "sample") + (", each after the others" if self.in_turn else " held out")
 
     @property
     def figures(self) -> str:
-        """The losses, in words."""
+        """The losses as text."""
         return ", ".join(f"{name} {nats:.3f}" for name, nats in self.losses.items())
 
     @property
     def helps(self) -> bool:
-        """Whether the context is of help by itself; if not, what it adds to an adapter is chance, on a few samples."""
+        """Whether the context helps by itself; if not, a gain on top of an adapter is chance, on a few samples."""
         return self.neither - self.context > self.least
 
     @property
     def recommended(self) -> Served:
-        """What to serve: the best, or what is hardly worse and costs less at every request.
+        """Recommended choice: the best, or a cheaper one per request that is hardly worse.
 
-        A context that is no help by itself is not among them. One that is goes with an adapter that was not measured.
+        A context that does not help by itself is excluded. One that does is served with an adapter that was not
+        measured.
         """
         if self.adapter is None:
             return "both" if self.helps else "adapter"
         losses = {name: self.losses[name] for name in (_BY_COST if self.helps else _WITHOUT_CONTEXT)}
         best = min(losses.values())
-        # A base model that does not know the form of answers loses much, next to which all differences are small.
+        # A base model that does not know the form of answers has a large loss, so all differences look small.
         allowed = best + _HARDLY * min(self.neither - best, best)
         return next(name for name, nats in losses.items() if nats <= allowed)
 
     @property
     def recommends_context(self) -> bool:
-        """Whether the context is to be served, alone or with the adapter."""
+        """Whether to serve the context, alone or with the adapter."""
         return self.recommended not in _WITHOUT_CONTEXT
 
 
 @dataclass(frozen=True)
 class BothWays:
-    """What samples lose without and behind a context, in nats per token, with whatever is on the base model."""
+    """Loss of samples without and with a context, in nats per token, with the base model's current adapter."""
 
     without: float
     behind: float
     samples: int
-    error: float = 0.0  # standard error of the mean difference, where each was read in turn
+    error: float = 0.0  # standard error of the mean difference, for leave-one-out
 
     @classmethod
     def of(cls, prompted: Prompted, chosen: ChosenContext, held: Sequence[Any]) -> BothWays | None:
-        """Read samples that the context was not made from; None if there are none."""
+        """Measure held-out samples, which the context does not contain; None if there are none."""
         if not held:
             return None
         return cls(prompted.score(None, held).value, prompted.score(chosen.context, held).value, len(held))
 
     @classmethod
     def in_turn(cls, prompted: Prompted, chosen: ChosenContext, samples: Sequence[Any]) -> BothWays | None:
-        """Read each sample of a context behind the others of it; None if none can be read so."""
+        """Measure each sample of a context after the others (leave-one-out); None if no sample allows it."""
         pairs: list[tuple[Score, Score]] = []
         for place, sample in enumerate(samples):
             others = prompted.fitting([*samples[:place], *samples[place + 1 :]], chosen.length, chosen.tokens)
             if others:
                 context = prompted.context_of(others, chosen.length).context
-                with suppress(DataError):  # one of a single token has no loss, and the others still tell
+                with suppress(DataError):  # a sample of a single token has no loss; the others still count
                     pairs.append((prompted.score(None, [sample]), prompted.score(context, [sample])))
         if not pairs:
             return None
@@ -136,7 +137,7 @@ class BothWays:
 
 
 def left_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """Split samples into those that are left out, from all over them, and the others."""
+    """Split samples into a held-out set, spread evenly, and the rest."""
     if len(samples) < 2 * LEFT_OUT:
         return [], list(samples)
     places = set(spread(range(len(samples)), LEFT_OUT))

@@ -7,11 +7,11 @@ One episode: one task of the fleet is treated as unseen, and the start is the me
 
     minimise   (loss - loss of the task's own adapter) / (loss of the base model - loss of the task's own adapter)
 
-so that every task counts the same: 0 is as good as its own adapter, 1 as good as no adapter. Directions are treated as
+Every task thus counts the same: 0 is as good as its own adapter, 1 as good as no adapter. Directions are treated as
 constants (first-order MAML, arXiv 1803.02999). The base model is frozen; only a few numbers per module are learned.
 
-Where samples can stand before others, every other episode makes the adapter for its context: samples are read behind
-each other, query samples too, and so are they by the base model and with the task's own adapter.
+Where samples can precede others, every other episode makes the adapter for its context: support and query samples are
+then joined into longer texts, also for the losses of the base model and of the task's own adapter.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from icmlora.fewshot.start import FewShotStart, octaves
 from icmlora.fewshot.step import lengthened, unit_steps
 from icmlora.generator.scales import OCTAVE
 
-_LEAST_GAIN = 0.2  # in nats per token: where a task's own adapter gains less, the loss is divided by this, not by noise
+_MIN_GAIN = 0.2  # in nats per token: where a task's own adapter gains less, the loss is divided by this, not by noise
 _LIMIT = 8 * OCTAVE  # rates stay within eight octaves of a module's usual size
 
 
 @dataclass(frozen=True)
 class MetaConfig:
-    """How rates are learned."""
+    """Options of meta-training."""
 
     episodes: int = 48
     updates: int = 4  # optimiser steps per episode, each on other query samples
     query: int = 2  # query samples per update
-    query_in_context: int = 4  # of an adapter that is made for its context: in one text
+    query_in_context: int = 4  # query samples per update of an adapter made for its context, in one text
     support: tuple[int, ...] = (1, 4, 16)  # numbers of support samples, drawn evenly
     learning_rate: float = 0.5  # Adam's, in eighths of an octave
     seed: int = 0
@@ -54,7 +54,7 @@ class MetaConfig:
 
 @dataclass(frozen=True)
 class Episode:
-    """What one episode measured."""
+    """Result of one episode."""
 
     number: int  # counted from 1
     episodes: int
@@ -75,12 +75,12 @@ class EpisodeSource(Protocol):
         """Read the adapter of a task."""
 
     def samples(self, task: int) -> Sequence[Prepared]:
-        """Return a task's samples, from the modality's `prepare`; two or more."""
+        """Return two or more samples of a task, from the modality's `prepare`."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Rates:
-    """What is learned, in eighths: rates (steps, modules), slopes and what is added in context (steps,)."""
+    """Learned numbers, in eighths: rates (steps, modules), slopes and in-context offsets (steps,)."""
 
     rates: torch.Tensor
     slopes: torch.Tensor
@@ -88,13 +88,13 @@ class _Rates:
 
     @classmethod
     def of(cls, start: FewShotStart) -> _Rates:
-        """Begin with those of a start."""
+        """Copy the numbers from a start."""
         rows = (start.rates, start.slopes, start.in_context)
         return cls(*(torch.tensor(row, dtype=torch.float32, requires_grad=True) for row in rows))
 
     @property
     def every(self) -> list[torch.Tensor]:
-        """All of them."""
+        """All learned tensors."""
         return [self.rates, self.slopes, self.in_context]
 
     def lengths(self, start: FewShotStart, step: int, samples: int, *, in_context: bool) -> torch.Tensor:
@@ -104,11 +104,11 @@ class _Rates:
         return torch.exp2(octaves(sizes, rates, self.slopes[step], samples))
 
     def is_finite(self) -> bool:
-        """Say whether all of them can be rounded to integers."""
+        """Return whether all numbers are finite, so they can be rounded to integers."""
         return all(bool(torch.isfinite(one).all()) for one in self.every)
 
     def into(self, start: FewShotStart) -> FewShotStart:
-        """Return the start with these, rounded as they are stored."""
+        """Return the start with these numbers, rounded as stored."""
         whole = [one.detach().round().clamp(-_LIMIT, _LIMIT).int().tolist() for one in self.every]
         return replace(start, rates=tuple(map(tuple, whole[0])), slopes=tuple(whole[1]), in_context=tuple(whole[2]))
 
@@ -116,7 +116,7 @@ class _Rates:
 def meta_train(
     base: BaseModel, start: FewShotStart, fleet: EpisodeSource, config: MetaConfig
 ) -> Iterator[tuple[Episode, FewShotStart]]:
-    """Learn the lengths of a start's steps, and yield it after each episode; raise `GeneratorError` if one diverges."""
+    """Learn a start's step lengths; yields it after each episode. Raise `GeneratorError` if one diverges."""
     learned = _Rates.of(start)
     optimizer = torch.optim.Adam(learned.every, lr=config.learning_rate, betas=(0.9, 0.95))
     draw = random.Random(config.seed)  # noqa: S311 - training noise, not secrets
@@ -124,11 +124,11 @@ def meta_train(
     for number in range(config.episodes):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * (1 - number / config.episodes)
-        order = order or draw.sample(range(fleet.tasks()), fleet.tasks())  # every task once before any comes again
+        order = order or draw.sample(range(fleet.tasks()), fleet.tasks())  # every task once before any repeats
         task = order.pop()
         size = draw.choice(config.support)
         turn, place = divmod(number, fleet.tasks())
-        in_context = base.modality.takes_context and (turn + place) % 2 == 1  # other tasks at the next turn
+        in_context = base.modality.takes_context and (turn + place) % 2 == 1  # other tasks in the next round
         support, queries = _split(fleet.samples(task), size, config, draw, in_context=in_context)
         if in_context:
             queries = [base.modality.joined(base, query, JOINED) for query in queries]
@@ -142,12 +142,12 @@ def meta_train(
 def _split(
     samples: Sequence[Prepared], size: int, config: MetaConfig, draw: random.Random, *, in_context: bool
 ) -> tuple[list[Prepared], list[list[Prepared]]]:
-    """Draw support samples, and the query samples of each update from the others."""
+    """Draw support samples, and each update's query samples from the rest."""
     shuffled = draw.sample(list(samples), len(samples))
-    # At most half of the samples are support, so that there are others to query.
+    # At most half of the samples are support, to leave some as queries.
     size = min(size, max(1, len(shuffled) // 2))
     support, rest = shuffled[:size], shuffled[size:] or shuffled
-    if in_context:  # no sample stands behind itself
+    if in_context:  # no sample follows itself
         count = min(config.query_in_context, len(rest))
         return support, [draw.sample(rest, count) for _ in range(config.updates)]
     return support, [[draw.choice(rest) for _ in range(config.query)] for _ in range(config.updates)]
@@ -166,7 +166,7 @@ def _episode(
 ) -> float:
     """Step through one task and update the rates on each query; return the mean loss."""
     others = _without(start, own)
-    # Directions are gathered once per episode, under the rates of now; only their lengths get gradients.
+    # Directions are gathered once per episode, with the current rates; only their lengths get gradients.
     current, units = others, list[tuple[LoraModule, ...]]()
     names = [module.name for module in others.modules]
     for step in range(len(start.rates)):
@@ -182,7 +182,7 @@ def _episode(
         every = [learned.lengths(start, step, len(support), in_context=in_context) for step in range(len(units))]
         optimizer.zero_grad()
         with mean_loss(base, _stepped(others, units, every), query) as nats:
-            loss = (nats - best) / max(nothing - best, _LEAST_GAIN)
+            loss = (nats - best) / max(nothing - best, _MIN_GAIN)
             loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(loss.item())

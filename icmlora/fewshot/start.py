@@ -1,9 +1,10 @@
-"""What a fleet knows about unseen tasks: where to start, and how far each module steps from there.
+"""A fleet's prior for unseen tasks: where to start, and how far each module steps from there.
 
-start: the fleet's mean dW, of a small rank         size: usual |dW| of a module over the fleet
-step s of a module, on K samples, has the length    size * 2^((rate[s] + slope[s] * log2(K / 16)) / 8)
-of an adapter that is made for its context          2^(in_context[s] / 8) times that
-a step after the last learned one                   half an octave shorter than the step before it
+start                                    the fleet's mean dW, of a small rank
+size                                     usual |dW| of a module over the fleet
+length of a module's step s, K samples   size * 2^((rate[s] + slope[s] * log2(K / 16)) / 8)
+  for an adapter made for its context    2^(in_context[s] / 8) times that
+  after the last learned step            half an octave shorter than the step before it
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from icmlora.adapter.model import Adapter
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.scales import OCTAVE
 
-RANK = 16  # directions that the start has in each module
-USUAL_SAMPLES = 16  # the number of samples that rates are for; slopes say what more or fewer are worth
+RANK = 16  # directions of the start in each module
+USUAL_SAMPLES = 16  # number of samples that rates are for; slopes adjust them for more or fewer
 # Rates before any episode, in eighths of an octave: a seventh and a tenth of a module's usual size.
 FIRST_RATES = (-22, -26)
 FIRST_SLOPE = 1
-# Eighths of an octave by which each step after the last learned one is shorter: 0.7 and 0.5 of it were tried.
+# Eighths of an octave that each step after the last learned one loses; factors of 0.7 and 0.5 were tried.
 _SHORTER = 4
 
 Number = TypeVar("Number", float, torch.Tensor)
@@ -41,12 +42,12 @@ class FewShotStart:
     sizes: tuple[int, ...]  # log2 of the usual |dW| of each of its modules, in eighths
     # By step and module: log2 of a step's length relative to the module's size, in eighths.
     rates: tuple[tuple[int, ...], ...]
-    slopes: tuple[int, ...]  # by step: what twice as many samples add to the rates, in eighths
-    in_context: tuple[int, ...]  # by step: what is added where the adapter is made for its context, in eighths
-    tasks: int  # how many tasks it was made from
+    slopes: tuple[int, ...]  # by step: added to the rates for twice as many samples, in eighths
+    in_context: tuple[int, ...]  # by step: added to the rates for an adapter made for its context, in eighths
+    tasks: int  # number of tasks it was made from
 
     def length(self, step: int, module: int, samples: int, *, in_context: bool = False) -> float:
-        """Return |dW| of a module's step, counted from 0, with so many samples."""
+        """Return |dW| of a module's step, counted from 0, for a number of samples."""
         learned = min(step, len(self.rates) - 1)
         rate = self.rates[learned][module] - _SHORTER * (step - learned)
         if in_context:
@@ -55,7 +56,7 @@ class FewShotStart:
 
 
 def octaves(size: Number, rate: Number, slope: Number, samples: int) -> Number:
-    """Return log2 of the length of a step, of numbers or of tensors of them; the arguments are in eighths."""
+    """Return log2 of a step's length, for numbers or tensors in eighths."""
     return (size + (rate + slope * math.log2(samples / USUAL_SAMPLES))) / OCTAVE
 
 
@@ -82,7 +83,7 @@ def untrained_fewshot_start(adapters: Iterable[Adapter], rank: int = RANK) -> Fe
 
 
 def with_first_lengths(start: FewShotStart) -> FewShotStart:
-    """Return a start with the step lengths that it has before the first episode."""
+    """Return a start with its step lengths reset to those before the first episode."""
     rates = tuple((rate,) * len(start.sizes) for rate in FIRST_RATES)
     return replace(start, rates=rates, slopes=(FIRST_SLOPE,) * len(rates), in_context=(0,) * len(rates))
 

@@ -34,7 +34,7 @@ def mean_code(start: FewShotStart, codec: Codec) -> bytes:
 
 
 def fewshot_start_to_bytes(start: FewShotStart, code: bytes) -> bytes:
-    """Write a start whose mean is what the code decodes to; the same start gives the same bytes."""
+    """Serialise a start whose mean the code holds; equal starts give equal bytes."""
     head = {
         "sizes": start.sizes,
         "rates": start.rates,
@@ -49,7 +49,7 @@ def fewshot_start_from_bytes(data: bytes, decode: Callable[[bytes], Adapter]) ->
     """Read a few-shot start; raise `GeneratorError` if it is damaged, or of another generator."""
     opened = open_container(data, len(MAGIC)) if data.startswith(MAGIC) else None
     if opened is None:
-        message = "not a few-shot start, or one that is damaged or in another format"
+        message = "not a few-shot start, or it is damaged or in another format"
         raise GeneratorError(message, hint="run `icm train --few-shot` to train it again")
     packed, code = opened
     try:
@@ -70,7 +70,7 @@ def fewshot_start_from_bytes(data: bytes, decode: Callable[[bytes], Adapter]) ->
 
 
 def _fits(start: FewShotStart) -> bool:
-    """Say whether a start has one size and one rate for each module, and one slope for each step."""
+    """Return whether a start has one size and rate per module and one slope per step."""
     rows, steps = {len(start.sizes), *map(len, start.rates)}, {len(start.slopes), len(start.in_context)}
     is_right = rows == {len(start.adapter.modules)} and steps == {len(start.rates)}
     return is_right and start.tasks >= 1 and 1 <= len(start.rates) <= _STEPS_LIMIT

@@ -1,11 +1,11 @@
-"""One learned step: evidence of a module becomes a change of its weights, of a low rank and of a set length.
+"""One learned step: evidence about a module becomes a low-rank change of its weights with a given length.
 
     P = gradient / (root mean squares of outputs) / (root mean squares of inputs)     (out, in)
     dW = - length * P_r / |P_r|                P_r: the strongest r directions of P
 
-The gradient alone points where inputs are large, not where they tell tasks apart. Dividing by both root mean squares is
+The gradient alone points where inputs are large, not where tasks differ. Dividing by both root mean squares is
 K-FAC with diagonal factors (Martens and Grosse, arXiv 1503.05671), to half its power as in Shampoo (arXiv 1802.09568).
-How long a step has to be differs by module and hardly by task, so lengths are learned (see `meta_training`).
+The right length of a step differs by module and hardly by task, so lengths are learned (see `meta_training`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from icmlora.fewshot.evidence import Evidence, ModuleEvidence
 
 RANK = 16  # directions kept of each step
 _DAMPING = 0.05  # share of the mean that is added to every mean square: a few samples say little about quiet channels
-_OVERSAMPLING = 8  # further columns of the random sketch, which make its strongest directions accurate
+_OVERSAMPLING = 8  # extra columns of the random sketch, for accuracy in its strongest directions
 _ITERATIONS = 2  # passes over the matrix and back that sharpen the sketch
 _SEED = 0
 
@@ -54,12 +54,12 @@ def _unit_step(name: str, evidence: ModuleEvidence, rank: int, draw: torch.Gener
 def strongest(
     matrix: torch.Tensor, count: int, draw: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return about the strongest singular vectors and values of a matrix (m, n): (m, count), (count,), (n, count).
+    """Return approximate top singular vectors and values of a matrix (m, n): (m, count), (count,), (n, count).
 
-    What `torch.svd_lowrank` does (Halko et al., arXiv 0909.4061, algorithm 5.1), but with a sketch that is drawn on the
-    CPU, so that it is the same on every device. The matrix stays where it is, the result is on the CPU.
+    Does the same as `torch.svd_lowrank` (Halko et al., arXiv 0909.4061, algorithm 5.1), but draws the sketch on the
+    CPU, so it is the same on every device. The matrix stays where it is; the result is on the CPU.
     """
-    # An 8B model has 28 GB of such matrices: to copy them off a card takes longer than everything else.
+    # An 8B model has 28 GB of such matrices: copying them off a card would take longer than everything else.
     tall = matrix if matrix.device.type in ("cpu", "cuda") else matrix.cpu()
     if is_wide := tall.shape[0] < tall.shape[1]:
         tall = tall.mT

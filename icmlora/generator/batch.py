@@ -1,9 +1,9 @@
-"""What one step of training sees: the tokens of some adapters, and every number that does not depend on the network.
+"""Input of one training step: the tokens of some adapters, and all numbers that do not depend on the network.
 
     adapters ──prepare──▶ tokens in steps ──batched──▶ Batch ──▶ `icmlora.generator.objective`
                once for each               for each step
 
-A step on a card takes as long as it has operators, so all indices are made here, on the CPU, while a step is computed.
+The time of a step on a card depends on its number of operators, so the CPU makes all indices here during another step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from icmlora.generator.water_filling import WaterFilling
 
 @dataclass(frozen=True, eq=False)
 class PreparedAdapter:
-    """Everything about one adapter that does not change while the network is trained; on the CPU."""
+    """Everything about one adapter that does not change during training; on the CPU."""
 
     tokens: tuple[KindTokens, ...]  # in quantiser steps
     subspace: InitialSubspace
@@ -58,7 +58,7 @@ class Subspaces(NamedTuple):
     known: torch.Tensor  # 1 where the initial A is known, else 0, shape (n,)
     # Tokens of one kind, adapter and slot share one of the codec's shifts; G of them.
     group: torch.Tensor  # int64, shape (n,)
-    sizes: torch.Tensor  # number of known tokens of each, at least 1, shape (G,)
+    sizes: torch.Tensor  # number of known tokens in each group, at least 1, shape (G,)
 
     def left(self, across: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """Return the factors of the codec's shifts: how far the values (n, in) of each slot are from their scales."""
@@ -70,7 +70,7 @@ class Subspaces(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What one step sees: B adapters of n tokens in all, and numbers that follow from where the tokens are."""
+    """Input of one step: B adapters of n tokens in all, and numbers that follow from the tokens' places."""
 
     stack: Stack  # in quantiser steps
     parameters: torch.Tensor  # of each adapter, float32, shape (B,)
@@ -96,7 +96,7 @@ def batched(
 ) -> Batch:
     """Make a batch of at least one adapter, on the CPU, with one support set of each: vectors (hidden,) by view.
 
-    Views may be missing. `noise` is the generator, on the CPU, that each adapter's noise is drawn from.
+    Views may be missing. `noise` has one CPU generator per adapter.
     """
     stack = stacked([adapter.tokens for adapter in adapters])
     steps = torch.tensor([adapter.step for adapter in adapters])
@@ -106,7 +106,7 @@ def batched(
     pairs = owner * kinds + kind
     counts = torch.bincount(pairs, minlength=len(adapters) * kinds)
     has_kind = counts.nonzero().squeeze(1)
-    # A place in the table of spreads is (kind, side, layer, slot), in that of norms (kind, layer, slot).
+    # Places are (kind, side, layer, slot) in the table of spreads and (kind, layer, slot) in the table of norms.
     sides = [((2 * kind + side) * layers + layer) * slots + slot for side in (INPUTS, OUTPUTS)]
     views = {view: [found.get(view) for found in vectors] for view in VIEWS}
     present = {view: [one is not None for one in found] for view, found in views.items()}
@@ -129,13 +129,13 @@ def batched(
 
 
 def _filled(found: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    """Stack vectors (hidden,), with zeros for those that are missing."""
+    """Stack vectors (hidden,), with zeros for missing ones."""
     some = next(one for one in found if one is not None)
     return torch.stack([torch.zeros_like(some) if one is None else one for one in found])
 
 
 def _table_rows(config: GeneratorConfig, stack: Stack) -> tuple[torch.Tensor, ...]:
-    """Return the row of each token in the tables of its widths, which have the layers of one kind after the other."""
+    """Return each token's row in the tables of its widths, ordered by kind and layer."""
     first = torch.tensor([0] * len(config.kinds))
     for kinds in config.by_widths.values():
         first[list(kinds)] = torch.arange(len(kinds)) * config.layers

@@ -9,7 +9,7 @@ generators of more than 254 rank slots `kept`, and the ranks of the initial A, t
 
 `kept` holds the number of rank slots coded for each (kind, layer), the largest number (255 or 65,535) where the adapter
 has no such module. The words hold the rounded log-norms and the vectors of these slots, kind by kind
-(icmlora/generator/packing.py). How many integers there are follows from the head and the generator, so a code cannot
+(icmlora/generator/packing.py). The number of integers follows from the head and the generator, so a code cannot
 claim more memory than its generator's own layout allows.
 """
 
@@ -44,7 +44,7 @@ from icmlora.generator.scales import EXTREME
 
 MAGIC = b"ICMC\x05"
 _PREFIX = len(MAGIC) + 32  # bytes before the length of the head: the magic number and the generator's digest
-# In bytes: as many characters as a label of PEFT may have here, and a character takes up to four bytes in UTF-8.
+# In bytes: the limit of a PEFT label in characters, at up to four bytes each in UTF-8.
 _TASK_TYPE_LIMIT = 4 * 1024
 
 
@@ -60,7 +60,7 @@ class CodeHead:
     kept: NDArray[np.uint16]  # shape (K, L): coded rank slots of each module, or `ABSENT`
     shifts: NDArray[np.int8]  # shape (K, S): `InitialSubspace.shifts`.
     boosts: NDArray[np.int8]  # shape (K, S): `InitialSubspace.boosts`.
-    initial: InitialA | None  # where the adapter's initial A was drawn, None if that is unknown
+    initial: InitialA | None  # where the adapter's initial A was drawn, None if unknown
     task_type: str | None  # PEFT's task type, such as CAUSAL_LM
 
 
@@ -73,7 +73,7 @@ class Code:
     words: bytes
 
     def to_bytes(self, config: GeneratorConfig) -> bytes:
-        """Serialise; the same code of one generator gives the same bytes."""
+        """Serialise; equal codes of one generator give equal bytes."""
         head = self.head
         fields = [
             struct.pack("<h", head.step),

@@ -1,9 +1,9 @@
-"""How many bits the entropy coder takes for values under its model, with gradients.
+"""Code length of values under the entropy coder's model, with gradients.
 
     bits = -log2 (0.95 * mass of N(0, s) + 0.05 * mass of N(0, 2s))     in the unit bin around the value
 
-This is most of the arithmetic of training and of refinement. So the gradient is written out and computed together with
-the value, in pieces that stay in the processor's cache: about five times as fast as what autograd makes of the formula.
+This is most of the arithmetic of training and refinement. The gradient is therefore written out and computed together
+with the value, in pieces that stay in the processor's cache: about five times as fast as autograd on the formula.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from torch.autograd.function import once_differentiable
 
 from icmlora.generator.scales import GAUSSIAN_SHARE, SMALLEST_SCALE, WIDE
 
-_PIECE = 1 << 15  # values computed at a time on a processor: their intermediate results take 1 MB
-_LEAST = 1e-12  # smallest probability, so that its logarithm is finite
+_PIECE = 1 << 15  # values computed at a time on a CPU: their intermediate results take 1 MB
+_MIN_PROBABILITY = 1e-12  # keeps its logarithm finite
 _COMPONENTS = ((GAUSSIAN_SHARE, 1.0), (1.0 - GAUSSIAN_SHARE, WIDE))  # share of each Gaussian, and its width in scales
 
 
 def bin_bits(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Return -log2 of the probability of the unit bin around each value, under the coder's zero-mean mixture.
 
-    Both have the same shape; values need not be whole. Scales below the coder's smallest count as that one.
+    Both have the same shape; values need not be integers. Scales below the coder's smallest are raised to it.
     """
     bits: torch.Tensor = _BinBits.apply(values.float(), scale.float())  # type: ignore[no-untyped-call]
     return bits
 
 
 class _BinBits(torch.autograd.Function):
-    """The gradients are those of each value's own bits, so `forward` can compute them at once."""
+    """Each value's gradients depend on its own bits only, so `forward` can compute them at once."""
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -52,17 +52,17 @@ class _BinBits(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Multiply them by the gradient of the bits."""
+        """Multiply the saved gradients by the gradient of the bits."""
         saved = iter(ctx.saved_tensors)
         return tuple(gradient * next(saved) if wanted else None for wanted in ctx.needs_input_grad)
 
 
 def _piece(values: torch.Tensor, scale: torch.Tensor, *, of_values: bool, of_scale: bool) -> list[torch.Tensor]:
-    """Return the bits (n,), then their derivatives by value and by scale as they are wanted."""
+    """Return the bits (n,), then their derivatives by value and by scale as requested."""
     magnitude, inverse = values.abs(), scale.clamp_min(SMALLEST_SCALE).reciprocal_()
     mass, by_value, by_scale = torch.zeros((3, len(values)), device=values.device)
     for share, width in _COMPONENTS:
-        # Edges of the bin, in standard deviations. Of two positive edges, erfc gives an exact difference in the tail.
+        # Edges of the bin, in standard deviations. For positive edges, differences of erfc are exact in the tail.
         near = (magnitude - 0.5).mul_(inverse).div_(width)
         far = (magnitude + 0.5).mul_(inverse).div_(width)
         mass += (torch.erfc(near * math.sqrt(0.5)) - torch.erfc(far * math.sqrt(0.5))).mul_(share / 2)
@@ -72,7 +72,7 @@ def _piece(values: torch.Tensor, scale: torch.Tensor, *, of_values: bool, of_sca
                 by_value += (far_density - near_density).mul_(inverse).div_(width)
             if of_scale:
                 by_scale += near.mul_(near_density).sub_(far.mul_(far_density)).mul_(inverse)
-    mass.clamp_min_(_LEAST)
+    mass.clamp_min_(_MIN_PROBABILITY)
     bits = -torch.log2(mass)
     factor = mass.reciprocal_().div_(-math.log(2))
     found = [bits]

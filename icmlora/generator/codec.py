@@ -36,7 +36,7 @@ from icmlora.generator.tokens import Modules, assembled, detokenize, modules_of
 from icmlora.io.threads import one_thread, side_by_side
 
 _LARGE = 1 << 18  # bytes of a code above which a second thread saves more than it costs
-_SUBSPACES = 4  # initial subspaces that stay in memory
+_SUBSPACES = 4  # initial subspaces that are cached
 
 
 _Used = TypeVar("_Used")
@@ -52,23 +52,23 @@ class OpenCode:
 
 
 class Codec:
-    """Read, write and decode the codes of one generator. Works on the CPU in float32."""
+    """Decodes the codes of one generator, on the CPU in float32; `encoding` and `measured` write and check them."""
 
-    # Under a tolerance near 1 the code of an adapter that is predicted well is condition and latent, without integers.
+    # With a tolerance near 1, the code of a well-predicted adapter is condition and latent, without integers.
 
     def __init__(self, generator: TrainedGenerator) -> None:
         self.generator = generator
         self.net = generator.net.eval()
         self.sensitivity = self.net.sensitivity
         self.quantizer = TokenQuantizer(self.net)
-        # Drawing an initial A takes a third of the time of decoding. All codes that are tried for an adapter have the
-        # same one, and tasks often share it: alike in ranks and modules, trained under one seed.
+        # Drawing an initial A takes a third of the time of decoding. All codes tried for an adapter have the same one,
+        # and tasks often share it: with equal ranks and modules, trained under one seed.
         self.config = config = self.net.config
         sensitivity = self.sensitivity  # not self, which the cache would keep alive
         self.subspace = lru_cache(_SUBSPACES)(lambda initial: initial_subspace(initial, config, sensitivity))
 
     def decode(self, code: bytes, device: torch.device | None = None) -> Adapter:
-        """Decode one code, to factors in float32 on a device (by default the CPU).
+        """Decode one code to float32 factors on a device (by default the CPU).
 
         Integers are read on the CPU. Another device's arithmetic may differ in the last bit.
         """
@@ -78,9 +78,9 @@ class Codec:
     def each_kind(
         self, code: bytes, use: Callable[[Modules], _Used], device: torch.device | None = None
     ) -> tuple[CodeHead, list[_Used]]:
-        """Decode one code kind by kind, of large ones several at a time; hand the modules of each to a function.
+        """Decode one code kind by kind, a large one in parallel; call a function with the modules of each kind.
 
-        Returns the code's head, and what the function made of each kind. Modules without integers are left out.
+        Returns the code's head, and the function's result for each kind. Modules without integers are left out.
         """
         place = device or torch.device("cpu")
         head, state, streams = self._read(code)
@@ -118,7 +118,7 @@ class Codec:
         return OpenCode(head, state, tuple(chain.from_iterable(streams)))
 
     def _read(self, code: bytes) -> tuple[CodeHead, TaskState, list[Iterator[KindIntegers]]]:
-        """Read the head of a code, and then its integers: for each stream, one kind after the other."""
+        """Read a code's head, and its integers as one iterator over kinds per stream."""
         digest = generator_of(code)
         if digest != self.generator.digest:
             raise CodeError(f"the code belongs to generator {digest[:12]}, not {self.generator.digest[:12]}")
@@ -129,13 +129,13 @@ class Codec:
         return head, state, unpack(self.quantizer, head, subspace, parsed.words)
 
     def close(self, head: CodeHead, groups: Sequence[KindIntegers]) -> bytes:
-        """Write a code of these integers, whose shapes are those of `KindIntegers`."""
+        """Write a code from its head and its integers."""
         subspace = replace(self.subspace(head.initial), shifts=head.shifts)
         words = pack(self.quantizer, head, subspace, groups)
         return Code(self.generator.digest, head, words).to_bytes(self.config)
 
     def condition(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Embed task vectors (hidden,) as integers, (C,); raise `GeneratorError` if one has another length."""
+        """Embed task vectors (hidden,) as integers, (C,); raise `GeneratorError` if one has the wrong length."""
         size = self.config.condition_size
         wrong = [len(vectors[view]) for view in VIEWS if size and view in vectors and vectors[view].shape != (size,)]
         if wrong:

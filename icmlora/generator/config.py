@@ -13,19 +13,19 @@ from typing import Any
 from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import GeneratorError, NotCovered
 
-# A layer number has no leading zero, so that a module's name can be made from it again, and is short, so that a name
-# cannot ask for tables of millions of layers. Other digits are part of the name.
+# A layer number has no leading zero, so a module's name can be rebuilt from it, and at most four digits, so a name
+# cannot demand tables of millions of layers. Other digits are part of the name.
 _NUMBER = re.compile(r"(?<=\.)(?:0|[1-9]\d{0,3})(?=\.)")
-# Of an image model's numbers (`down_blocks.1.attentions.0.transformer_blocks.5.attn1`) this one counts layers: with it
-# SDXL has 120 kinds and not 350.
+# In an image model's names (`down_blocks.1.attentions.0.transformer_blocks.5.attn1`) the number after
+# `transformer_blocks` counts layers: SDXL then has 120 kinds instead of 350.
 _INNER_NUMBER = re.compile(r"(?<=[._]transformer_blocks\.)(?:0|[1-9]\d{0,3})(?=\.)")
 
 # quality -> share of |dW|^2 that a code may lose.
 # 1 - retained gain is a quarter to a tenth of it (docs/results/LOG.md).
 _TOLERANCES = (0.35, 0.25, 0.17, 0.11, 0.07, 0.045, 0.025, 0.012)
-# quality -> share of an adapter's effect that a code keeps, where its base model is at hand.
+# quality -> share of an adapter's effect that a code keeps, where its base model is available.
 _KEEPS = (0.9, 0.94, 0.965, 0.98, 0.987, 0.992, 0.996, 0.998)
-# Tasks of a fleet -> sizes of its network. A larger network makes each code smaller and is paid for once
+# Number of tasks -> sizes of the network. A larger network makes each code smaller and is paid for once
 # (docs/results/LOG.md).
 _SIZES = (
     (32, {"width": 4, "embedding": 16, "latent": 4, "condition": 4, "sketch": 2}),
@@ -56,7 +56,7 @@ def kind_of(shape: ModuleShape) -> tuple[ModuleKind, int]:
 
 
 MAX_SLOTS = 4096
-# Up to here codes count the rank slots of a module in one byte; the largest number stands for "no such module".
+# Up to here codes count a module's rank slots in one byte, whose largest value means "no such module".
 _NARROW_SLOTS = 254
 
 
@@ -71,14 +71,14 @@ class GeneratorConfig:
     # Length of a task vector (the base model's hidden size); 0 where the generator was trained without vectors.
     condition_size: int
     tolerance: float  # share of |dW|^2, weighted by sensitivity, that a code may lose
-    width: int = 32  # hidden width of the decoder, which is also the rank of its predictions over tokens
+    width: int = 32  # hidden width of the decoder, also the rank of its predictions over tokens
     embedding: int = 32  # length of the layer, slot and kind embeddings
     latent: int = 16  # length of the task latent z; each value is stored in one byte
     condition: int = 16  # length of the embedded condition; each value is stored in one byte
     sketch: int = 8  # length of the encoder's bilinear sketch u^T P Q v of one rank slot
 
     def __post_init__(self) -> None:
-        """Refuse configurations that describe no network."""
+        """Raise `GeneratorError` if the configuration is invalid."""
         sizes = (self.layers, self.slots, self.width, self.embedding, self.latent, self.condition, self.sketch)
         if not self.kinds or min(sizes) < 1 or self.condition_size < 0 or not 0.0 < self.tolerance < 1.0:
             raise GeneratorError("the generator's configuration is out of range")
@@ -90,7 +90,7 @@ class GeneratorConfig:
 
     @property
     def count_bytes(self) -> int:
-        """Bytes of a number of rank slots in codes."""
+        """Bytes per count of rank slots in codes."""
         return 1 if self.slots <= _NARROW_SLOTS else 2
 
     def place_of(self, shape: ModuleShape) -> tuple[int, int]:
@@ -103,7 +103,7 @@ class GeneratorConfig:
         return number, layer
 
     def covers(self, layout: Iterable[ModuleShape]) -> bool:
-        """Say whether the generator has all of these modules, with their layers and ranks."""
+        """Return whether the generator has all of these modules, with their layers and ranks."""
         try:
             for shape in layout:
                 self.place_of(shape)
@@ -112,7 +112,7 @@ class GeneratorConfig:
         return True
 
     def are_modules(self, places: Iterable[Sequence[int]]) -> bool:
-        """Say whether pairs of kind and layer are possible modules, all of them different."""
+        """Return whether pairs of kind and layer are possible modules, all different."""
         # A kind without a layer number has layer 0 only, and kinds that differ only in their widths share their names.
         found = [(self.kinds[kind], layer) for kind, layer in places]
         names = {kind.module(layer) for kind, layer in found}
@@ -120,7 +120,7 @@ class GeneratorConfig:
 
     @cached_property
     def by_widths(self) -> dict[tuple[int, int], tuple[int, ...]]:
-        """Indices of the kinds that have the same numbers of inputs and outputs, by these numbers."""
+        """Indices of the kinds by their numbers of inputs and outputs."""
         found = defaultdict[tuple[int, int], tuple[int, ...]](tuple)
         for number, kind in enumerate(self.kinds):
             found[kind.inputs, kind.outputs] += (number,)
@@ -131,12 +131,12 @@ class GeneratorConfig:
         return {kind: number for number, kind in enumerate(self.kinds)}
 
     def to_json(self) -> str:
-        """Serialise with sorted keys, so that equal configurations give equal bytes."""
+        """Serialise with sorted keys, so equal configurations give equal bytes."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> GeneratorConfig:
-        """Parse what `to_json` wrote; raise `GeneratorError` if it is something else."""
+        """Parse the output of `to_json`; raise `GeneratorError` for anything else."""
         try:
             fields = json.loads(text)
             fields["kinds"] = tuple(ModuleKind(**kind) for kind in fields["kinds"])
@@ -177,9 +177,9 @@ def config_for(
     width: int | None = None,
     previous: GeneratorConfig | None = None,
 ) -> GeneratorConfig:
-    """Make the configuration that covers a fleet, or a grown fleet under a `previous` one's sizes."""
+    """Make the configuration for a fleet, or for a grown fleet with the sizes of the `previous` one."""
     # Layouts are read once. `condition_size` is the length of the task vectors, 0 without any; `quality` (1 to 8) sets
-    # the tolerance if that is None.
+    # the tolerance if `tolerance` is None.
     kinds = set(previous.kinds) if previous else set()
     layers, slots = (previous.layers, previous.slots) if previous else (1, 1)
     for layout in layouts:

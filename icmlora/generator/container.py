@@ -18,30 +18,30 @@ from numpy.typing import NDArray
 
 from icmlora.errors import CodeError, IcmLoraError, OtherFormat
 
-# Bytes of a checksum, the first ones of the SHA-256 of what precedes it. It detects damage also outside a store.
+# Bytes of a checksum: the first of the SHA-256 of the preceding content. It detects damage even outside a store.
 CHECKSUM_SIZE = 8
-LENGTH = struct.Struct("<I")  # how the length of the compressed head is written
+LENGTH = struct.Struct("<I")  # format of the compressed head's length
 
 ABSENT = 0xFFFF  # in place of a number of rank slots: the adapter has no such module
 
 
 def counts_to_bytes(counts: NDArray[np.uint16], size: int) -> bytes:
-    """Serialise numbers of rank slots, (K, L), with one or two bytes each; `ABSENT` becomes the largest number."""
+    """Serialise counts of rank slots, (K, L), in one or two bytes each; `ABSENT` becomes the largest number."""
     return counts.astype(f"<u{size}").tobytes()
 
 
 def counts_from_bytes(data: NDArray[np.uint8], size: int) -> NDArray[np.uint16]:
-    """Read what `counts_to_bytes` wrote, shape (K * L,)."""
+    """Read the output of `counts_to_bytes`, shape (K * L,)."""
     counts = data.view(f"<u{size}").astype(np.uint16)
     counts[counts == (1 << 8 * size) - 1] = ABSENT
     return counts
 
 
 def check_magic(data: bytes, magic: bytes, name: str, error: type[IcmLoraError]) -> None:
-    """Refuse data that do not begin with a magic number: `OtherFormat` if only their version is another."""
+    """Raise an error if data lack a magic number: `OtherFormat` if only the version differs."""
     if data.startswith(magic):
         return
-    if data.startswith(magic[:4]) and checked(data) is not None:  # else its version may be what is damaged
+    if data.startswith(magic[:4]) and checked(data) is not None:  # else the version byte may be damaged
         raise OtherFormat.of(name, data[4], magic[4])
     raise error(f"not an icm {name}, or damaged")
 
@@ -52,13 +52,13 @@ def add_checksum(content: bytes) -> bytes:
 
 
 def checked(data: bytes) -> bytes | None:
-    """Return the content in front of the checksum, or None if the two do not match."""
+    """Return the content before the checksum, or None if the two do not match."""
     content = data[:-CHECKSUM_SIZE]
     return content if add_checksum(content) == data else None
 
 
 def write_container(prefix: bytes, head: bytes, body: bytes) -> bytes:
-    """Return a container; the same parts give the same bytes."""
+    """Return a container; equal parts give equal bytes."""
     packed = zlib.compress(head, 9)
     return add_checksum(prefix + LENGTH.pack(len(packed)) + packed + body)
 
@@ -74,10 +74,10 @@ def open_container(data: bytes, prefix: int) -> tuple[bytes, bytes] | None:
 
 
 def inflate(packed: bytes, least: int, most: int) -> bytes:
-    """Decompress a head of a bounded size, so that a few bytes cannot ask for gigabytes of memory.
+    """Decompress a head of bounded size, so a few bytes cannot demand gigabytes of memory.
 
     Raises:
-        CodeError: It is damaged, or has another length in bytes than `least` to `most`.
+        CodeError: It is damaged, or its length is not between `least` and `most` bytes.
     """
     stream = zlib.decompressobj()
     try:

@@ -1,8 +1,8 @@
 """The conditional variational autoencoder over adapter tokens, after ICM-LoRA (arXiv 2501.17635).
 
 The paper's CVAE flattens one adapter into one vector. Here it is token-wise, so one network serves mixed ranks and
-module kinds, and it is built as a mean-and-scale hyperprior (Minnen et al., arXiv 1809.02736), so that its loss is the
-length of the stored code in bits:
+module kinds. It is built as a mean-and-scale hyperprior (Minnen et al., arXiv 1809.02736), so its loss is the length of
+the stored code in bits:
 
     task vectors c ──ConditionNet──▶ condition e (C) ──prior p(z|e)──▶ mean, scale of z
                                           │                                 │ z = mean: `generate`
@@ -36,14 +36,14 @@ from icmlora.generator.tokens import KindTokens
 
 VIEWS = ("adapted", "context")
 
-# Condition and latent are integers of one byte; the network sees them divided by this, so that a byte covers about +-8.
+# Condition and latent are one-byte integers; the network sees them divided by this, so a byte covers about +-8.
 _GRID = 16.0
 _BYTE = 127.0
 
 
 @dataclass(frozen=True, eq=False)
 class TaskState:
-    """What the decoder knows about a task: two vectors of integers in [-127, 127], and where its training began."""
+    """The decoder's input for a task: two vectors of integers in [-127, 127], and where its training began."""
 
     condition: torch.Tensor  # shape (C,)
     latent: torch.Tensor  # shape (Z,)
@@ -51,24 +51,24 @@ class TaskState:
 
     @property
     def features(self) -> torch.Tensor:
-        """What the network reads of it, shape (C + Z,)."""
+        """The network's input, shape (C + Z,)."""
         return features_of(self.condition, self.latent)
 
 
 def features_of(condition: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-    """Return what the network reads of tasks, shape (..., C + Z), given in integer units: (..., C) and (..., Z)."""
+    """Return the network's input for tasks, shape (..., C + Z), from integer units: (..., C) and (..., Z)."""
     return torch.cat([condition, latent], dim=-1) / _GRID
 
 
 class Prediction(NamedTuple):
-    """The decoder's mean for the tokens of one kind, as directions: multiply them by the tokens' norms."""
+    """The decoder's mean for the tokens of one kind, as directions to multiply by the tokens' norms."""
 
     inputs: torch.Tensor  # shape (n, in)
     outputs: torch.Tensor  # shape (n, out)
 
 
 class CVAE(nn.Module):
-    """TokenEncoder, prior and decoder of one fleet (picture above). All sizes come from `GeneratorConfig`."""
+    """TokenEncoder, prior and decoder of one fleet (diagram above). All sizes come from `GeneratorConfig`."""
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
@@ -105,13 +105,13 @@ class CVAE(nn.Module):
 
     @property
     def sensitivity(self) -> Sensitivity:
-        """The weights that tokens are made with."""
+        """The channel weights of tokens."""
         weights = [self.get_buffer(f"weight_{number}") for number in range(2 * len(self.config.kinds))]
         return Sensitivity(tuple(weights[INPUTS::2]), tuple(weights[OUTPUTS::2]))
 
     @sensitivity.setter
     def sensitivity(self, value: Sensitivity) -> None:
-        """Set the weights, and the spreads of an untrained network: those of values that are equal in all channels."""
+        """Set the weights, and the spreads of an untrained network for values that are equal in all channels."""
         for kind, pair in enumerate(zip(value.inputs, value.outputs, strict=True)):
             for side, weights in enumerate(pair):
                 self.get_buffer(f"weight_{2 * kind + side}").copy_(weights)
@@ -123,7 +123,7 @@ class CVAE(nn.Module):
     ) -> torch.Tensor:
         """Return the condition in integer units, not rounded yet, shape (C,); `vectors` maps views to (hidden,).
 
-        Of B tasks, views have the shape (B, hidden), and `present` says which tasks have a view, (B, 1), where some
+        For B tasks, views have the shape (B, hidden), and `present`, (B, 1), marks the tasks with a view where some
         lack it.
         """
         raw: torch.Tensor = self.condition(vectors, present or {})
@@ -152,7 +152,7 @@ class CVAE(nn.Module):
         return [Prediction(*pair) for pair in zip(*sides, strict=True)]
 
     def hidden(self, places: Places, features: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield what inputs and outputs are predicted from, both of shape (n, H); see `decode`."""
+        """Yield the hidden features of inputs and of outputs, both of shape (n, H); see `decode`."""
         task, scale = features, 1 + self.modulate(features)
         if features.dim() > 1:
             task, scale = task.index_select(0, places.owner), scale.index_select(0, places.owner)
@@ -175,7 +175,7 @@ class CVAE(nn.Module):
 
 
 class ConditionNet(nn.Module):
-    """Embed task vectors as a condition of C integers; either view may be missing, or both."""
+    """Embeds task vectors as a condition of C integers; either or both views may be missing."""
 
     shift: torch.Tensor
     log_scale: torch.Tensor
@@ -184,7 +184,7 @@ class ConditionNet(nn.Module):
         super().__init__()
         size, inner = config.condition_size, config.embedding
         # Hidden states share a large common part, so they are standardised over the fleet before anything reads them.
-        # A generator without vectors has neither these buffers nor layers that read a view.
+        # A generator without vectors has neither these buffers nor layers for views.
         if size:
             self.register_buffer("shift", torch.zeros(len(VIEWS), size))
             self.register_buffer("log_scale", torch.zeros(len(VIEWS), size))
@@ -193,12 +193,12 @@ class ConditionNet(nn.Module):
         self.out = nn.Linear(inner, config.condition)
 
     def standardise(self, mean: torch.Tensor, scale: torch.Tensor) -> None:
-        """Set mean and scale that vectors are standardised by, (views, hidden) each, rounded as they are stored."""
+        """Set the mean and scale for standardising vectors, (views, hidden) each, rounded as stored."""
         self.log_scale.copy_((scale.log2() * OCTAVE).round() / OCTAVE)
         self.shift.copy_((mean * torch.exp2(-self.log_scale) * OCTAVE).round() / OCTAVE)
 
     def forward(self, vectors: Mapping[str, torch.Tensor], present: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Embed the views that are there, see `CVAE.embed`; returns shape (C,) or (B, C), values in [-127, 127]."""
+        """Embed the available views, see `CVAE.embed`; returns shape (C,) or (B, C), values in [-127, 127]."""
         hidden = torch.zeros_like(self.missing[0])
         for number, view in enumerate(VIEWS):
             seen = self.missing[number]
@@ -214,7 +214,7 @@ class ConditionNet(nn.Module):
 class TokenEncoder(nn.Module):
     """q(z|w,c): a bilinear sketch of every rank slot, an MLP, and a mean over slots weighted by energy."""
 
-    # The sketch (P v) * (Q u) stays the same when both vectors change sign, which singular vectors may do.
+    # The sketch (P v) * (Q u) does not change when both vectors flip sign, as singular vectors may.
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
@@ -254,8 +254,8 @@ def predicted_tokens(net: CVAE, state: TaskState, modules: Sequence[tuple[int, i
 def _resized(group: KindTokens) -> KindTokens:
     """Scale predicted directions to tokens whose dW is between the least-squares and the expected size."""
     # The mean direction of uncertain tokens is shorter than 1, and dW shrinks with its square. That is best in the
-    # least-squares sense, but a working adapter needs more. So the size is raised half way, in logarithms, to the size
-    # that is predicted for dW.
+    # least-squares sense, but a working adapter needs more. So the size is raised half way, in logarithms, to the
+    # predicted size of dW.
     confidence = group.inputs.norm(dim=1) * group.outputs.norm(dim=1)  # (n,)
     predicted = (group.norm * confidence).square().sum().sqrt()
     expected = group.norm.square().sum().sqrt()

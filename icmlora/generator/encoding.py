@@ -2,9 +2,9 @@
 
     adapter ──tokens──▶ latent, shifts ──▶ integers at one step ──▶ code ──decode──▶ errors ──▶ coarser or finer step
 
-The theory of reverse water-filling says where to begin; of a large adapter, so does a part of its layers. Every step
-that is tried is rounded, decoded as its code would be, and measured. What is found is written, decoded from its bytes
-and measured again, so the limit holds for the bytes themselves.
+Reverse water-filling predicts the first step; for a large adapter, a part of its layers corrects the prediction. Each
+step tried is rounded, decoded as its code would be, and measured. The result is written, decoded from its bytes and
+measured again, so the limit holds for the bytes themselves.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from icmlora.generator.tokens import KindTokens, Modules, refuse_overflow, refus
 from icmlora.generator.water_filling import WaterFilling
 from icmlora.io.threads import one_thread
 
-# Steps tried below and above the expected one, in eighths of an octave: 2^-16 of it is below what float32 resolves.
+# Range of steps below and above the expected one, in eighths of an octave: 2^-16 of it is below float32's resolution.
 _BELOW, _ABOVE = 16 * OCTAVE, 2 * OCTAVE
-_SMALL = 1 << 22  # parameters up to which the predictions of all kinds stay in memory during the search
-_SURE = 1.03  # for smaller ones: theory knows by how much the error grows in one step to about a hundredth
-_FINEST, _COARSEST = 1e-8, 0.95  # squared errors between which the steps for a size are tried
-_PART = 8  # of a larger adapter, every eighth module tells about which step is the coarsest
-_USUAL = 2.0  # eighths of an octave by which the step is above that of theory, usually: 1 to 3 of real adapters
-_TRIES = 4  # at most, to find the first step; one or two are usual
-_FAINT = 0.25  # root mean square, in steps, of the values of a slot below which it is faint (docs/results/LOG.md)
-_SMALL_ERROR = 1e-3  # squared errors below which the rounding of float32 would be seen in them
-_ALIKE = 1e-3  # errors of the same code, as a share: float32 rounds in another order where integers are tried
+_SMALL = 1 << 22  # parameters; up to here the search keeps the predictions of all kinds in memory
+_SURE = 1.03  # for small adapters: theory predicts the growth of the error per step to about a hundredth
+_FINEST, _COARSEST = 1e-8, 0.95  # squared errors that bound the steps tried for a size
+_PART = 8  # every eighth module of a larger adapter is enough to estimate the coarsest step
+_USUAL = 2.0  # usual offset of the step above theory, in eighths of an octave: 1 to 3 for real adapters
+_TRIES = 4  # maximum number of tries for the first step; one or two are usual
+_FAINT = 0.25  # a slot is faint if its values have a smaller root mean square, in steps (docs/results/LOG.md)
+_SMALL_ERROR = 1e-3  # float32 rounding would show in smaller squared errors
+_ALIKE = 1e-3  # relative difference of one code's errors: float32 rounds in another order during the search
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Encoded:
 
     data: bytes
     squared_error: float  # of dW
-    # The same of dW weighted by the sensitivity of its channels; equal to `squared_error` under even weights.
+    # The same for dW weighted by the sensitivity of its channels; equal to `squared_error` under even weights.
     weighted_error: float
 
 
@@ -94,14 +94,14 @@ def encode_adapter(
         encoded = _checked(codec, adapter, data, error)
         if limits.keeps(encoded):
             return encoded
-        asked = asked.tighter()  # it was at the limit, and rounding of float32 put it beyond
+        asked = asked.tighter()  # it was at the limit, and float32 rounding put it beyond
 
 
 def _search(
     codec: Codec, adapter: Adapter, vectors: Mapping[str, torch.Tensor], initial: InitialA | None, limits: Limits
 ) -> Rounded:
     """Round an adapter at the coarsest step found that keeps the limits."""
-    # The tokens, which take as much memory as the adapter, are let go with this function.
+    # The tokens take as much memory as the adapter; returning frees them.
     tokens, state, head = _prepared(codec, adapter, vectors, initial)
     is_large = sum(shape.parameters for shape in adapter.layout) > _SMALL
     is_plain_wanted = limits.max_error is not None and not codec.sensitivity.is_even
@@ -110,7 +110,7 @@ def _search(
     theory = partial(WaterFilling, sensitivity=codec.sensitivity, subspace=state.subspace)
     of_whole = theory(tokens)
     if is_large:
-        # How far theory is off in a part is how far it is off in the whole, about.
+        # Theory is about as far off for the whole as for a part.
         at, part = rounding(tokens, keeps_means=False).at, _part_of(tokens)
         offset = _offset(limits, theory(part), rounding(part, keeps_means=True).at)
         del part
@@ -124,10 +124,10 @@ def _search(
 
 @dataclass(frozen=True)
 class SlotChoice:
-    """What slots a code has, and what its strengths make up for."""
+    """Which slots a code has, and how its strengths compensate for rounding."""
 
-    # Those whose values are small beside the step. Most of their integers are 0: they bring |dW| nearer, and what the
-    # adapter does a little.
+    # Slots whose values are small compared with the step, so most of their integers are 0. They bring |dW| nearer to
+    # the original, but improve the adapter's function only a little.
     has_faint: bool
     for_strong: bool  # as `strength_of` has it
 
@@ -158,7 +158,7 @@ class Steps:
 
     @torch.no_grad()
     def with_slots(self, step: int, slots: SlotChoice) -> bytes:
-        """Return the code at a step with the slots that are chosen."""
+        """Return the code at a step with the chosen slots."""
         groups = self._tokens
         if not slots.has_faint:
             least = _FAINT * 2.0 ** (step / OCTAVE)
@@ -185,7 +185,7 @@ def _encode_within(
         data, error = steps.code(step)
         if len(data) <= size:
             high = step - 1
-            # A finer step loses less, nearly always.
+            # A finer step nearly always loses less.
             if best is None or len(best[0]) > size or error <= best[1]:
                 best = data, error
         else:
@@ -199,7 +199,7 @@ def _encode_within(
 def _prepared(
     codec: Codec, adapter: Adapter, vectors: Mapping[str, torch.Tensor], initial: InitialA | None
 ) -> tuple[Sequence[KindTokens], TaskState, CodeHead]:
-    """Return the tokens of an adapter, and everything in its code that no step changes."""
+    """Return an adapter's tokens, and the parts of its code that do not depend on the step."""
     config = codec.config
     tokens = tokenize(adapter, config, codec.sensitivity)
     refuse_overflow(tokens, config)
@@ -227,7 +227,7 @@ def _prepared(
 def _state_of(
     codec: Codec, tokens: Sequence[KindTokens], vectors: Mapping[str, torch.Tensor], initial: InitialA | None
 ) -> TaskState:
-    """Return what the decoder knows of a task before it reads integers."""
+    """Return the decoder's state for a task before it reads integers."""
     condition, subspace = codec.condition(vectors), codec.subspace(initial)
     (latent,) = codec.net.posterior(stacked([tokens], by_kind=True), condition[None])
     state = TaskState(condition, latent.round().clamp(-127, 127), subspace)
@@ -243,11 +243,11 @@ def _checked(codec: Codec, adapter: Adapter, data: bytes, expected: float) -> En
 
 
 def _offset(limits: Limits, theory: WaterFilling, at: Callable[[int], Rounded]) -> float:
-    """Return by how many eighths of an octave the step that just keeps the limits is above that of theory."""
+    """Return how far the step that just keeps the limits is above theory, in eighths of an octave."""
     expected, offset = limits.expected_step(theory), _USUAL
     for _ in range(_TRIES):
         tried = math.floor(expected + offset)
-        # From where it was tried, it is as far as theory says that it is from there.
+        # Theory predicts the remaining distance from the step tried.
         found = tried - limits.expected_step(theory, used=limits.used(at(tried)))
         offset = min(max(found, -_BELOW), _ABOVE)
         if abs(expected + offset - tried) < 2:
@@ -270,18 +270,18 @@ _Tried = TypeVar("_Tried", bound=Measured)
 
 
 def coarsest(expected: int, limits: Limits, encode: Callable[[int], _Tried], enough: float = 1.0) -> _Tried:
-    """Return the result of the coarsest step (eighths of an octave) that keeps the limits, or of one that is near it.
+    """Return the result of the coarsest step (eighths of an octave) that keeps the limits, or of a step near it.
 
-    From the expected step the strides double until the limits begin or cease to be kept; then bisection goes on.
+    From the expected step the strides double until the limits start or stop being kept; bisection follows.
 
     Raises:
         GeneratorError: No step keeps the limits.
     """
-    # A coarser step loses more, nearly always; what is returned keeps the limits in any case. A step that uses so much
-    # of the limits is coarse enough: each try takes a large adapter half a second.
+    # A coarser step nearly always loses more; the result keeps the limits in any case. A step that uses the share
+    # `enough` of the limits is coarse enough: each try takes half a second for a large adapter.
     lowest, highest = expected - _BELOW, expected + _ABOVE
     low, best = expected, encode(expected)
-    high, stride = highest + 1, 1  # high: does not keep the limits, or is not to be tried
+    high, stride = highest + 1, 1  # high: breaks the limits, or is out of range
     while not limits.keeps(best):
         low, high, stride = low - stride, low, 2 * stride
         if low < lowest:
@@ -289,7 +289,7 @@ def coarsest(expected: int, limits: Limits, encode: Callable[[int], _Tried], eno
             raise GeneratorError(fact, hint="allow a larger error")
         best = encode(low)
     while high - low > 1 and limits.used(best) < enough:
-        # No step is known yet that does not keep the limits: go on to coarser ones.
+        # No step is known yet that breaks the limits: try coarser ones.
         middle, stride = (min(low + stride, highest), 2 * stride) if high > highest else ((low + high) // 2, stride)
         tried = encode(middle)
         if limits.keeps(tried):
@@ -301,7 +301,7 @@ def coarsest(expected: int, limits: Limits, encode: Callable[[int], _Tried], eno
 
 @torch.no_grad()
 def measured(codec: Codec, adapter: Adapter, data: bytes) -> Encoded:
-    """Decode a code, and measure how far that is from the adapter that was encoded; one kind in memory at a time."""
+    """Decode a code and measure its errors against the original, with one kind in memory at a time."""
     originals = {module.name: module for module in adapter.modules}
 
     def lost(modules: Modules) -> dict[str, _Lost]:
@@ -319,7 +319,7 @@ _Lost = tuple[tuple[float, float], tuple[float, float]]  # squared error and nor
 
 
 def _lost(codec: Codec, original: LoraModule, decoded: LoraModule | None) -> _Lost:
-    """Return how much of a module was lost, of which the code may have nothing."""
+    """Return a module's squared errors and norms; `decoded` is None if the code lacks it."""
     plain = error_and_norm(original, decoded)
     if codec.sensitivity.is_even:
         return plain, plain

@@ -1,18 +1,18 @@
-"""ANS coding of integers whose scales are known, by `constriction`; its cost follows those that are not zero.
+"""ANS coding of integers with known scales, by `constriction`; its cost depends on the nonzeros.
 
     integers of scale index -32 | ... | of scale index 64 | excess of the integers beyond their table
 
-Where the scale is large, or few integers share it, each of them is a symbol of the scale's table. Elsewhere nearly all
-are zero, and what is written is where the others are, and what they are:
+Where the scale is large, or few integers share it, each integer is a symbol of the scale's table. Elsewhere nearly all
+are zero, and only the nonzeros are written:
 
-    how rare they are, in eighths of an octave | how many, in the range which that leaves | gaps before them | values
+    their rarity, in eighths of an octave | their number, within the range of that rarity | gaps before them | values
 
-A magnitude below the table's reach is one symbol. The reach itself announces a larger magnitude, whose excess follows
-as an Elias gamma code: the number of bits, then the bits. So no value is cut off, however wrong its scale is. The same
-holds for gaps.
+A magnitude below the table's reach is one symbol. The reach itself announces that magnitude or a larger one, whose
+excess follows as an Elias gamma code: the number of bits, then the bits. So no value is cut off, however wrong its
+scale is. The same holds for gaps.
 
-The coder is a stack (asymmetric numeral systems, Duda, arXiv 1311.2540): what is read first is written last. So a
-writer collects its symbols until it knows all of them.
+The coder is a stack (asymmetric numeral systems, Duda, arXiv 1311.2540): the first symbol read is the last one written.
+So a writer first collects all of its symbols.
 """
 
 from __future__ import annotations
@@ -41,34 +41,34 @@ from icmlora.generator.scales import (
 
 Integers = NDArray[np.int32]
 Places = NDArray[np.int64]
-Scales = NDArray[np.signedinteger[Any]]  # scale indices, in whatever width; they fit in one byte
+Scales = NDArray[np.signedinteger[Any]]  # scale indices, in any width; they fit in one byte
 Sizes = Sequence[tuple[int, int]]  # scale indices, ascending, each with the number of its integers
 
 # Largest magnitude that can be written. Larger ones would mean a quantiser step below the resolution of float32.
 LIMIT = 1 << 20
 
 _SPARSE = 0.25  # share of nonzeros below which gaps take less time than zeros
-_MANY = 1024  # integers of one scale from which on gaps are worth saying how many are not zero, and several one symbol
-_LARGEST = 9**4  # symbols of a joint table at most; larger ones outgrow the processor's nearest cache
+_MANY = 1024  # minimum integers of one scale for gaps and joint symbols to pay off
+_MAX_SYMBOLS = 9**4  # of a joint table; larger tables outgrow the processor's nearest cache
 _LENGTHS = 32  # longest excess, in bits after the leading one, plus one
-_EVEN = 12  # bits of an even number that are written at a time
+_EVEN = 12  # bits of a uniform number that are written at a time
 
 
 class Alphabet:
-    """K small integers with their probabilities; where there are many, several of them are one symbol.
+    """K small integers with their probabilities; long sequences combine several into one symbol.
 
     A decoder finds a symbol in its table by bisection, so one among 2,400 takes less time than four among seven. The
-    joint table is the product of the integers' own ones, so the bits are the same.
+    joint table is the product of the single ones, so the bits are the same.
     """
 
     def __init__(self, integers: NDArray[np.int64], chances: NDArray[np.float64]) -> None:
-        """Take the integers, ascending, and how likely each is, both of shape (K,)."""
+        """Build the tables from ascending integers and their probabilities, both of shape (K,)."""
         self._integers, self._chances = integers.astype(np.int32), chances
-        self._together = next((count for count in (4, 2) if len(chances) ** count <= _LARGEST), 1)
+        self._together = next((count for count in (4, 2) if len(chances) ** count <= _MAX_SYMBOLS), 1)
         self._single = _categorical(chances)
 
     def symbols(self, values: NDArray[np.signedinteger[Any]]) -> list[tuple[NDArray[np.int32], object]]:
-        """Return the symbols of integers (n,), in the order of reading: parts, each with its model."""
+        """Return the symbols of integers (n,) in reading order, as parts with their models."""
         low = self._integers[0]
         symbols = np.zeros(self._integers[-1] - low + 1, dtype=np.int32)
         symbols[self._integers - low] = np.arange(len(self._integers))
@@ -81,7 +81,7 @@ class Alphabet:
         return [*several, (singles[end:], self._single)]
 
     def read(self, coder: constriction.stream.stack.AnsCoder, count: int) -> NDArray[np.signedinteger[Any]]:
-        """Read so many integers, shape (n,)."""
+        """Read `count` integers, shape (count,)."""
         joint = self._joint_count(count)
         if not joint:
             few: NDArray[np.int32] = self._integers.take(coder.decode(self._single, count))
@@ -94,19 +94,19 @@ class Alphabet:
         return found
 
     def _joint_count(self, count: int) -> int:
-        """Return how many symbols stand for several of so many integers; the rest follow one at a time."""
+        """Return how many joint symbols `count` integers take; the rest follow one at a time."""
         return count // self._together if self._together > 1 and count >= _MANY else 0
 
     @cached_property
     def _joint(self) -> tuple[object, NDArray[np.unsignedinteger[Any]]]:
-        """Return the model of several integers, and the integers of each of its symbols, a byte each."""
+        """Return the model of joint symbols, and each symbol's integers, a byte each."""
         chances = reduce(np.multiply.outer, [self._chances] * self._together).ravel()
         digits = np.stack(np.meshgrid(*[self._integers] * self._together, indexing="ij"), axis=-1)
         return _categorical(chances), digits.astype(np.int8).reshape(len(chances), -1).view(f"u{self._together}")[:, 0]
 
 
 def clip(values: NDArray[np.float64]) -> Integers:
-    """Turn whole numbers of any shape into integers, clipped to those that can be written."""
+    """Convert whole numbers of any shape to integers, clipped to the writable range."""
     return np.clip(values, -LIMIT, LIMIT).astype(np.int32)
 
 
@@ -120,11 +120,11 @@ class IntegerWriter:
         """Append integers of shape (n,), at most `LIMIT` in magnitude, under their scale indices, shape (n,)."""
         order, sizes = _by_scale(scales)
         ordered = values.take(order)
-        places = np.flatnonzero(ordered != 0)  # of booleans: several times as fast as of integers
+        places = np.flatnonzero(ordered != 0)  # several times as fast on booleans as on integers
         self.write_nonzeros(sizes, places, ordered.take(places))
 
     def write_nonzeros(self, sizes: Sizes, places: Places, values: Integers) -> None:
-        """Append the integers of several scales, of which those at k places, ascending, are not zero: values (k,)."""
+        """Append the integers of several scales, given the ascending places and the values of their k nonzeros."""
         ends = np.cumsum([count for _, count in sizes]).tolist()
         cuts = np.searchsorted(places, [0, *ends]).tolist()
         beyond = [
@@ -141,7 +141,7 @@ class IntegerWriter:
         return bytes(coder.get_compressed().astype("<u4").tobytes())
 
     def _write_scale(self, scale: int, count: int, places: Places, values: Integers) -> Integers:
-        """Append the integers of a scale; returns what of them is beyond its table, from 1 on."""
+        """Append the integers of a scale; returns the excess of those beyond its table, from 1 on."""
         reach = reach_of(scale)
         short = np.clip(values, -reach, reach)
         if _is_sparse(scale, count):
@@ -155,7 +155,7 @@ class IntegerWriter:
         return magnitudes[magnitudes >= reach] - (reach - 1)
 
     def _write_places(self, scale: int, count: int, places: Places) -> None:
-        """Append which integers of a scale are not zero."""
+        """Append the places of a scale's nonzeros."""
         rarity = _rarity_of(len(places), count)
         symbol = RARITIES if rarity is None else rarity - usual_rarity(scale)
         self._append(np.array([symbol + RARITIES]), _rarity_model(is_none_likely=count * nonzero_share(scale) < 1))
@@ -171,7 +171,7 @@ class IntegerWriter:
         self._write_even(gaps & ((1 << shift) - 1), 1 << shift)
 
     def _write_excess(self, excess: NDArray[np.signedinteger[Any]]) -> None:
-        """Append positive integers by their lengths, then by their bits after the leading one."""
+        """Append positive integers: their lengths, then their bits after the leading one."""
         if not len(excess):
             return
         lengths = np.frexp(excess.astype(np.float64))[1] - 1  # floor(log2), exactly
@@ -180,7 +180,7 @@ class IntegerWriter:
             self._write_even(excess[places] - (1 << length), 1 << length)
 
     def _write_even(self, values: NDArray[np.signedinteger[Any]], count: int) -> None:
-        """Append numbers from 0 to below a count, all as likely."""
+        """Append uniformly distributed numbers from 0 to below a count."""
         if count > 1 << _EVEN:
             self._write_even(values >> _EVEN, ((count - 1) >> _EVEN) + 1)
             values, count = values & ((1 << _EVEN) - 1), 1 << _EVEN
@@ -192,7 +192,7 @@ class IntegerWriter:
 
 
 class IntegerReader:
-    """Reads what `IntegerWriter` wrote, in the same order and under the same scales."""
+    """Reads the output of `IntegerWriter`, in the same order and under the same scales."""
 
     def __init__(self, data: bytes) -> None:
         if len(data) % 4:
@@ -211,7 +211,7 @@ class IntegerReader:
         return values
 
     def read_nonzeros(self, sizes: Sizes) -> tuple[Places, Integers]:
-        """Read the integers of several scales; returns where they are not zero, ascending, and what they are: (k,)."""
+        """Read the integers of several scales; returns the nonzeros' ascending places and values, both (k,)."""
         try:
             parts = [self._read_scale(*size) for size in sizes]
             if not parts:
@@ -224,7 +224,7 @@ class IntegerReader:
             reaches = np.repeat(np.array([reach_of(scale) for scale, _ in sizes], dtype=np.int32), counts)
             beyond = np.flatnonzero(np.abs(values) == reaches)
             values[beyond] += np.sign(values[beyond]) * (self._read_excess(len(beyond)) - 1)
-        except (AssertionError, ValueError) as error:  # what constriction raises for data that no encoder produces
+        except (AssertionError, ValueError) as error:  # constriction raises these for data that no encoder produces
             raise _damaged() from error
         return places, values
 
@@ -286,7 +286,7 @@ def _is_sparse(scale: int, count: int) -> bool:
 
 
 def _rarity_of(nonzeros: int, count: int) -> int | None:
-    """Return how rare nonzeros are, in eighths of an octave; None if there are none."""
+    """Return the rarity of nonzeros, in eighths of an octave; None if there are none."""
     if not nonzeros:
         return None
     return int(np.flatnonzero((count * rarity_bounds() >> 32) < nonzeros)[0])
@@ -299,13 +299,13 @@ def _range_of(rarity: int, count: int) -> tuple[int, int]:
 
 
 def _by_scale(scales: Scales) -> tuple[Places, Sizes]:
-    """Return in which order integers are ascending by scale, and the scales with their numbers of integers."""
+    """Return the order that sorts integers by scale, and each scale with its number of integers."""
     order, keys = _ordered((scales - SMALLEST).astype(np.uint8))
     return order, [(key + SMALLEST, count) for key, count in keys]
 
 
 def _ordered(keys: NDArray[np.uint8]) -> tuple[Places, Sizes]:
-    """Return the order in which keys are ascending, and each of them with how many there are."""
+    """Return the order that sorts keys, and each key with its count."""
     # A stable sort of single bytes is a radix sort in numpy, so this takes linear time.
     counts = np.bincount(keys).tolist()
     return np.argsort(keys, kind="stable"), [(key, count) for key, count in enumerate(counts) if count]
@@ -331,7 +331,7 @@ def _nonzeros(scale: int) -> Alphabet:
 
 @cache
 def _gap_model(rarity: int) -> tuple[int, int, object]:
-    """Return by how many bits gaps are shifted, the symbol of long ones, and the model."""
+    """Return the shift of gaps in bits, the symbol of long gaps, and the model."""
     shift, table = gap_frequencies(rarity)
     return shift, len(table) - 1, _categorical(table / table.sum())
 
@@ -343,7 +343,7 @@ def _even_model(count: int) -> object:
 
 @cache
 def _rarity_model(*, is_none_likely: bool) -> object:
-    """Return the model of the difference to the usual rarity, from -256 on; 256 stands for "none"."""
+    """Return the model of the difference from the usual rarity, from -256 on; 256 means "none"."""
     distance = np.abs(np.arange(2 * RARITIES + 1) - RARITIES)
     chances = 0.75**distance + 1e-6
     chances[-1] = chances.sum() * (2.0 if is_none_likely else 0.02)

@@ -1,15 +1,15 @@
-"""The frames of a generator file: its versions, what codes call each of them, and where their bytes are.
+"""The frames of a generator file: its versions, their names in codes, and their bytes.
 
     one version     ICMG 4 | length of header (4) | header: JSON, zlib | words | checksum (8)
     several         ICMG 5 | version | version | ...
     each of them    kind (1) | base (2) | length of content (4) | content | checksum (8)
 
-A file only ever grows at its end. Its first version is a file of one version, unchanged. A further version is a network
-of its own (the content is such a file again), or the differences of its parameters to those of version `base`. A
-version's checksum covers everything before it, from the beginning of the file.
+A file only ever grows at its end. Its first version is a file of one version, unchanged. A further version is either a
+full network (its content is again such a file), or the differences of its parameters from version `base`. A version's
+checksum covers everything before it, from the beginning of the file.
 
-A version is named by the SHA-256 of the file as it was when this version was its last. The digest can still be computed
-after the file has grown, so a code goes on naming the very bytes it was made under, and these decode it as before.
+A version's name is the SHA-256 of the file when this version was its last. The digest can still be computed after the
+file has grown, so a code still names the very bytes it was made under, and they decode it as before.
 
 This module does not import torch: listing generators needs no network (icmlora/generator/network_file.py reads one).
 """
@@ -30,7 +30,7 @@ MAGIC, MAGIC_OF_VERSIONS = b"ICMG\x04", b"ICMG\x05"
 _HEADER_LIMIT = 1 << 20  # largest header, in bytes
 _FRAME = struct.Struct("<BHI")  # kind, base and length of content in front of each version
 _NETWORK, _DIFFERENCES = 0, 1  # kinds of versions
-_MOST = 1 << 16  # versions that `base` can tell apart
+_MAX_VERSIONS = 1 << 16  # the range of `base`
 _DAMAGED = "the generator file is damaged or truncated"
 
 
@@ -38,9 +38,9 @@ _DAMAGED = "the generator file is damaged or truncated"
 class StoredVersion:
     """One version in a generator file."""
 
-    digest: str  # SHA-256, in hexadecimal, of the file that ended with this version: what its codes name
+    digest: str  # SHA-256, in hexadecimal, of the file that ended with this version; its codes name it
     config: GeneratorConfig
-    # Number of the version that its parameters are stored as differences to; None if it is a network of its own.
+    # Number of the version that its parameters are stored as differences from; None for a full network.
     base: int | None
     content: bytes  # a file of one version, or the words of the differences
 
@@ -53,7 +53,7 @@ def versions_of(data: bytes) -> tuple[StoredVersion, ...]:
     for digest, base, content in _frames(data):
         if base is None:
             config = config_in(split_network(content)[0])
-            # The first version was a file of its own before the file grew, and keeps the name it had then.
+            # The first version was a file of its own before the file grew, and keeps its name from then.
             digest = digest if versions else hashlib.sha256(content).hexdigest()
         elif base < len(versions):
             config = versions[base].config
@@ -69,8 +69,8 @@ def versions_of(data: bytes) -> tuple[StoredVersion, ...]:
 
 def append_version(data: bytes, content: bytes, base: int | None) -> bytes:
     """Return a generator file with one more version; raise `GeneratorError` if it has too many."""
-    # content: a file of one version, or with `base` the words of the differences to that version.
-    if len(versions_of(data)) >= _MOST:
+    # content: a file of one version, or with `base` the words of the differences from that version.
+    if len(versions_of(data)) >= _MAX_VERSIONS:
         raise GeneratorError(
             "the generator has too many versions", hint="run `icm train` to merge them into one version"
         )

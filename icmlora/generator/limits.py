@@ -1,4 +1,4 @@
-"""The limits that a code is made for."""
+"""Limits on the errors and the size of a code."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from icmlora.errors import OptionsConflict
 from icmlora.generator.scales import OCTAVE
 from icmlora.generator.water_filling import WaterFilling
 
-_LARGE = 0.5  # squared error above which it grows more slowly than theory expects, as slots are left out
+_LARGE = 0.5  # larger squared errors grow more slowly than theory expects, as slots are left out
 
 
 class Measured(Protocol):
-    """Anything whose errors are known."""
+    """An object with known errors."""
 
     @property
     def squared_error(self) -> float:
@@ -23,22 +23,23 @@ class Measured(Protocol):
 
     @property
     def weighted_error(self) -> float:
-        """The same of dW weighted by the sensitivity of its channels."""
+        """The same for dW weighted by the sensitivity of its channels."""
         ...
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What was asked of a code. It keeps all that is given; without any limit, the quality counts.
+    """Requirements for a code. It keeps all limits that are set; if none is set, the quality applies.
 
     Attributes:
-        quality: 1 (smallest codes) to 8 (most accurate); it stands for a share to keep, or without the base model
-            for a tolerance.
-        max_error: Largest relative error of dW.
-        tolerance: Largest squared error of dW weighted by the sensitivity of its channels: what a quality stands for.
-        size: Most bytes of the code, which is as accurate as they allow.
-        refine: Steps of refinement; None for as many as suit a quality or a share to keep, and none under other limits.
-        keep: Least share of the adapter's effect; see `icmlora.training.effect`.
+        quality: 1 (smallest codes) to 8 (most accurate); it sets a share to keep, or without the base model a
+            tolerance.
+        max_error: Maximum relative error of dW.
+        tolerance: Maximum squared error of dW weighted by the sensitivity of its channels; set by a quality.
+        size: Maximum bytes of the code, which is as accurate as they allow.
+        refine: Refinement steps. None means a suitable number for a quality or a share to keep, and none under other
+            limits.
+        keep: Minimum share of the adapter's effect; see `icmlora.training.effect`.
     """
 
     quality: int | None = None
@@ -60,7 +61,7 @@ class Limits:
 
     @property
     def is_by_quality(self) -> bool:
-        """Whether a quality takes the place of limits."""
+        """Whether no limit is set, so the quality applies."""
         return self.max_error is self.size is self.keep is None
 
     @property
@@ -74,28 +75,28 @@ class Limits:
         return min(math.inf if limit is None else limit for limit in (self.tolerance, self.max_squared_error))
 
     def keeps(self, encoded: Measured) -> bool:
-        """Say whether the errors of a code are within the limits."""
+        """Return whether the errors of a code are within the limits."""
         return all(error <= limit for error, limit in self._pairs(encoded))
 
     def used(self, encoded: Measured) -> float:
-        """Say how much of the limits a code's errors take: 1 if it just keeps them."""
+        """Return the share of the limits that a code's errors use: 1 if it just keeps them."""
         return max((error / limit for error, limit in self._pairs(encoded) if limit), default=1.0)
 
     def tighter(self) -> Limits:
-        """Return nine tenths of the limits of squared errors."""
+        """Return the limits with squared errors reduced to nine tenths."""
         tolerance = None if self.tolerance is None else 0.9 * self.tolerance
         return replace(
             self, tolerance=tolerance, max_error=None if self.max_error is None else math.sqrt(0.9) * self.max_error
         )
 
     def expected_step(self, theory: WaterFilling, used: float = 1.0) -> float:
-        """Return the step, in eighths of an octave, at which theory expects so much of the smaller limit to be used."""
-        # At full strength an adapter of which the share e is lost has the error e / (1 - e).
+        """Return the step, in eighths of an octave, at which theory expects a share of the smaller limit to be used."""
+        # At full strength, an adapter that lost the share e has the error e / (1 - e).
         error = used * self.least
         return OCTAVE * math.log2(theory.step(error / (1 + error)))
 
     def enough(self, theory: WaterFilling) -> float:
-        """Return how much of the limits is used where theory expects the next coarser step to be beyond them."""
+        """Return the used share of the limits at which theory expects the next coarser step to exceed them."""
         if self.least > _LARGE:
             return 1.0
         step = theory.step(self.least / (1 + self.least))
@@ -103,6 +104,6 @@ class Limits:
         return theory.error(step) / following if following else 1.0
 
     def _pairs(self, encoded: Measured) -> list[tuple[float, float]]:
-        """Return each limit of an error that is set, with the error that it is for."""
+        """Return each error that has a limit, with the limit."""
         pairs = ((encoded.weighted_error, self.tolerance), (encoded.squared_error, self.max_squared_error))
         return [(error, limit) for error, limit in pairs if limit is not None]

@@ -1,4 +1,4 @@
-"""A trained network <-> a generator file of one version: the generator's own bytes, which every bill counts.
+"""A trained network <-> a generator file of one version: the generator's own bytes, which count in every bill.
 
     ICMG 4 | length of header (4) | header: JSON, zlib | words | checksum (8)
 
@@ -10,7 +10,7 @@ rounded parameters. Codes are made under the network as it is read back, so roun
     everything else    rows of roughly normal values, rounded to a quarter of the row's root mean square (about 4 bits)
 
 Channel weights repeat: the modules of a layer read the same inputs, and neighbouring layers are alike. So each row of
-weights is stored as the difference to the earlier row that is most like it, up to a constant stored with the row.
+weights is stored as the difference from the most similar earlier row, up to a constant stored with the row.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ WEIGHTS = "weight_"  # prefix of the names of channel weights
 _WEIGHT_GRID = 2  # steps per octave: weights are whole halves
 _RESOLUTION = 2 * OCTAVE  # log2 of a row's root mean square in quantiser steps, in eighths
 _ZERO = -(1 << 12)  # exponent of a row of zeros
-_SIDE = 3 * OCTAVE  # scale index of whatever is stored about rows or tensors
+_SIDE = 3 * OCTAVE  # scale index of numbers stored per row or tensor
 
 
 @dataclass(frozen=True, eq=False)
 class TrainedGenerator:
-    """A trained network as it was read from a file."""
+    """A trained network read from a file."""
 
     net: CVAE
-    digest: str  # SHA-256, in hexadecimal, of the file that ended with this version: what its codes name
+    digest: str  # SHA-256, in hexadecimal, of the file that ended with this version; its codes name it
 
 
 def generator_to_bytes(net: CVAE, notes: Mapping[str, str] | None = None) -> bytes:
-    """Serialise a network; the same parameters give the same bytes."""
+    """Serialise a network; equal parameters give equal bytes."""
     own = {"config": net.config.to_json(), "shapes": _shapes_digest(net), "tables": tables_digest()}
     header = json.dumps({**(notes or {}), **own}, sort_keys=True)
     return write_container(MAGIC, header.encode(), parameters_to_words(net.state_dict()))
 
 
 def generator_from_bytes(data: bytes) -> TrainedGenerator:
-    """Read a generator file of one version; raise `GeneratorError` if it is damaged, or of other tables."""
+    """Read a generator file of one version; raise `GeneratorError` if it is damaged or has other tables."""
     header, words = split_network(data)
     if header.get("tables") != tables_digest():
         message = "the coding tables on this machine differ from the tables of the machine that trained this generator"
@@ -70,11 +70,11 @@ def generator_from_bytes(data: bytes) -> TrainedGenerator:
 
 def _network(config: GeneratorConfig, shapes_digest: str, words: bytes) -> CVAE:
     mismatch = "the generator's parameters do not fit its configuration"
-    # A configuration that claims far more than the file can hold is refused before anything is allocated.
-    if _least_values(config) > _VALUES_PER_BYTE * len(words):
+    # Refuse a configuration that claims far more than the file can hold before allocating anything.
+    if _min_values(config) > _VALUES_PER_BYTE * len(words):
         raise GeneratorError(mismatch)
     try:
-        with torch.random.fork_rng(devices=[]):  # the initial values are thrown away; the caller's stream stays
+        with torch.random.fork_rng(devices=[]):  # discards the initial values; keeps the caller's stream
             net = CVAE(config)
         if _shapes_digest(net) != shapes_digest:
             raise ValueError("other shapes")
@@ -89,13 +89,13 @@ def _shapes(net: CVAE) -> dict[str, torch.Size]:
 
 
 def _shapes_digest(net: CVAE) -> str:
-    """Hash the order and shapes of the parameters: the words themselves do not say where one ends."""
+    """Hash the order and shapes of the parameters: the words themselves have no boundaries."""
     text = json.dumps([[name, list(shape)] for name, shape in _shapes(net).items()])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _least_values(config: GeneratorConfig) -> int:
-    """Count the values in those parts of a network that grow with its configuration."""
+def _min_values(config: GeneratorConfig) -> int:
+    """Count the values in the parts of a network that grow with its configuration."""
     sides = sum(kind.inputs + kind.outputs for kind in config.kinds)
     places = len(config.kinds) * config.layers * config.slots
     task = config.condition + config.latent
@@ -121,7 +121,7 @@ def parameters_to_words(state: Mapping[str, torch.Tensor]) -> bytes:
 
 
 def words_to_parameters(words: bytes, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """Read what `parameters_to_words` wrote, float32 of these shapes; raise `CodeError` if it is damaged."""
+    """Read the output of `parameters_to_words`, float32 of these shapes; raise `CodeError` if it is damaged."""
     reader = IntegerReader(words)
     weights: list[Integers] = []
     state = {}
@@ -188,7 +188,7 @@ def _read_table(reader: IntegerReader, rows: int, columns: int) -> Integers:
 
 
 def _write_weights(writer: IntegerWriter, integers: Integers, known: list[Integers]) -> None:
-    """Write rows of weights, each as its difference to the most similar earlier row or to zeros; extend `known`."""
+    """Write rows of weights, each as its difference from the most similar earlier row or zeros; extend `known`."""
     for row in integers:
         rests = [row - earlier for earlier in _references(known, len(integers), len(row))]
         # A table's own median is stored with it, so a constant difference costs next to nothing.
@@ -209,7 +209,7 @@ def _read_weights(reader: IntegerReader, rows: int, columns: int, known: list[In
 
 
 def _references(known: Sequence[Integers], layers: int, columns: int) -> list[Integers]:
-    """Return the rows that a row may be stored as a difference to."""
+    """Return the rows that a row may be stored as a difference from."""
     # These are zeros, the previous row, and the rows of the same layer in earlier tensors, where the sizes agree.
     backs = (1, *range(layers, len(known) + 1, layers))
     rows = [known[-back] for back in backs if back <= len(known)]
@@ -225,11 +225,11 @@ def scales_of(rest: Integers) -> Integers:
 
 
 def write_side(writer: IntegerWriter, values: Integers) -> None:
-    """Write one number per row or tensor, shape (n,): each as its difference to the previous one."""
+    """Write one number per row or tensor, shape (n,), each as its difference from the previous one."""
     writer.write(np.diff(values, prepend=0).astype(np.int32), np.full(len(values), _SIDE, dtype=np.int32))
 
 
 def read_side(reader: IntegerReader, count: int) -> Integers:
-    """Read what `write_side` wrote, shape (count,)."""
+    """Read the output of `write_side`, shape (count,)."""
     values: Integers = np.cumsum(reader.read(np.full(count, _SIDE, dtype=np.int32))).astype(np.int32)
     return values

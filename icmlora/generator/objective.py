@@ -1,13 +1,13 @@
-"""The loss: how many bits the codes of some adapters take.
+"""The loss: the length of some adapters' codes, in bits.
 
     bits = bits(z | c) + bits(norms) + bits(token integers | z, c)
 
-Every part is the length of what the codec really writes: integers are rounded as the codec rounds them, and the
-quantiser step is chosen per adapter so that the code's squared error is the configured tolerance. The sum is what
-storage at that accuracy costs. Rounding has no gradient; `_rounded` says what replaces it.
+Every part is the length of the codec's real output: integers are rounded as the codec rounds them, and the quantiser
+step is chosen per adapter to give the configured squared error. The sum is the cost of storage at that accuracy.
+Rounding has no gradient; `_rounded` describes its replacement.
 
-A step on a card takes as long as it has operators, however small they are. So there are no loops over adapters or
-layers here, and nothing waits for a result.
+The time of a step on a card depends on the number of operators, not on their size. So there are no loops over adapters
+or layers here, and nothing waits for a result.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Bits(NamedTuple):
     latent: torch.Tensor
     norms: torch.Tensor
     tokens: torch.Tensor
-    # Not stored: what the norms' gains would cost under the decoder's prediction. It trains what `generate` uses.
+    # Not stored: the cost of the norms' gains under the decoder's prediction. It trains the gains for `generate`.
     prior: torch.Tensor
 
     @property
@@ -42,12 +42,12 @@ class Bits(NamedTuple):
 
 
 class _Rounded(NamedTuple):
-    """Tokens of the same widths as integers, and what they cost."""
+    """Tokens of the same widths as integers, with everything that their cost depends on."""
 
     integers: list[torch.Tensor]  # of each side, and along the initial subspace, shape (n, size)
     scales: list[torch.Tensor]  # that they are coded under, with gradients, of the same shapes
     written: torch.Tensor  # whether a token is worth its bits, shape (n,)
-    pull: torch.Tensor  # what gives the predicted means a gradient, shape (n,)
+    pull: torch.Tensor  # gives the predicted means a gradient, shape (n,)
 
 
 class Objective:
@@ -67,7 +67,7 @@ class Objective:
 
     def bits(self, batch: Batch) -> Bits:
         """Estimate the code lengths of a batch that is on the network's device, (B,) each."""
-        # Uniform noise takes the place of rounding, which keeps the gradient (Ballé et al., arXiv 1611.01704).
+        # Uniform noise replaces rounding and keeps the gradient (Ballé et al., arXiv 1611.01704).
         net, config = self._net, self._net.config
         of_condition, of_latent = torch.split(batch.noise, [config.condition, config.latent], dim=1)
         condition = net.embed(batch.vectors, batch.present) + of_condition  # (B, C)
@@ -100,14 +100,14 @@ class Objective:
         parts = list(self._parts(batch, features))
         if not parts:
             return torch.zeros_like(batch.parameters)
-        # A card would have to wait until it is known which tokens are written, so there all are computed.
+        # On a card, selecting the written tokens would wait for a result, so all are computed there.
         chosen = [part.written.nonzero().squeeze(1) if part.written.device.type == "cpu" else None for part in parts]
         pairs = [
             (values, scale) if rows is None else (values.index_select(0, rows), scale.index_select(0, rows))
             for part, rows in zip(parts, chosen, strict=True)
             for values, scale in zip(part.integers, part.scales, strict=True)
         ]
-        # One call for all of them, as each takes a while for itself.
+        # One call for all of them, as each call has its overhead.
         flat, scales = (torch.cat([values.flatten() for values in column]) for column in zip(*pairs, strict=True))
         lengths = torch.split(bin_bits(flat, scales), [values.numel() for values, _ in pairs])
         sums = iter([bits.view_as(values).sum(1) for bits, (values, _) in zip(lengths, pairs, strict=True)])
@@ -133,8 +133,8 @@ class Objective:
 def _rounded(tokens: Values, mean: Prediction, scales: list[torch.Tensor], subspaces: Subspaces | None) -> _Rounded:
     """Round tokens as the codec does.
 
-    The gradient with respect to the scales is exact. The gradient with respect to the predicted means is that of
-    unrounded values under a Gaussian widened by the rounding error (variance 1/12), which pulls even where everything
+    The gradient with respect to the scales is exact. The gradient with respect to the predicted means comes from
+    unrounded values under a Gaussian widened by the rounding error (variance 1/12), so it pulls even where everything
     rounds to zero.
     """
     norm = tokens.norm[:, None]  # (n, 1)
@@ -174,10 +174,9 @@ def _soft(exact: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def worth_writing(group: Pairs, rebuilt: Pairs, has_inputs: torch.Tensor, has_outputs: torch.Tensor) -> torch.Tensor:
-    """Say for each slot whether it is worth its bits, so that the codec writes it; shape (n,).
+    """Return for each slot whether it is worth its bits, so the codec writes it; shape (n,).
 
     A slot is worth its bits if both vectors have nonzero integers (`has_inputs`, `has_outputs`, (n,)), or if the
-    prediction alone gives back half of its energy. Without the second part, a slot would be lost because it is
-    predicted well.
+    prediction alone restores half of its energy. Without the second condition, well-predicted slots would be lost.
     """
     return (has_inputs & has_outputs) | (slot_errors(group, rebuilt) < group.norm.square() / 2)

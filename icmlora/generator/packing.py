@@ -1,9 +1,9 @@
 """Integers of one adapter <-> streams of words, in the order that encoder and decoder share.
 
-    stream:  norm residuals of a kind | its vectors | those of the next kind | ...
+    stream:  norm residuals of a kind | its vectors | the same for the next kind | ...
 
 The norms come first because the scales that the vectors are coded under follow from them. A stream ends with the kind
-that fills it, so that large kinds are read side by side, and one of them without the others; small adapters have one.
+that fills it, so large kinds can be read in parallel or separately; small adapters have a single stream.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from icmlora.generator.runs import Nonzeros
 from icmlora.generator.scales import EXTREME
 from icmlora.io.threads import side_by_side
 
-_FULL = 1 << 20  # values from which on a stream ends
+_FULL = 1 << 20  # values that fill a stream
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,14 +46,14 @@ class KindIntegers:
 
 
 def pack(quantizer: TokenQuantizer, head: CodeHead, subspace: InitialSubspace, groups: Sequence[KindIntegers]) -> bytes:
-    """Write the integers of an adapter; groups of one kind follow each other, ordered by their slots."""
+    """Write the integers of an adapter; groups of one kind are consecutive, ordered by their slots."""
     by_kind: defaultdict[int, list[KindIntegers]] = defaultdict(list)
     for group in groups:
         by_kind[group.slots.kind].append(group)
 
     def write(kinds: Sequence[Slots]) -> bytes:
         writer = IntegerWriter()
-        for kind in (slots.kind for slots in kinds if slots.kind in by_kind):  # one without energy has no slots
+        for kind in (slots.kind for slots in kinds if slots.kind in by_kind):  # a kind without energy has no slots
             write_kind(writer, quantizer, by_kind[kind], subspace, head.step)
         return writer.to_bytes()
 
@@ -66,10 +66,10 @@ def pack(quantizer: TokenQuantizer, head: CodeHead, subspace: InitialSubspace, g
 def unpack(
     quantizer: TokenQuantizer, head: CodeHead, subspace: InitialSubspace, words: bytes
 ) -> list[Iterator[KindIntegers]]:
-    """Read what `pack` wrote: for each stream its kinds, one after the other.
+    """Read the output of `pack`: one iterator over kinds per stream.
 
     Raises:
-        CodeError: The words are damaged; also while kinds are read.
+        CodeError: The words are damaged; also raised while kinds are read.
     """
     streams = _streams_of(head, quantizer)
     lengths = 4 * (len(streams) - 1)
@@ -92,7 +92,7 @@ def write_kind(
     subspace: InitialSubspace,
     step: int,
 ) -> None:
-    """Append the integers of a kind's slots, in parts that follow each other."""
+    """Append the integers of a kind's slots, in consecutive parts."""
     layer, slot = (np.concatenate([getattr(part.slots, name) for part in parts]) for name in ("layer", "slot"))
     slots, residuals = Slots(parts[0].slots.kind, layer, slot), np.concatenate([part.residuals for part in parts])
     writer.write(residuals, quantizer.norm_scales(slots))
@@ -104,7 +104,7 @@ def write_kind(
 def read_kind(
     reader: IntegerReader, quantizer: TokenQuantizer, slots: Slots, gain: int, subspace: InitialSubspace, step: int
 ) -> KindIntegers:
-    """Read what `write_kind` wrote. step: log2 of the quantiser step, in eighths.
+    """Read the output of `write_kind`; step is log2 of the quantiser step, in eighths.
 
     Raises:
         CodeError: The integers are damaged.
@@ -130,7 +130,7 @@ def _streams_of(head: CodeHead, quantizer: TokenQuantizer) -> list[list[Slots]]:
 
 
 def split_sides(values: Integers, count: int, sizes: Sequence[int]) -> list[Integers]:
-    """Split the integers of `count` slots into sides of shapes (count, size), which follow each other."""
+    """Split the integers of `count` slots into consecutive sides of shapes (count, size)."""
     parts = np.split(values, np.cumsum([count * size for size in sizes])[:-1])
     return [side.reshape(count, size) for side, size in zip(parts, sizes, strict=True)]
 
@@ -142,7 +142,7 @@ def _slots_by_kind(kept: NDArray[np.uint16]) -> list[Slots]:
 
 def written_slots(slots: Slots, is_worth: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Return a mask (n,) of the slots to write: in each layer all up to the last one that is worth its bits."""
-    # Slots in between are written too, so that one number per layer says which slots a code holds.
+    # Slots in between are written too, so one number per layer defines the slots of a code.
     count = np.zeros(int(slots.layer.max(initial=-1)) + 1, dtype=np.int64)  # (layers,)
     np.maximum.at(count, slots.layer[is_worth], slots.slot[is_worth] + 1)
     return slots.slot < count[slots.layer]

@@ -34,7 +34,7 @@ from icmlora.generator.stack import INPUTS, OUTPUTS, places_of
 from icmlora.generator.tokens import KindTokens
 
 _CPU = torch.device("cpu")
-_SHORT = 31  # magnitude of the integers whose centres are in a small table
+_SHORT = 31  # largest magnitude in the small table of centres
 
 Means = tuple[torch.Tensor, torch.Tensor]  # the generator's predictions, shapes (n, in) and (n, out)
 Norms = NDArray[np.int64]  # log2 norms, in eighths
@@ -112,7 +112,7 @@ class TokenQuantizer:
         # Along the subspace, a slot's norm is spread evenly over its module's rows.
         rows = [_half_octaves(max(rank, 1)) for rank in subspace.ranks_of(slots.kind).tolist()]
         along = norms - step - np.array(rows, dtype=np.int64)[slots.layer]
-        # Profiles are within EXTREME, so a level further out is clipped to the same index from there.
+        # Profiles are within EXTREME, so clipping a level here does not change its clipped indices.
         inputs, outputs, along = (
             np.clip(values, SMALLEST - EXTREME, LARGEST + EXTREME) for values in (level[:, 0], level[:, 1], along)
         )
@@ -121,7 +121,7 @@ class TokenQuantizer:
     def quantise(
         self, group: KindTokens, norms: Norms, state: TaskState, step: int, means: Means | None = None
     ) -> Nonzeros:
-        """Round tokens, (n, in) and (n, out), to integers; `means` are predictions that are known already."""
+        """Round tokens, (n, in) and (n, out), to integers; `means` are predictions if already known."""
         slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
         return self.rounded(slots, norms, state.subspace, step, self.in_steps(group, norms, state, step, means))
 
@@ -195,7 +195,7 @@ class TokenQuantizer:
         """Turn the integers of n slots into their inputs (n, in) and outputs (n, out), times a factor of each, (n,).
 
         Each integer becomes the mean of its bin under its scale. `means` are the predictions, without factors. They and
-        the factors are on the CPU; what is returned is on the device, where most of the work is done.
+        the factors are on the CPU; the result is on the device, which does most of the work.
         """
         left, right = factors or (torch.ones(len(norms)),) * 2
         rows = state.subspace.rows(slots.kind)

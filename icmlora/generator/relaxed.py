@@ -1,11 +1,11 @@
-"""A code whose integers are real numbers for the time being, so that gradient steps can change them.
+"""A code whose integers are temporarily real numbers, so gradient steps can change them.
 
     code ──open──▶ values in steps, log2 strengths ──round, with a straight-through gradient──▶ factors of each module
-                            │                                                                        (what it does)
-                            └──▶ bits under the coder's scales (what it costs)
+                            │                                                                        (its function)
+                            └──▶ bits under the coder's scales (its cost)
     rounded values ──close──▶ code of the same form
 
-Values start where the adapter has them, not where they were rounded to. Slots that the code leaves out stay left out.
+Values start from the adapter's exact values, not from the rounded ones. Slots that the code leaves out stay left out.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from icmlora.io.devices import moved
 
 
 class _Fixed(NamedTuple):
-    """What stays as it is of the n slots of one module kind."""
+    """The constants of the n slots of one module kind."""
 
     layer: torch.Tensor  # int64, shape (n,)
     slot: torch.Tensor  # int64, shape (n,)
     root: torch.Tensor  # square roots of the norms, shape (n, 1)
     means: tuple[torch.Tensor, torch.Tensor]  # the generator's prediction, shapes (n, in) and (n, out)
-    undone: tuple[torch.Tensor, torch.Tensor]  # what undoes the channels' weights, shapes (n, in) and (n, out)
-    bases: Bases | None  # of the initial subspace, None where nothing is known
-    scales: tuple[torch.Tensor, ...]  # indices of the scales that the values are coded under, of the values' shapes
+    undone: tuple[torch.Tensor, torch.Tensor]  # factors that undo the channels' weights, shapes (n, in) and (n, out)
+    bases: Bases | None  # of the initial subspace, None if unknown
+    scales: tuple[torch.Tensor, ...]  # scale indices of the values, of the same shapes
     boosted: torch.Tensor  # 1 where a slot's module has an initial subspace, else 0; shape (n,)
 
 
@@ -66,7 +66,7 @@ class _Part:
 
 
 class RelaxedCode:
-    """The code of one adapter, while an optimiser changes it on a device."""
+    """The code of one adapter while an optimiser changes it on a device."""
 
     def __init__(self, codec: Codec, adapter: Adapter, code: bytes, device: torch.device | None = None) -> None:
         self._codec, self._opened = codec, codec.open(code)
@@ -95,11 +95,11 @@ class RelaxedCode:
 
     @torch.no_grad()
     def go_on_from(self, other: RelaxedCode, *, anew: bool) -> None:
-        """Take the values of the same adapter's code at another step, in the slots that both have.
+        """Copy the values of the same adapter's code at another step, in the slots that both have.
 
-        If `anew`, those that it rounds to zero stay as they are: what an optimiser made of them has done nothing there,
-        and would at a finer step. Of the strengths, take what has changed since that code was opened: what they make up
-        for depends on the step.
+        If `anew`, values that the other code rounds to zero are not copied: the optimiser's changes to them had no
+        effect there, but would have at a finer step. Strengths are changed by as much as the other code's have changed
+        since it was opened: the loss that they compensate for depends on the step.
         """
         ratio = other._step / self._step
         theirs = {part.integers.slots.kind: part for part in other._parts}
@@ -124,8 +124,8 @@ class RelaxedCode:
         return dict(factors for part in self._parts for factors in self._modules(part, dtype))
 
     def bits(self) -> torch.Tensor:
-        """Return the bits of the values under the coder's tables, a scalar; they need not be whole numbers."""
-        # This takes several times as much memory as the values: on a processor part by part, on a card in fewer calls.
+        """Return the bits of the values under the coder's tables, a scalar; values need not be integers."""
+        # This takes several times as much memory as the values: part by part on a CPU, in fewer calls on a card.
         size = 1 if self._device.type == "cpu" else max(1, len(self._parts))
         groups = (self._parts[start : start + size] for start in range(0, len(self._parts), size))
         return sum(map(_bits, groups), torch.zeros((), device=self._device))
@@ -214,7 +214,7 @@ class RelaxedCode:
         """Return the mean of each integer's bin: `icmlora.generator.quantizer.centred`, on the device."""
         if whole.device.type != "cpu":
             return self._looked_up(whole, scales)
-        places = (whole != 0).flatten().nonzero().squeeze(1)  # few are not; but a card would have to wait for them
+        places = (whole != 0).flatten().nonzero().squeeze(1)  # few are nonzero; but a card would have to wait for them
         found = self._looked_up(whole.flatten()[places], scales.flatten()[places])
         return whole.flatten().index_copy(0, places, found).view_as(whole)
 
@@ -231,7 +231,7 @@ class RelaxedCode:
 
 def _bits(parts: Sequence[_Part]) -> torch.Tensor:
     scales = torch.cat([indices.flatten() for part in parts for indices in part.fixed.scales])
-    # The scales themselves take as much memory as the values, so they are made anew.
+    # The scales take as much memory as the values, so they are recomputed.
     widths = scales.float().div_(OCTAVE).exp2_()
     return bin_bits(torch.cat([values.flatten() for part in parts for values in part.values]), widths).sum()
 

@@ -1,8 +1,8 @@
-"""Tokens -> integers at one quantiser step, and how far what they decode to is from the tokens.
+"""Tokens -> integers at one quantiser step, and the errors of the decoded tokens.
 
     tokens of a kind ──some layers at a time──▶ integers ──▶ rebuilt tokens ──▶ inner products ──▶ strength, errors
 
-Some layers fit into the processor's cache. A whole kind of a large adapter does not, and takes several times as long.
+A few layers fit into the processor's cache. A whole kind of a large adapter does not, and takes several times as long.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ _Parts = list[tuple[float, float]]  # squared error and squared norm of some mod
 _Stacked = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # shapes (modules, r, in), (modules, r, out), (modules, r)
 _Products = tuple[float, float, float]  # |dW|^2, <dW, dW'> and |dW'|^2 of some modules
 
-_AT_A_TIME = 1 << 20  # values that are rounded together: 4 MB
-_WORTH_A_THREAD = 1 << 16  # inputs of a kind on average: of fewer, threads wait for each other longer than they work
-_STRONGEST = STRENGTHS  # a code is made at most twice as strong
+_AT_A_TIME = 1 << 20  # values rounded together: 4 MB
+_WORTH_A_THREAD = 1 << 16  # mean input values per kind: with fewer, threads wait for each other longer than they work
+_MAX_STRENGTH = STRENGTHS  # a code is made at most twice as strong
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """The integers of an adapter at one step, and the squared errors of what they decode to."""
+    """The integers of an adapter at one step, and the squared errors of its decoded dW."""
 
     head: CodeHead
     groups: Sequence[KindIntegers]  # some layers of a kind each, in their order
-    squared_error: float  # of dW; the same as `weighted_error` if it was not asked for
+    squared_error: float  # of dW; the same as `weighted_error` if it was not requested
     weighted_error: float
 
 
 class Rounding:
-    """The tokens of an adapter, to be rounded at one step after the other."""
+    """Rounds the tokens of an adapter at one step after another."""
 
     def __init__(
         self,
@@ -63,11 +63,11 @@ class Rounding:
         is_exact: bool,
         for_strong: bool = False,
     ) -> None:
-        """Take tokens, what their code's head says at every step, and whether errors of plain dW are wanted.
+        """Store tokens, the part of their code's head that is the same at every step, and options.
 
-        Predictions are the same at every step. They may be kept, which takes as much memory as the tokens. Errors are
-        known to 1e-6, in half of the time of those that are exact. The decoded dW is as long as the original; or as
-        long along its strong slots, of which rounding takes less.
+        Predictions are the same at every step; `keeps_means` caches them, in as much memory as the tokens take. Errors
+        of plain dW are optional. Errors are accurate to 1e-6, or exact in twice the time. The decoded dW is as long as
+        the original, or with `for_strong` as long along its strong slots, which lose less to rounding.
         """
         self._codec, self.tokens, self._state, self._head = codec, tokens, state, head
         self._keeps_means, self._is_plain_wanted = keeps_means, is_plain_wanted
@@ -76,7 +76,7 @@ class Rounding:
         self._means: defaultdict[int, list[Means]] = defaultdict(list)  # of each kind, some layers at a time
 
     def at(self, step: int) -> Rounded:
-        """Round at one step (log2, in eighths): several kinds at a time, if they are large."""
+        """Round at one step (log2, in eighths), large kinds in parallel."""
         is_small = sum(group.inputs.numel() for group in self.tokens) < _WORTH_A_THREAD * len(self.tokens)
         with side_by_side(1 if is_small else None) as each:
             found = list(each(lambda group: self._kind(group, step), self.tokens))
@@ -101,7 +101,7 @@ class Rounding:
         return Rounded(head, [part for one in found for part in one[0]], plain, heavy)
 
     def _kind(self, group: KindTokens, step: int) -> tuple[list[KindIntegers], int, _Parts, _Parts]:
-        """Round one kind, some layers at a time; returns its strength, and its layers' errors, plain and weighted."""
+        """Round one kind, some layers at a time; returns its integers, its strength, and plain and weighted errors."""
         quantizer, sensitivity = self._codec.quantizer, self._codec.sensitivity
         gain, _ = quantizer.norm_residuals(slots_of(group), group.norm)
         parts, overlaps = [], []
@@ -122,7 +122,7 @@ class Rounding:
         return parts, strength, errors[0], errors[1]
 
     def _means_of(self, tokens: KindTokens, gain: int, number: int) -> Means:
-        """Return the predictions of some layers, the `number`th of their kind."""
+        """Return the predictions of some layers, the `number`th part of their kind."""
         known = self._means[tokens.kind]
         if number < len(known):
             return known[number]
@@ -142,10 +142,10 @@ def slots_of(group: KindTokens) -> Slots:
 def quantised(
     codec: Codec, group: KindTokens, state: TaskState, step: int, gain: int, means: Means
 ) -> tuple[KindIntegers, torch.Tensor, KindTokens]:
-    """Round the tokens of one kind, (n, in) and (n, out), and leave out the slots that are not worth their bits.
+    """Round the tokens of one kind, (n, in) and (n, out), and drop the slots that are not worth their bits.
 
     Step and gain are log2 in eighths; norms are counted from the gain. `means` are the predictions.
-    Returns the integers of the slots that are kept, a mask (n,) of these, and what the integers of all slots decode to.
+    Returns the integers of the kept slots, a mask (n,) of these slots, and the decoded tokens of all slots.
     """
     quantizer, slots = codec.quantizer, slots_of(group)
     _, residuals = quantizer.norm_residuals(slots, group.norm, gain)
@@ -167,27 +167,27 @@ def quantised(
 
 
 def strength_of(original: KindTokens, overlaps: torch.Tensor, *, for_strong: bool = False) -> int:
-    """Return log2, in 64ths, of the factor that makes the decoded dW of a kind as long, along it, as the original.
+    """Return log2, in 64ths, of the factor that makes a kind's decoded dW as long as the original, along it.
 
     Args:
         original: The tokens of the kind.
-        overlaps: Inner products of original and decoded slots; 0 for those that are left out.
+        overlaps: Inner products of original and decoded slots; 0 for slots that are left out.
         for_strong: Whether a slot counts by the square of its energy, not by its energy.
     """
-    # Values that round to zero make the decoded dW shorter. An adapter at nine tenths of its strength loses more of its
-    # gain than the larger error of a full-strength one costs. But where much of dW is in weak slots, which lose most,
-    # making up for them makes strong ones too strong (docs/results/LOG.md).
+    # Values that round to zero make the decoded dW shorter. An adapter at nine tenths of its strength loses more gain
+    # than the larger error at full strength costs. But where much of dW is in weak slots, which lose most, compensating
+    # for them makes strong slots too strong (docs/results/LOG.md).
     energy, along = original.norm.double().square(), overlaps.double()
     if for_strong:
         energy, along = energy.square(), along * energy
     ratio = float(energy.sum() / along.sum())
     if not 0 < ratio < math.inf:  # products of very large values overflow float32
         return 0
-    return min(max(round(STRENGTHS * math.log2(ratio)), 0), _STRONGEST)
+    return min(max(round(STRENGTHS * math.log2(ratio)), 0), _MAX_STRENGTH)
 
 
 def _products(original: KindTokens, rebuilt: KindTokens, dtype: torch.dtype) -> tuple[torch.Tensor, _Products]:
-    """Return the inner products of the slots, (n,), and those of all modules."""
+    """Return the inner products of the slots, (n,), and of all modules."""
     left, right = _by_module(original, dtype), _by_module(rebuilt, dtype)
     both = _pairs(left, right)
     overlaps = both.diagonal(dim1=1, dim2=2)[left[2] > 0]
@@ -205,13 +205,13 @@ def _plain_products(
 
 
 def _pairs(left: _Stacked, right: _Stacked) -> torch.Tensor:
-    """Return the inner product of each two slots of a module in float64, (modules, r, r)."""
+    """Return the inner product of each pair of slots of a module in float64, (modules, r, r)."""
     (a, b, per_a), (c, d, per_c) = left, right
     return (a @ c.mT).double().mul_(b @ d.mT).mul_(per_a[:, :, None] * per_c[:, None])
 
 
 def _by_module(group: KindTokens, dtype: torch.dtype, sensitivity: Sensitivity | None = None) -> _Stacked:
-    """Return inputs, outputs and 1 / norms by module, filled with zeros; of plain dW, if the weights are given."""
+    """Return inputs, outputs and 1 / norms by module, padded with zeros; for plain dW if the weights are given."""
     inputs, outputs = group.inputs.to(dtype), group.outputs.to(dtype)
     if sensitivity is not None:
         inputs, outputs = inputs.clone(), outputs.clone()

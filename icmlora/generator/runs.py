@@ -1,9 +1,9 @@
-"""The integers of one module kind by their scales, found without a sort of the integers.
+"""The integers of one module kind grouped by scale, without sorting the integers.
 
     scale index  =  level of the slot  +  profile of the channel
 
-So with the channels of each layer ordered once by their profile, which the generator knows, the integers of a slot are
-a few runs of one scale. Runs are ordered by scale; within a run, integers follow the order of the channels.
+The generator knows the profiles. Once the channels of each layer are ordered by profile, the integers of a slot are a
+few runs of one scale each. Runs are ordered by scale; within a run, integers follow the order of the channels.
 
     values of a kind, in one row:   inputs (n, in) | outputs (n, out) | along (n, R)
 """
@@ -41,7 +41,7 @@ class ChannelOrder:
 
     @cached_property
     def places(self) -> Integers:
-        """Where each channel stands among the ordered ones."""
+        """Position of each channel among the ordered ones."""
         places = np.empty(len(self.channels), dtype=np.int32)
         layer = np.arange(len(places), dtype=np.int32) // max(self.size, 1) * self.size
         places[layer + self.channels] = np.arange(len(places), dtype=np.int32)
@@ -50,15 +50,15 @@ class ChannelOrder:
 
 @dataclass(frozen=True, eq=False)
 class Nonzeros:
-    """The k integers of a kind that are not zero."""
+    """The k nonzero integers of a kind."""
 
     places: Places  # where they are in the row of all values, shape (k,)
     values: Integers  # shape (k,)
     scales: NDArray[np.int8]  # scale indices, shape (k,)
-    sides: Integers  # whose they are: 0 ... n-1 are the inputs of the slots, then come their outputs, then along
+    sides: Integers  # their vectors: 0 ... n-1 are the inputs of the slots, then come their outputs, then along
 
     def kept(self, keep: NDArray[np.bool_], sizes: Sequence[int]) -> Nonzeros:
-        """Leave out slots, by a mask (n,) of those to keep."""
+        """Keep only the slots in a mask (n,)."""
         masks = np.tile(keep, len(sizes))
         whose = np.cumsum(masks, dtype=np.int32) - 1
         starts = starts_of(int(keep.sum()), sizes)
@@ -77,7 +77,7 @@ class Nonzeros:
         return row
 
     def __eq__(self, other: object) -> bool:
-        """Whether the same values stand at the same places, in whatever order."""
+        """Return whether both have the same values at the same places, in any order."""
         if not isinstance(other, Nonzeros) or len(self.places) != len(other.places):
             return False
         count = 1 + int(max(self.places.max(initial=-1), other.places.max(initial=-1)))
@@ -92,7 +92,7 @@ class Runs:
         self._orders = orders
         self._starts = starts_of(len(layer), [order.size for order in orders])  # (3n,)
         shifts = np.cumsum([0, *(len(order.channels) for order in orders)])
-        # Where the channels of each vector's layer begin among those of all sides.
+        # Where each vector's layer begins among the channels of all sides.
         self._blocks = np.concatenate(
             [shift + order.size * layer for order, shift in zip(orders, shifts, strict=False)]
         )
@@ -104,7 +104,7 @@ class Runs:
         vectors = [part[2] + side * len(layer) for side, part in enumerate(parts)]
         self._sides = np.concatenate(vectors).astype(np.int32)[order]
         firsts = [part[3] + shift for part, shift in zip(parts, shifts, strict=False)]
-        self._firsts = np.concatenate(firsts)[order]  # index of the first channel of a run, among those of all sides
+        self._firsts = np.concatenate(firsts)[order]  # index of a run's first channel, among the channels of all sides
         self._begins = np.cumsum(self._lengths) - self._lengths  # of a run, among all integers in this order
 
     @cached_property
@@ -114,7 +114,7 @@ class Runs:
         return [(key + SMALLEST, count) for key, count in enumerate(counts.astype(np.int64).tolist()) if count]
 
     def nonzeros(self, at: Places, values: Integers) -> Nonzeros:
-        """Find the k integers that are not zero in the row of all values, given their places in the runs, ascending."""
+        """Find the k nonzeros in the row of all values, given their ascending places in the runs."""
         counts = np.diff(np.searchsorted(at, self._begins + self._lengths), prepend=0)  # nonzeros of each run
         channels = np.concatenate([order.channels for order in self._orders])
         places = channels.take(at + np.repeat(self._firsts - self._begins, counts))
@@ -122,11 +122,11 @@ class Runs:
         return Nonzeros(row, values, np.repeat(self._scales, counts), np.repeat(self._sides, counts))
 
     def places(self, parts: Sequence[Nonzeros], counts: Sequence[int]) -> tuple[Places, Integers]:
-        """Return the places in the runs, ascending, of integers that are not zero, and what they are: shape (k,).
+        """Return the ascending places of nonzeros in the runs, and their values: shape (k,).
 
-        Parts are of slots that follow each other, so many in each.
+        The parts have consecutive slots; `counts` are their numbers of slots.
         """
-        # One byte of each integer is written to its place: several times as fast as a sort of those that are not zero.
+        # One byte of each integer is written to its place: several times as fast as sorting the nonzeros.
         row, far = np.zeros(int(self._lengths.sum()), dtype=np.int8), [(np.zeros(0, np.int64), np.zeros(0, np.int32))]
         for part, at in zip(parts, self._places_of_parts(parts, counts), strict=True):
             row[at] = np.clip(part.values, -_BYTE, _BYTE)
@@ -139,9 +139,9 @@ class Runs:
         return places, values
 
     def _places_of_parts(self, parts: Sequence[Nonzeros], counts: Sequence[int]) -> Iterator[Places]:
-        """Yield where the integers of each part are in the runs."""
-        # Of each vector and scale the distance from an integer's place among the ordered channels to that in all runs.
-        # Runs that were clipped to one scale follow each other in both, so that of the first one holds for all.
+        """Yield the places of each part's integers in the runs."""
+        # Distance from an integer's place among the ordered channels to its place in all runs, by vector and scale.
+        # Runs that were clipped to one scale are consecutive in both, so the first one's distance holds for all.
         shifts = np.zeros((len(self._starts), LARGEST - SMALLEST + 1), dtype=np.int64)
         backwards = slice(None, None, -1)
         shifts[self._sides[backwards], self._scales[backwards].astype(np.int64) - SMALLEST] = (
@@ -159,7 +159,7 @@ class Runs:
 
 
 def starts_of(count: int, sizes: Sequence[int]) -> Places:
-    """Return where each vector begins in the row of a kind's values: of `count` slots the first sides, the second..."""
+    """Return where each vector begins in the row of a kind's values: `count` first sides, then second sides..."""
     origins = count * np.cumsum([0, *sizes])
     slots = np.arange(count)
     return np.concatenate([origin + size * slots for origin, size in zip(origins, sizes, strict=False)])

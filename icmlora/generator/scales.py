@@ -1,7 +1,7 @@
 """Integer scales and the frequency tables of the entropy coder.
 
 Every scale is a whole number of eighths of an octave, so encoder and decoder agree on it exactly. The tables come from
-one float64 computation. Their digest is stored in the generator and compared when it is opened, so that a machine with
+one float64 computation. Their digest is stored in the generator and compared when it is opened, so a machine with
 different arithmetic refuses to decode instead of writing wrong weights.
 """
 
@@ -18,16 +18,16 @@ OCTAVE = 8  # steps per factor of two for norms, quantiser steps and scales
 STRENGTHS = 64  # steps per factor of two for the factors that decoded values are multiplied by
 SMALLEST, LARGEST = -4 * OCTAVE, 8 * OCTAVE  # range of a scale index: 2^-4 to 2^8 quantiser steps
 SMALLEST_SCALE = 2.0 ** (SMALLEST / OCTAVE)
-# A coefficient is modelled as Gaussian, one in twenty as a Gaussian twice as wide, which makes outliers cheap.
+# A coefficient is modelled as Gaussian, one in twenty as a Gaussian twice as wide to make outliers cheap.
 GAUSSIAN_SHARE, WIDE = 0.95, 2.0
 EXTREME = 120 * OCTAVE  # norms and quantiser steps lie between 2^-120 and 2^120, within float32
-# Sum of a table's frequencies, about; every symbol gets at least 1, so that everything can be coded.
+# Approximate sum of a table's frequencies; every symbol gets at least 1, so everything can be coded.
 _PRECISION = 1 << 20
-_REACH = 3  # scales up to which integers are symbols, about; few are beyond, and small tables are read sooner
-_FAR = 16  # scales up to which the mean of a bin is known, about
-RARITIES = 256  # how seldom integers are not zero, in eighths of an octave: 1, 2^(-1/8), ... 2^(-255/8)
+_REACH = 3  # integers up to about 3 scales are symbols; few are larger, and small tables are faster to read
+_FAR = 16  # means of bins are listed up to about 16 scales
+RARITIES = 256  # number of rarities, which are shares of nonzeros: 1, 2^(-1/8), ... 2^(-255/8)
 _ONE = 1 << 32
-_GAPS = 64  # symbols of a table of gaps, about
+_GAPS = 64  # maximum symbols in a table of gaps
 
 
 @cache
@@ -36,7 +36,7 @@ def frequencies(index: int) -> NDArray[np.int64]:
     scale = 2.0 ** (index / OCTAVE)
     reach = reach_of(index)
     edges = np.arange(-reach, reach + 2) - 0.5  # of the bins around -reach .. reach, in quantiser steps
-    edges[[0, -1]] = -np.inf, np.inf  # the last ones hold everything beyond
+    edges[[0, -1]] = -np.inf, np.inf  # the outermost bins hold everything beyond
     near, far = _cumulative(edges / scale), _cumulative(edges / (WIDE * scale))
     mass = np.diff(GAUSSIAN_SHARE * near + (1 - GAUSSIAN_SHARE) * far)
     table: NDArray[np.int64] = np.maximum(np.rint(mass * _PRECISION), 1).astype(np.int64)
@@ -57,7 +57,7 @@ def probabilities(index: int) -> NDArray[np.float64]:
 
 @cache
 def nonzero_probabilities(index: int) -> NDArray[np.float64]:
-    """Return the probabilities of -reach .. -1, 1 .. reach, of integers of one scale that are not zero."""
+    """Return the probabilities of -reach .. -1, 1 .. reach among nonzero integers of one scale."""
     table, reach = frequencies(index), reach_of(index)
     others = np.delete(table, reach)
     chances: NDArray[np.float64] = others / others.sum()
@@ -66,14 +66,14 @@ def nonzero_probabilities(index: int) -> NDArray[np.float64]:
 
 @cache
 def nonzero_share(index: int) -> float:
-    """Return how likely it is that an integer of one scale is not zero."""
+    """Return the probability that an integer of one scale is nonzero."""
     table, reach = frequencies(index), reach_of(index)
     return float(1 - table[reach] / table.sum())
 
 
 @cache
 def usual_rarity(index: int) -> int:
-    """Return the rarity of integers that are not zero which one scale lets expect."""
+    """Return the expected rarity of nonzero integers of one scale."""
     return min(round(-OCTAVE * math.log2(nonzero_share(index))), RARITIES - 1)
 
 
@@ -88,9 +88,9 @@ def rarity_bounds() -> NDArray[np.int64]:
 
 @cache
 def gap_frequencies(rarity: int) -> tuple[int, NDArray[np.int64]]:
-    """Return by how many bits gaps between nonzeros are shifted, and the frequencies of what is left of them.
+    """Return the shift of gaps between nonzeros, in bits, and the frequencies of the shifted gaps.
 
-    The last symbol announces a gap as long or longer. What is shifted out is about even.
+    The last symbol announces a gap as long or longer. The bits shifted out are roughly uniform.
     """
     share = min(2.0 ** (-rarity / OCTAVE), 0.999)
     shift = max(0, math.floor(-3 - math.log2(share)))  # a block of 2^shift holds a nonzero once in 8 times, or less
@@ -103,9 +103,9 @@ def gap_frequencies(rarity: int) -> tuple[int, NDArray[np.int64]]:
 
 @cache
 def centres(index: int) -> NDArray[np.float64]:
-    """Return what magnitudes 0, 1, ... decode to, shape (M,): the mean of a Gaussian inside its quantiser bin.
+    """Return the decoded magnitudes 0, 1, ..., shape (M,): the means of a Gaussian inside their quantiser bins.
 
-    Magnitude m stands for the values from m - 1/2 to m + 1/2, in quantiser steps. The last one is above 16 scales.
+    Magnitude m covers the values from m - 1/2 to m + 1/2, in quantiser steps. The last one is above 16 scales.
     """
     scale = 2.0 ** (index / OCTAVE)
     low = np.arange(1, 3 + math.ceil(_FAR * scale)) - 0.5
@@ -119,7 +119,7 @@ def centres(index: int) -> NDArray[np.float64]:
 
 @cache
 def centre_table() -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """Return the centres of all scale indices in a row (n,), and where those of each index begin, from `SMALLEST`."""
+    """Return the centres of all scale indices in a row (n,), and where each index begins, from `SMALLEST`."""
     tables = [centres(index).astype(np.float32) for index in range(SMALLEST, LARGEST + 1)]
     starts = np.cumsum([0, *(len(table) for table in tables)])
     return np.concatenate(tables), starts.astype(np.int32)
@@ -127,7 +127,7 @@ def centre_table() -> tuple[NDArray[np.float32], NDArray[np.int32]]:
 
 @cache
 def tables_digest() -> str:
-    """Return the SHA-256 of all tables that decide how integers are read."""
+    """Return the SHA-256 of all tables needed to read integers."""
     digest = hashlib.sha256()
     for index in range(SMALLEST, LARGEST + 1):
         digest.update(frequencies(index).astype("<i8").tobytes() + bytes([usual_rarity(index)]))

@@ -27,10 +27,10 @@ _Sides = tuple[torch.Tensor, torch.Tensor]  # weights of inputs and outputs
 
 # Powers of root mean squares, within a module and between modules; 1 is the Fisher information, 0 even weights.
 _CHANNEL_POWER, _LEVEL_POWER = 0.5, 0.25
-# Share of the mean that is added to every mean square: an input that was zero on these texts may not stay so.
+# Share of the mean that is added to every mean square: an input that was zero on these texts may not be on others.
 _FLOOR = 0.05
 _RANGE = 12.0  # weights are between 2^-12 and 2^12
-_AT_A_TIME = 1 << 18  # values whose weights are undone together: more would not stay in the processor's cache
+_AT_A_TIME = 1 << 18  # values unweighted together: more would not stay in the processor's cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class Sensitivity:
 
     @cached_property
     def is_even(self) -> bool:
-        """Whether all weights are 1, so that weighing changes no bit."""
+        """Whether all weights are 1, so weighing changes no bit."""
         return not any(weights.any() for weights in (*self.inputs, *self.outputs))
 
     def to(self, device: torch.device) -> Sensitivity:
@@ -54,14 +54,14 @@ class Sensitivity:
         return Sensitivity(left, right)
 
     def weigh(self, module: LoraModule, kind: int, layer: int) -> LoraModule:
-        """Multiply dW by the weights of its channels; the same module comes back under even weights."""
+        """Multiply dW by the weights of its channels; returns the same module under even weights."""
         if self.is_even:
             return module
         left, right = torch.exp2(self.outputs[kind][layer]), torch.exp2(self.inputs[kind][layer])
         return LoraModule(module.name, module.a * right, module.b * left[:, None])
 
     def weigh_rows(self, kind: int, layers: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Do the same, in place, to A (n, r, in) and B^T (n, r, out) of modules of one kind, in layers (n,)."""
+        """Weigh A (n, r, in) and B^T (n, r, out) of modules of one kind in place, in layers (n,)."""
         if not self.is_even:
             for rows, weights in zip((a, b), (self.inputs, self.outputs), strict=True):
                 rows.mul_(torch.exp2(weights[kind][layers])[:, None])
@@ -78,7 +78,7 @@ class Sensitivity:
                 part.mul_(weights.index_select(0, of_part))
 
     def inverse(self, kind: int, device: torch.device) -> _Sides:
-        """Return what undoes the weights, shapes (L, in) and (L, out); it is kept for the next call."""
+        """Return factors that undo the weights, shapes (L, in) and (L, out); cached."""
         if (kind, device) not in self._inverses:
             left, right = (torch.exp2(-weights[kind]).to(device) for weights in (self.inputs, self.outputs))
             self._inverses[kind, device] = left, right
@@ -93,7 +93,7 @@ class Sensitivity:
 
 
 def even(config: GeneratorConfig) -> Sensitivity:
-    """Return weights of 1 for all channels, which are used if there is no base model."""
+    """Return weights of 1 for all channels, for use without a base model."""
     sizes = [(kind.inputs, kind.outputs) for kind in config.kinds]
     left = tuple(torch.zeros(config.layers, size) for size, _ in sizes)
     return Sensitivity(left, tuple(torch.zeros(config.layers, size) for _, size in sizes))
@@ -116,7 +116,7 @@ def sensitivity_of(config: GeneratorConfig, measured: MeanSquares) -> Sensitivit
 
 
 def _measured(kind: ModuleKind, layer: int, measured: MeanSquares) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return what was measured of a module, or None where the module of that name has other widths."""
+    """Return a module's measured mean squares, or None if they do not match its widths."""
     squares, gradients = measured.get(kind.module(layer), (torch.empty(0), torch.empty(0)))
     return (squares, gradients) if (len(squares), len(gradients)) == (kind.inputs, kind.outputs) else None
 

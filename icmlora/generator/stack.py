@@ -1,10 +1,10 @@
-"""Tokens of several adapters in one place, so that one operation of the network serves all of them.
+"""Tokens of several adapters stacked, so one operation of the network serves all of them.
 
     adapter 0   q: (n, 576) (n, 576)   v: (n, 576) (n, 192) ─┐      values of (576, 576):  q of 0, q of 1, o of 1
     adapter 1   q: ...   v: ...   o: (n, 576) (n, 576) ──────┴──▶   values of (576, 192):  v of 0, v of 1
 
-Kinds of the same widths share one tensor; within it tokens are ordered by kind, adapter, layer and slot. `places` says
-of each token of all tensors in turn where it is and whose.
+Kinds of the same widths share one tensor; within it tokens are ordered by kind, adapter, layer and slot. `places` gives
+the kind, layer, slot and adapter of each token, tensor after tensor.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Stack(NamedTuple):
     adapters: int  # B
     places: Places
     norm: torch.Tensor  # singular values of dW, of all tokens, shape (n,)
-    log_norm: torch.Tensor  # log2 of them, in whatever unit they are
+    log_norm: torch.Tensor  # log2 of the norms, in any unit
     energy: torch.Tensor  # share of the adapter's |dW|^2 that a token has, shape (n,)
     values: tuple[Values, ...]
 
@@ -57,7 +57,7 @@ class Stack(NamedTuple):
             yield from torch.split((values.inputs, values.outputs)[side], [count for _, count in values.counts])
 
     def summed(self, rows: torch.Tensor) -> torch.Tensor:
-        """Add up what all tokens have, (n, ...), for each adapter; shape (B, ...)."""
+        """Sum the rows of all tokens, (n, ...), for each adapter; shape (B, ...)."""
         return rows.new_zeros(self.adapters, *rows.shape[1:]).index_add(0, self.places.owner, rows)
 
 
@@ -67,9 +67,9 @@ def places_of(kind: int, layer: torch.Tensor, slot: torch.Tensor) -> Places:
 
 
 def stacked(adapters: Sequence[Sequence[KindTokens]], *, by_kind: bool = False) -> Stack:
-    """Put the tokens of adapters, (n, in) and (n, out) of each kind, next to each other.
+    """Stack the tokens of adapters, (n, in) and (n, out) of each kind.
 
-    By kind, those of the same widths stay apart, which saves the copy of a single adapter.
+    With `by_kind`, kinds of the same widths stay separate, which saves copying a single adapter.
     """
     by_widths: defaultdict[tuple[int, int, int], list[tuple[int, int, KindTokens]]] = defaultdict(list)
     for owner, tokens in enumerate(adapters):
@@ -94,7 +94,7 @@ def stacked(adapters: Sequence[Sequence[KindTokens]], *, by_kind: bool = False) 
 
 
 def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Concatenate rows (n, ...); of one part there is no copy."""
+    """Concatenate rows (n, ...); a single part is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 

@@ -1,7 +1,7 @@
 """Adapter -> tokens: the singular vectors of each module's dW, weighted by the sensitivity of its channels.
 
-Decoding needs none of it, so it does not import this. Modules are decomposed a few at a time, and what comes out is
-written to its place in the tokens at once: memory that is new takes longer to get than to fill.
+Decoding does not import this module. Modules are decomposed a few at a time, and the results go straight to their place
+in the tokens: allocating new memory takes longer than filling it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Slots:
     """All slots of one kind, to be filled with tokens some modules at a time."""
 
     def __init__(self, kind: int, modules: Sequence[tuple[int, LoraModule]]) -> None:
-        """Take the modules of a kind, as (layer, module), by layer."""
+        """Allocate tokens for a kind's modules, given as (layer, module) in order of layers."""
         self._kind, self._modules = kind, modules
         self._ranks = [module.shape.rank for _, module in modules]
         self._ends = list(accumulate(self._ranks))
@@ -47,7 +47,7 @@ class _Slots:
         self._inputs, self._outputs = torch.empty(rows, shape.inputs), torch.empty(rows, shape.outputs)
 
     def parts(self) -> Iterator[range]:
-        """Split the modules, by their numbers, into parts of one rank that are decomposed together."""
+        """Split the modules' numbers into parts of one rank that are decomposed together."""
         begin, size = 0, len(self._ranks)
         for end in range(1, size + 1):
             count = together(self._modules[begin][1].shape)
@@ -66,7 +66,7 @@ class _Slots:
             target[begin:end].view(len(part), -1, *values.shape[2:])[:, : norm.shape[1]] = values
 
     def tokens(self) -> KindTokens:
-        """Return the tokens, without slots that have no energy: these come last in each module."""
+        """Return the tokens without slots that have no energy; these come last in each module."""
         ranks = torch.tensor(self._ranks)
         layer = torch.tensor([layer for layer, _ in self._modules]).repeat_interleave(ranks)
         slot = torch.cat([torch.arange(rank) for rank in self._ranks])

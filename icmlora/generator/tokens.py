@@ -6,7 +6,7 @@ Both vectors carry the singular value, so an error e in either of them changes d
 quantiser step means the same distortion everywhere, and a uniform step spends bits where dW has energy (reverse
 water-filling). The factors are A = inputs / sqrt(s), B = outputs / sqrt(s).
 
-dW is first weighted by the sensitivity of its channels, so that equal distortion means equal harm.
+dW is first weighted by the sensitivity of its channels, so equal distortion means equal harm.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from icmlora.errors import AdapterRefused, CodeError, GeneratorError
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.sensitivity import Sensitivity
 
-_LARGEST = 2.0**50  # largest singular value: the network sums their squares in float32, and quantiser steps end at 2^40
-_SMALLEST = 2.0**-50  # and begin at 2^-40
+_MAX_NORM = 2.0**50  # of a slot: the network sums squares in float32, and quantiser steps end at 2^40
+_MIN_NORM = 2.0**-50  # of the strongest slot: quantiser steps begin at 2^-40
 
 
 Modules = dict[tuple[int, int], LoraModule]  # by kind and layer
 
 
 class Pairs(Protocol):
-    """Token pairs, of whatever kinds, in whatever unit."""
+    """Token pairs of any kinds, in any unit."""
 
     @property
     def norm(self) -> torch.Tensor:
@@ -68,7 +68,7 @@ class KindTokens:
         return self.norm * math.sqrt(2 / (self.inputs.shape[1] + self.outputs.shape[1]))
 
     def by_layers(self, most: int) -> Iterator[KindTokens]:
-        """Split after whole layers, into parts of at most so many values, or of one layer."""
+        """Split between layers into parts of at most `most` values, or of one layer."""
         values = self.inputs.shape[1] + self.outputs.shape[1]
         ends = torch.unique_consecutive(self.layer, return_counts=True)[1].cumsum(0).tolist()
         begin = 0
@@ -81,7 +81,7 @@ class KindTokens:
 def refuse_overflow(tokens: Sequence[KindTokens], config: GeneratorConfig) -> None:
     """Raise `AdapterRefused` if a norm (n,) of an adapter is above 2^50: the network adds their squares."""
     for group in tokens:
-        if (group.norm > _LARGEST).any():
+        if (group.norm > _MAX_NORM).any():
             slot = int(group.norm.argmax())
             name = config.kinds[group.kind].module(int(group.layer[slot]))
             message = f"dW of {name} has the norm {float(group.norm[slot]):.0e}, too large to encode"
@@ -90,9 +90,9 @@ def refuse_overflow(tokens: Sequence[KindTokens], config: GeneratorConfig) -> No
 
 
 def refuse_underflow(tokens: Sequence[KindTokens]) -> None:
-    """Raise `GeneratorError` if no norm (n,) of an adapter reaches 2^-50; training goes by its shape alone."""
+    """Raise `GeneratorError` if no norm (n,) of an adapter reaches 2^-50; training accepts such adapters."""
     largest = max((float(group.norm.max()) for group in tokens), default=1.0)
-    if largest < _SMALLEST:
+    if largest < _MIN_NORM:
         hint = "it has no effect on its base model; its original is kept, or remove it with `icm rm`"
         raise GeneratorError(f"its dW has the norm {largest:.0e}, too small to encode", hint=hint)
 
@@ -124,7 +124,7 @@ def modules_of(
         layer: Layer of each of the n slots, ascending, shape (n,).
         a: Rows of A, float32, shape (n, in); changed in place.
         b: Columns of B, float32, shape (n, out); changed in place.
-        config: What the kind is.
+        config: Defines the kind.
         sensitivity: The weights.
 
     Raises:
@@ -146,7 +146,7 @@ def assembled(
     modules: Sequence[tuple[int, int]],
     task_type: str | None,
 ) -> Adapter:
-    """Make an adapter of modules (kind, layer); those that are not among the parts are of rank 1, and zero."""
+    """Make an adapter of modules (kind, layer); modules missing from the parts are zero, with rank 1."""
     found = {place: module for part in parts for place, module in part.items()}
     written = tuple(found.get(place) or _nothing(*place, config) for place in modules)
     return Adapter(config.base_model, task_type, target_modules(module.name for module in written), written)

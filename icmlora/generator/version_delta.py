@@ -1,8 +1,8 @@
-"""What tuning changed in a network <-> words: a version for a fraction of the bytes of a new network.
+"""A tuned network's changes <-> words: a version for a fraction of the bytes of a new network.
 
     scale index of each tensor | exponent of each tensor | integers of each tensor, as one row
 
-A parameter is that of the earlier version plus integer * 2^(exponent / 8). Tables stay whole eighths. Channel weights
+A parameter is its earlier version plus integer * 2^(exponent / 8). Tables stay whole eighths. Channel weights
 are measured on the base model, not trained; they stay as they are and are not written.
 """
 
@@ -29,7 +29,7 @@ def differences_to_words(before: Mapping[str, torch.Tensor], after: Mapping[str,
     exponents, scales = np.zeros((2, len(names)), dtype=np.int32)
     integers: list[Integers] = []
     for number, name in enumerate(names):
-        # In float64, so that the reader adds exactly what was rounded here.
+        # In float64, so the reader adds exactly the difference rounded here.
         rest = (after[name].detach().cpu().double() - before[name].double()).numpy().ravel()
         if not np.isfinite(rest).all():
             raise diverged()
@@ -45,7 +45,7 @@ def differences_to_words(before: Mapping[str, torch.Tensor], after: Mapping[str,
 
 
 def words_to_changed(words: bytes, before: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return what `differences_to_words` wrote, of the same shapes; raise `CodeError` if it is damaged."""
+    """Apply the output of `differences_to_words` to earlier tensors; raise `CodeError` if it is damaged."""
     names, reader = _written(before), IntegerReader(words)
     scales, exponents = read_side(reader, len(names)), read_side(reader, len(names))
     if (scales < SMALLEST).any() or (scales > LARGEST).any() or (np.abs(exponents) > EXTREME).any():

@@ -1,4 +1,4 @@
-"""A generator file that decodes: one codec per version, opened when a code or an adapter asks for it."""
+"""A generator file for decoding: one codec per version, opened on demand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class GeneratorFile:
     def __init__(self, data: bytes) -> None:
         self._versions = versions_of(data)
         self._codecs: dict[int, Codec] = {}
-        # What the codes of each version name; the last one is the SHA-256 of the file.
+        # Names of the versions in their codes; the last one is the SHA-256 of the file.
         self.digests = tuple(version.digest for version in self._versions)
         # All have the same base model.
         self.configs = tuple(version.config for version in self._versions)
@@ -34,7 +34,7 @@ class GeneratorFile:
         return self._codecs[number]
 
     def codec_of(self, code: bytes) -> Codec:
-        """Return the codec of the version that a code names; raise `CodeError` if it names none of this generator."""
+        """Return the codec of the version that a code names; raise `CodeError` if there is no such version."""
         digest = generator_of(code)
         if digest not in self.digests:
             raise CodeError(f"the code belongs to generator {digest[:12]}, not {self.digests[-1][:12]}")

@@ -8,32 +8,32 @@ from dataclasses import asdict, dataclass
 
 from icmlora.errors import GeneratorError
 
-DEFAULT_QUALITY = 4  # of the codes of a first generator
-REFINE_STEPS = 160  # that fit a code to what its adapter does
-STEP_PARAMETERS = 1 << 20  # parameters of an adapter that a step sees at most
-STACKED = 8  # adapters that a step sees on a card
-_LONGEST_TURN = 8
+DEFAULT_QUALITY = 4  # of a first generator's codes
+REFINE_STEPS = 160  # optimiser steps that refine a code
+STEP_PARAMETERS = 1 << 20  # most parameters of an adapter that a step sees
+STACKED = 8  # adapters per step on a card
+_MAX_TURN = 8
 
-# How many steps a run has by default, and how fast it learns. The help of `icm train` is made from these.
-SMALL_FLEET = 16  # tasks below which a run is short: the trained part of a generator hardly pays there
+# Default steps and learning rates; the help of `icm train` shows these.
+SMALL_FLEET = 16  # runs with fewer tasks are short: training hardly pays there
 SMALL_STEPS_PER_TASK, LEAST_SMALL_STEPS, SMALL_RATE = 20, 200, 8e-3
 STEPS_PER_ADAPTER, LEAST_STEPS, MOST_STEPS, RATE = 8, 1_000, 20_000, 4e-3
-# Small adapters have little to learn from: 300 adapters of 896 or 1,792 parameters take 158.6 kB with their generator
-# after 500 steps, as after 1,000.
-FREE_STEPS, PARAMETERS_PER_STEP = 500, 1_000  # beyond so many steps, at most one for so many parameters of the fleet
+# Small adapters offer little to learn: 300 adapters of 896 or 1,792 parameters take 158.6 kB with their generator, both
+# after 500 steps and after 1,000.
+FREE_STEPS, PARAMETERS_PER_STEP = 500, 1_000  # above the first, at most one step per that many parameters
 LEAST_STACKED_STEPS = 150  # optimiser steps of a run whose steps see several adapters each
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Options of one training run; stored with it, so that a resumed run goes on with the same ones."""
+    """Options of one training run, stored with it for resuming."""
 
-    # A small fleet starts from its own norm tables, and most of what steps can add is there after a fifth of them. The
-    # schedule is short as a whole, so the rate has fallen to nothing at its end and nothing has to watch for that end:
-    # the same seed gives the same bytes, however often a run is stopped. A number of steps that is asked for is a long
-    # run's: it keeps the rate of a large fleet.
+    # A small fleet starts from its own norm tables, and most of the gain comes in the first fifth of the steps. Its
+    # schedule is short as a whole and ends at a rate of zero, so it needs no early stopping: the same seed gives the
+    # same bytes, however often a run is interrupted. An explicit number of steps counts as a long run and keeps a large
+    # fleet's rate.
 
-    steps: int  # adapters that are drawn; an optimiser step sees one of them, several with processes or on a card
+    steps: int  # adapters drawn; an optimiser step sees one of them, several with processes or on a card
     turn: int = 1  # draws in a row that see the same adapter; above 1 they see different modules of a large one
     learning_rate: float = RATE  # peak of a cosine schedule with a linear warm-up
     weight_decay: float = 0.01  # AdamW's, on all parameters
@@ -45,7 +45,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse options that describe no run."""
+        """Raise `GeneratorError` if an option is out of range."""
         shares = (self.warmup, self.view_dropout, self.final_share)
         if self.steps < 1 or self.turn < 1:
             raise GeneratorError(f"training needs at least 1 step, not {self.steps}")
@@ -64,10 +64,10 @@ class TrainConfig:
         seed: int = 0,
         stacked: int = 1,
     ) -> TrainConfig:
-        """Choose the options of a run of so many tasks and adapters, checkpoints included.
+        """Choose a run's options from its numbers of tasks and adapters, checkpoints included.
 
-        A number of steps and a rate that were asked for take the place of a default. `parameters` are those of all
-        adapters together, if that is known; `stacked` is how many adapters an optimiser step sees.
+        Explicit steps and rate override the defaults. `parameters` is the total over all adapters, if known; `stacked`
+        is the number of adapters per optimiser step.
         """
         small = is_small(tasks, steps)
         few = max(LEAST_SMALL_STEPS, SMALL_STEPS_PER_TASK * tasks)
@@ -76,7 +76,7 @@ class TrainConfig:
         mean = 0 if parameters is None else parameters // max(adapters, 1)
         return cls(
             steps=default_steps if steps is None else steps,
-            turn=min(_LONGEST_TURN, max(1, mean // STEP_PARAMETERS)),
+            turn=min(_MAX_TURN, max(1, mean // STEP_PARAMETERS)),
             learning_rate=default_rate if learning_rate is None else learning_rate,
             seed=seed,
         )
@@ -95,7 +95,7 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
-        """Parse what `to_json` wrote; raise `GeneratorError` if it is something else."""
+        """Parse the output of `to_json`; raise `GeneratorError` for anything else."""
         try:
             return cls(**json.loads(text))
         except (ValueError, TypeError) as error:
@@ -103,20 +103,20 @@ class TrainConfig:
 
 
 def is_small(tasks: int, steps: int | None) -> bool:
-    """Say whether a run is a small fleet's short one: few tasks, and no number of steps that was asked for."""
+    """Return whether a run is a small fleet's short one: few tasks and no explicit number of steps."""
     return steps is None and tasks < SMALL_FLEET
 
 
 def stretched(steps: int, stacked: int) -> int:
-    """Return how many adapters are drawn in place of `steps`, if each optimiser step sees so many of them.
+    """Return how many adapters to draw in place of `steps` if each optimiser step sees `stacked` of them.
 
-    A run needs some optimiser steps, however many adapters each of them sees. Ten adapters took 0.7 % more bytes after
-    100 steps of eight than after 200 steps of one, and as many bytes after 150 (docs/results/LOG.md).
+    A run needs a minimum of optimiser steps, however many adapters each sees. Ten adapters took 0.7 % more bytes after
+    100 steps of eight than after 200 steps of one, but no more after 150 (docs/results/LOG.md).
     """
     return steps if stacked == 1 else max(steps, stacked * min(LEAST_STACKED_STEPS, 3 * steps // 4))
 
 
 def steps_for(adapters: int, parameters: int | None = None) -> int:
-    """Return how many steps adapters (checkpoints included), with so many parameters in all, are trained for."""
+    """Return the number of training steps for adapters (checkpoints included) with `parameters` in all."""
     wanted = min(MOST_STEPS, max(LEAST_STEPS, STEPS_PER_ADAPTER * adapters))
     return wanted if parameters is None else min(wanted, max(FREE_STEPS, parameters // PARAMETERS_PER_STEP))

@@ -1,4 +1,4 @@
-"""Where training begins: a fresh network set to the fleet's statistics, or a present generator made to fit."""
+"""Where training begins: a fresh network set to the fleet's statistics, or an adapted copy of an existing one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from icmlora.generator.tokenizing import tokenize
 from icmlora.io.devices import seed_everything
 from icmlora.training.source import AdapterSource
 
-# Spread of a log2 norm that no second adapter has been seen for.
+# Spread of a log2 norm seen in only one adapter.
 _DEFAULT_SPREAD = 0.5
-# Of a component of the task vectors, relative to its mean.
-_LEAST_SPREAD = 2.0**-12
-# Tasks that the statistics are taken of: reading an adapter of 84 MB takes seconds, and more tasks change the means
-# by less than the grid of eighths that they are rounded to.
+# Smallest spread of a task vector's component, relative to its mean.
+_MIN_SPREAD = 2.0**-12
+# Tasks sampled for the statistics: reading an adapter of 84 MB takes seconds, and more tasks change the means by less
+# than the grid of eighths that they are rounded to.
 _SAMPLE = 1_000
-# How the parameters begin that encode, which tuning leaves alone.
+# Name prefixes of the encoding parameters, which tuning leaves alone.
 _READERS = ("condition.", "encoder.", "prior.")
 
 
@@ -39,9 +39,9 @@ def fresh_network(
 def grown_network(
     config: GeneratorConfig, previous: CVAE, fleet: AdapterSource, seed: int, sensitivity: Sensitivity | None = None
 ) -> CVAE:
-    """Make a network for a grown fleet that starts from a present one wherever the two agree."""
-    # New kinds, layers and slots start fresh. The standardisation of task vectors is kept, so that the present
-    # network's condition still means what it meant; so are the channel weights, unless there are new ones.
+    """Make a network for a grown fleet, starting from the previous one where the two agree."""
+    # New kinds, layers and slots start fresh. The standardisation of task vectors is kept, so the previous network's
+    # condition keeps its meaning. The channel weights are kept too, unless there are new ones.
     old = previous.config
     net = fresh_network(config, fleet, seed, sensitivity or _grown_weights(config, previous))
     if old.condition_size == config.condition_size:
@@ -69,7 +69,7 @@ def grown_network(
 
 
 def tunable_network(previous: CVAE) -> CVAE:
-    """Make a copy of a network of which only the decoder is trained: what reads adapters and vectors stays."""
+    """Copy a network and freeze all but its decoder: the parts that read adapters and vectors stay."""
     net = copy.deepcopy(previous)
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(not name.startswith(_READERS))
@@ -77,7 +77,7 @@ def tunable_network(previous: CVAE) -> CVAE:
 
 
 def _grown_weights(config: GeneratorConfig, previous: CVAE) -> Sensitivity:
-    """Return the weights of a present network; modules that it does not have count as one."""
+    """Return the previous network's weights; modules that it lacks get even ones."""
     weights, old = even(config), previous.sensitivity
     for number, kind in enumerate(previous.config.kinds):
         place, layers = config.kinds.index(kind), previous.config.layers
@@ -86,7 +86,7 @@ def _grown_weights(config: GeneratorConfig, previous: CVAE) -> Sensitivity:
 
 
 def _sample(fleet: AdapterSource) -> range:
-    """Choose tasks at even distances, or all of a smaller fleet."""
+    """Choose evenly spaced tasks, or all of a small fleet."""
     return range(0, fleet.tasks(), -(-fleet.tasks() // _SAMPLE) or 1)
 
 
@@ -104,10 +104,10 @@ def _standardise(condition: ConditionNet, fleet: AdapterSource) -> None:
                 squares[row] += vector.double().square()
     seen = count.clamp_min(1)
     variance = (squares / seen - (total / seen).square()).clamp_min(0)
-    # A view of one vector has no spread; dividing by it would blow the first new task up.
+    # A view of one vector has no spread; dividing by it would blow up the first new task.
     mean, scale = total / seen, torch.where(variance > 1e-12, variance.sqrt(), 1.0)
-    # The shift mean / scale is stored as an integer, which has an end.
-    condition.standardise(mean.float(), torch.maximum(scale, mean.abs() * _LEAST_SPREAD).float())
+    # The shift mean / scale is stored as an integer of limited range.
+    condition.standardise(mean.float(), torch.maximum(scale, mean.abs() * _MIN_SPREAD).float())
 
 
 @torch.no_grad()
@@ -129,8 +129,8 @@ def _set_norms(net: CVAE, fleet: AdapterSource) -> None:
 
 
 def _filled(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Return the mean of each cell (K, L, S), and a guess where no final adapter has one."""
-    # The guess is the mean of that slot over the kind's other layers, else that of the slot before, else of everything.
+    """Return the mean of each cell (K, L, S), or a guess where no final adapter has one."""
+    # The guess is the mean of that slot over the kind's other layers, else the previous slot's, else the overall mean.
     # Without it the norm would be 2^0, far above what adapters have.
     seen, slots = count.sum(1), total.sum(1) / count.sum(1).clamp_min(1)  # (K, S)
     guess = (total.sum() / count.sum().clamp_min(1)).expand(len(slots))

@@ -1,14 +1,14 @@
-"""The training loop: one adapter a step, or several on a card, each drawn from its own stream of random numbers.
+"""The training loop: one adapter per step, or several on a card, each drawn from its own stream of random numbers.
 
-    CPU    draw 0 ──step──▶ draw 1 ──step──▶ ...            an adapter a step
-    card   draws 0 to 7 ──step──▶ draws 8 to 15 ──step──▶   as a small step takes a card as long as a large one
+    CPU    draw 0 ──step──▶ draw 1 ──step──▶ ...            one adapter per step
+    card   draws 0 to 7 ──step──▶ draws 8 to 15 ──step──▶   a card takes as long for a small step as for a large one
 
-Progress counts draws, so a run that was stopped can go on elsewhere. The mean of n gradients is less noisy than one of
-them, so a step on it is longer by the root of n, as with several processes.
+Progress counts draws, so a stopped run can continue elsewhere. The mean of n gradients is less noisy than a single one,
+so its step is longer by the root of n, as with several processes.
 
-A draw sees half of an adapter's modules, drawn anew each time: the generator is as good, and a step takes two thirds of
-the time. Of a large adapter it sees still fewer, so it takes as long for 40 million parameters as for 1 million.
-Several draws in a row then see the same adapter, because reading it takes longer than a step.
+A draw sees half of an adapter's modules, a new half each time: the generator is as good, and a step takes two thirds of
+the time. Of a large adapter it sees even fewer, so 40 million parameters take no longer than 1 million. Several draws
+in a row then see the same adapter, because reading it takes longer than a step.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from icmlora.training.state import TrainState
 
 _GRADIENT_LIMIT = 1.0
 _SUBSPACES = 4
-# Of adapters that are kept for later steps. They never change, and reading one takes half as long as a step.
+# Cache of adapters for later steps. They never change, and reading one takes half as long as a step.
 _CACHE_BYTES = 512 << 20
-_WHOLE = 1 << 17  # parameters of an adapter that a step sees whole: fewer of them would not make it faster
-_KEPT = 8  # bytes for each parameter: its token, and as much again for an initial A
-_READ_EVERY = 10  # steps on a card after which the loss is read, for which the card has to be waited for
+_WHOLE = 1 << 17  # parameters; a step sees a smaller adapter whole, as a part of it would not be faster
+_KEPT = 8  # bytes cached per parameter: its token, and as much again for an initial A
+_READ_EVERY = 10  # steps on a card between readings of the loss, as reading waits for the card
 _PROBED = 8  # tasks whose adapters a probe measures
 
 
 @dataclass(frozen=True)
 class TrainStep:
-    """What was measured, in bits per parameter of the adapters that were seen since the last record: their means."""
+    """Mean losses since the last record, in bits per parameter of the adapters seen."""
 
     step: int  # draws done, counted from 1
     steps: int
     task: int  # of the last draw
-    bits: float  # the loss: the sum of the parts below and of what only trains the prior
+    bits: float  # the loss: the sum of the parts below and of a term that only trains the prior
     latent_bits: float
     norm_bits: float
     token_bits: float
@@ -62,15 +62,15 @@ class TrainStep:
 
 
 class _Seen(NamedTuple):
-    """What one step sees."""
+    """Input of one step."""
 
     task: int  # of the last draw
     batch: Batch
 
 
 def fit(state: TrainState, fleet: AdapterSource, ranks: Ranks = ALONE) -> Iterator[TrainStep]:
-    """Train until the configured number of draws is done; yields one record per step, on a card one for ten steps."""
-    # The caller saves `state` whenever it likes between two records.
+    """Train for the configured number of draws; yields a record per step, on a card per ten steps."""
+    # The caller may save `state` between any two records.
     device = next(state.net.parameters()).device
     draws = draws_of(device)
     adapters, objective = _Adapters(fleet, state.net), Objective(state.net)
@@ -83,8 +83,8 @@ def fit(state: TrainState, fleet: AdapterSource, ranks: Ranks = ALONE) -> Iterat
         return _Seen(drawn[-1].task, moved(batch, device))
 
     measured = list[torch.Tensor]()
-    # Operations of a step are too small to share them among threads: two took up to twice as long. But while one step
-    # is computed, another thread reads what the next one sees.
+    # A step's operations are too small to split among threads: two took up to twice as long. But another thread reads
+    # the next step's input while one is computed.
     with one_thread():
         for now in ahead(map(seen, range(state.step, state.config.steps, ranks.count * draws))):
             rate = state.config.rate_at(state.step) * math.sqrt(ranks.count * draws)
@@ -96,9 +96,9 @@ def fit(state: TrainState, fleet: AdapterSource, ranks: Ranks = ALONE) -> Iterat
 
 
 class Probe:
-    """Measure the code length of the same adapters at any step, so that the figures of a run compare.
+    """Measures the code length of the same adapters at any step, so a run's figures are comparable.
 
-    The loss of a step does not: adapters differ by half in bits per parameter, and each step draws another one.
+    Step losses are not: adapters differ by half in bits per parameter, and each step draws another one.
     """
 
     def __init__(self, state: TrainState, fleet: AdapterSource) -> None:
@@ -114,7 +114,7 @@ class Probe:
             self._batches.append(moved(batched(state.net.config, [adapter], [vectors], [noise]), device))
 
     def bits(self) -> float:
-        """Return the mean code length under the present network, in bits per parameter."""
+        """Return the mean code length under the current network, in bits per parameter."""
         with one_thread(), torch.no_grad():
             each = [(self._objective.bits(batch), batch.parameters) for batch in self._batches]
             means = [((bits.latent + bits.norms + bits.tokens) / parameters).sum() for bits, parameters in each]
@@ -142,7 +142,7 @@ def _draw(state: TrainState, fleet: AdapterSource, adapters: _Adapters, number: 
 
 
 def _turn(state: TrainState, fleet: AdapterSource, number: int) -> tuple[int, int | None]:
-    """Draw the task whose turn it is, and one of its adapters."""
+    """Draw the task of the current turn, and one of its adapters."""
     draw = random.Random(f"{state.config.seed}/turn/{number // state.config.turn}")  # noqa: S311 - as above
     task, checkpoint = draw.randrange(fleet.tasks()), None
     if fleet.checkpoints(task) and draw.random() >= state.config.final_share:
@@ -151,7 +151,7 @@ def _turn(state: TrainState, fleet: AdapterSource, number: int) -> tuple[int, in
 
 
 def _vectors(state: TrainState, fleet: AdapterSource, task: int, draw: random.Random) -> dict[str, torch.Tensor]:
-    """Draw one of the support sets of a task, perhaps without one view."""
+    """Draw one of a task's support sets, sometimes without one view."""
     vectors: dict[str, torch.Tensor] = {}
     if fleet.support_sets(task):
         vectors = dict(fleet.vectors(task, draw.randrange(fleet.support_sets(task))))
@@ -161,12 +161,12 @@ def _vectors(state: TrainState, fleet: AdapterSource, task: int, draw: random.Ra
 
 
 class _Adapters:
-    """Reads adapters as tokens, and keeps the latest ones."""
+    """Reads adapters as tokens, and caches the latest."""
 
     def __init__(self, fleet: AdapterSource, net: CVAE) -> None:
         self._fleet, self._config = fleet, net.config
         self._sensitivity = sensitivity = net.sensitivity.to(torch.device("cpu"))
-        # Tasks often share an initial A, and drawing it takes as long as a part of a step.
+        # Tasks often share an initial A, and drawing it costs a part of a step's time.
         self._subspace = lru_cache(_SUBSPACES)(lambda initial: initial_subspace(initial, net.config, sensitivity))
         self._cache: OrderedDict[tuple[int, int | None], PreparedAdapter] = OrderedDict()
         self._bytes = 0
@@ -182,7 +182,7 @@ class _Adapters:
             if len(modules) < len(adapter.modules):  # the next step sees others
                 return found
             self._bytes += found.parameters * _KEPT
-        self._cache[key] = found  # last: the first is dropped first
+        self._cache[key] = found  # last: the first is evicted first
         while self._bytes > _CACHE_BYTES:
             _, dropped = self._cache.popitem(last=False)
             self._bytes -= dropped.parameters * _KEPT
@@ -196,7 +196,7 @@ class _Adapters:
 
 
 def _half(adapter: PreparedAdapter, draw: random.Random) -> PreparedAdapter:
-    """Draw half of the layers of each kind of modules."""
+    """Draw half of the layers of each kind of module."""
     groups = []
     for group in adapter.tokens:
         layers: list[int] = torch.unique(group.layer).tolist()
@@ -221,7 +221,7 @@ def some_modules(modules: Sequence[LoraModule], draw: random.Random) -> tuple[Lo
 def _advance(
     state: TrainState, objective: Objective, batch: Batch, rate: float, ranks: Ranks, draws: int
 ) -> torch.Tensor:
-    """Make one step, and return the means of the loss and three of its parts, in bits per parameter, shape (4,)."""
+    """Run one step; return the means of the loss and three of its parts, in bits per parameter, shape (4,)."""
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.zero_grad(set_to_none=True)

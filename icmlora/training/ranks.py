@@ -1,4 +1,4 @@
-"""Train with several processes, each with an adapter of its own at every step. PyTorch's launcher starts them.
+"""Train with several processes, each with its own adapter at every step. PyTorch's launcher starts them.
 
     torchrun --nproc-per-node 3 $(command -v icm) train
 
@@ -7,11 +7,11 @@
     rank 2   draw 2 ── gradient ─┘             └─▶ draw 5 ── gradient ─┘
 
 Rank 0 does everything else alone: it holds the job lock, saves checkpoints, publishes and prints. The others get the
-network from it, read the adapters that they draw, and leave when the training is over. Progress counts draws, so a
-stopped run can be resumed by another number of processes.
+network from it, read the adapters that they draw, and leave when training is over. Progress counts draws, so a stopped
+run can be resumed by a different number of processes.
 
-Before every exchange the ranks agree that nobody has stopped. So Ctrl-C and a failure on one rank stop all of them
-before the same step. A rank that is killed breaks the connection, which the others notice at once.
+Before every exchange the ranks check that none has stopped, so Ctrl-C or a failure on one rank stops all of them before
+the same step. A killed rank breaks the connection, and the others notice at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
     from torch._C._distributed_c10d import Store
 
-_TIMEOUT = timedelta(minutes=10)  # for one exchange: far more than a step takes, and than saving a checkpoint
+_TIMEOUT = timedelta(minutes=10)  # for one exchange: far longer than a step, or saving a checkpoint
 _POLL_SECONDS = 0.1
 _FINE, _STOPPED, _FAILED = range(3)
 _AGAIN = "run the same command to continue"
@@ -38,14 +38,14 @@ _PARTS = 8  # most byte strings in one `share`
 
 
 def launched() -> tuple[int, int]:
-    """Return rank and number of processes as the launcher says in the environment; (0, 1) without a launcher."""
+    """Return rank and number of processes from the launcher's environment; (0, 1) without a launcher."""
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 class Ranks:
-    """The processes that train together, as one of them sees them; by default one process alone."""
+    """The processes that train together, from the view of one of them; by default a single process."""
 
     def __init__(self, rank: int = 0, count: int = 1, store: Store | None = None) -> None:
         self.rank, self.count, self._store = rank, count, store
@@ -54,11 +54,11 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process does what is done once."""
+        """Whether this process does the work that must be done only once."""
         return self.rank == 0
 
     def device(self, name: str) -> torch.device:
-        """Turn a device name into the device of this process: on CUDA, each process of a machine has its own card.
+        """Return this process's device for a name; on CUDA, each process of a machine has its own card.
 
         Raises:
             DeviceUnavailable: There is no such device, or fewer cards than processes.
@@ -78,11 +78,11 @@ class Ranks:
         return device
 
     def share(self, parts: Sequence[bytes] = (), *, on_wait: Callable[[], None] = lambda: None) -> list[bytes]:
-        """Return what rank 0 gives: any number of byte strings up to 8, none of them empty.
+        """Return rank 0's byte strings: at most 8, none of them empty.
 
         Args:
-            parts: On rank 0, what all ranks get.
-            on_wait: On the others, called ten times a second until rank 0 is there, which may take hours.
+            parts: On rank 0, the byte strings for all ranks.
+            on_wait: On the others, called ten times a second until rank 0 arrives, which may take hours.
 
         Raises:
             OtherProcessFailed: Another rank failed.
@@ -115,17 +115,17 @@ class Ranks:
         """Replace every gradient by its mean over the draws of all ranks.
 
         Args:
-            parameters: The same ones on every rank, in the same order. A parameter without a gradient on some ranks
-                has a gradient of zero there; one without a gradient on any rank stays without.
+            parameters: The same on every rank, in the same order. A gradient that is missing on some ranks counts as
+                zero there; one that is missing on all ranks stays missing.
             measured: Numbers to average too, shape (m,).
-            draws: How many draws each rank sees in a step.
-            left: How many draws are left; what a rank sees beyond that counts for nothing.
+            draws: Number of draws that each rank sees in a step.
+            left: Number of draws left; further draws are ignored.
 
         Returns:
-            How many draws the mean is of, and the means of `measured`.
+            Number of draws averaged over, and the means of `measured`.
 
         Raises:
-            OtherProcessFailed: Another rank failed. The gradients are of no use then.
+            OtherProcessFailed: Another rank failed. The gradients are then invalid.
             Cancelled: Another rank was stopped; likewise.
         """
         if self.count == 1:
@@ -135,7 +135,7 @@ class Ranks:
 
         self._agree()
         done = min(self.count * draws, left)
-        own = min(max(left - self.rank * draws, 0), draws)  # of these, this rank saw so many
+        own = min(max(left - self.rank * draws, 0), draws)  # this rank's share of them
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         gradients = [parameter.grad if own else None for parameter in trained]
         pieces = [
@@ -154,8 +154,8 @@ class Ranks:
         return done, measured
 
     def leave(self, error: BaseException) -> None:
-        """Tell the others why this rank stops, unless they know."""
-        if self._is_over or not isinstance(error, Exception):  # a second Ctrl-C waits for nobody
+        """Report to the other ranks why this one stops, unless they know."""
+        if self._is_over or not isinstance(error, Exception):  # a second Ctrl-C does not wait
             return
         assert self._store is not None
         with suppress(IcmLoraError, RuntimeError):
@@ -166,7 +166,7 @@ class Ranks:
             self._agree(_STOPPED if isinstance(error, Cancelled) else _FAILED)
 
     def _meet(self, on_wait: Callable[[], None] = lambda: None) -> None:
-        """Wait for rank 0 without a limit of time; what comes after has one."""
+        """Wait for rank 0 without a timeout; the exchanges that follow have one."""
         assert self._store is not None
         self._turn += 1
         with self._noticing():
@@ -178,7 +178,7 @@ class Ranks:
                 time.sleep(_POLL_SECONDS)
 
     def _agree(self, own: int = _FINE) -> None:
-        """Tell all ranks how this one is; raise if any of them stops."""
+        """Report this rank's state to all ranks; raise if any of them stops."""
         import torch
         import torch.distributed as dist
 
@@ -198,7 +198,7 @@ class Ranks:
 
     @contextmanager
     def _noticing(self) -> Iterator[None]:
-        """Turn a broken connection, or one that nothing came from in time, into `OtherProcessFailed`."""
+        """Turn a broken connection or a timeout into `OtherProcessFailed`."""
         try:
             yield
         except RuntimeError as error:  # all that torch.distributed raises
@@ -211,14 +211,14 @@ ALONE = Ranks()
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """Join the processes of the launcher for the block, if there is one; raise `OtherProcessFailed` if they fail."""
+    """Join the launcher's processes, if any, for the block; raise `OtherProcessFailed` if they fail."""
     rank, count = launched()
     if count == 1:
         yield ALONE
         return
     import torch
     import torch.distributed as dist
-    import torch.distributed.nn  # imported in the block, as optimizers do, it would keep the group for good
+    import torch.distributed.nn  # imported while the group exists, as optimisers do, it would keep it forever
     from torch._C._distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 

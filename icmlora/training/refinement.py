@@ -1,4 +1,4 @@
-"""Functional refinement: change a code so that it does what the adapter does, not so that its weights are nearest.
+"""Functional refinement: fit a code to its adapter's function rather than to its weights.
 
     samples ──base + adapter──▶ p(next token) ─┐
       └──────base + code──────▶ q(next token) ─┴─ KL(p || q) and bits ──gradient──▶ values and strengths of the code
@@ -6,18 +6,17 @@
     minimise   (KL(p || q) + answers * max(0, loss(q) - loss(p) + margin * whole)) / whole
              +  price * bits / bits before
 
-The whole effect is KL(p || base), and the loss that of the samples' own tokens. An adapter is seldom trained to the
-end, so a code that is a little nearer to the base model loses in proportion to that there, while KL grows with its
-square: without this term a code keeps the adapter's predictions and loses some of its gain. On the samples a code is
-soon as good as its adapter, and on other text not yet, hence the margin (docs/results/LOG.md, 2026-11-29).
+The whole effect is KL(p || base); the loss is measured on the samples' own tokens. An adapter is seldom fully trained,
+so a code slightly nearer to the base model loses gain in proportion to the distance, but KL only grows with its square:
+without the loss term a code keeps the adapter's predictions and loses some of its gain. A code matches its adapter on
+the samples sooner than on other text, hence the margin (docs/results/LOG.md, 2026-11-29).
 
-The base model is frozen. Refinement brings back what coarse rounding lost of an adapter's function, at fewer bits: the
-second term lets values round to zero where that does no harm. Both terms are free of scale. What a code loses of the
-adapter's effect, or of its right answers, sets the price: it rises while that is less than what may be lost, and falls
-while it is more. Where a code was found to lose more of other examples, less may be lost of those that it reads. The
-code of a generated adapter has no share to keep: its price stays, and is lower for a smaller error at the start,
-because an accurate code gets less function for each further bit. The refined code decodes like any other and needs no
-base model for that.
+The base model is frozen. Refinement restores function that coarse rounding lost, at fewer bits: the second term lets
+values round to zero where that does no harm. Both terms are scale-free. The price of a bit rises while the code loses
+less of the adapter's effect, or of its right answers, than it may, and falls while it loses more. If a code was found
+to lose more on other examples, it may lose less on those that it reads. The code of a generated adapter has no share to
+keep: its price is fixed, and lower for a smaller initial error, because an accurate code gains less function per
+further bit. The refined code decodes like any other, without a base model.
 """
 
 from __future__ import annotations
@@ -42,113 +41,113 @@ from icmlora.training.effect import LEAST_LOST, Effect, bounded, share_of_right
 from icmlora.training.teacher import READ_TOGETHER, Shortfall, Teacher, shortfalls, texts_with_gradients
 
 WITHOUT_REFINE = "encode it without --refine"  # hint where a code cannot be refined
-_READ = 3  # samples at least that are learned from, for each that is not
-_LOOKED_AT = 8  # the last steps, whose losses set a price
-_REMEMBERED = 16  # the last steps, whose losses are compared with those of other examples
-_MOST_OPTIMISM = 4.0  # by what factor they may seem to differ: few texts were read
-_MOST_DOUBT = 1.5  # by what factor others again may seem to lose more
-# Adam's steps are as long whatever the slope, so all values of a large code with a small effect go too far. If the
-# first ones would take away more than so many times what is lost, were that linear, steps are shorter
+_READ = 3  # minimum number of samples learned from per held-out sample
+_LOOKED_AT = 8  # last steps whose losses set a price
+_REMEMBERED = 16  # last steps whose losses are compared with losses on other examples
+_MAX_OPTIMISM = 4.0  # limit of the ratio of the two: few texts were read
+_MAX_DOUBT = 1.5  # largest reduction of the aim for optimism, as a factor
+# Adam's step length does not depend on the slope, so all values of a large code with a small effect overshoot. If by
+# linear extrapolation the first steps would remove more than this multiple of the loss, steps are shortened
 # (docs/results/LOG.md, 2026-11-30).
-_MOST_REACH, _FIRST_STEPS, _NOTHING = 1.2, 8, 1e-9
-# Where a step reads several samples, those after this share of the steps read half as many: they are shorter, so noise
-# gets less far, and a task takes a quarter less time (docs/results/LOG.md, 2026-12-01).
+_MAX_REACH, _FIRST_STEPS, _EPSILON = 1.2, 8, 1e-9
+# Where steps read several samples, those after this share of the steps read half as many: they are shorter, so noise
+# matters less, and a task takes a quarter less time (docs/results/LOG.md, 2026-12-01).
 _FULL = 0.2
-# Where answers are short, a code ends as the average of its values over about the last steps, so many of all: what the
-# samples of the very last ones ask for differs. Codes of text would lose some of their gain by it
+# For short answers, a code ends as the running average of its values over roughly this last share of the steps: the
+# last few samples each pull in another direction. Codes of text would lose some of their gain by averaging
 # (docs/results/LOG.md, 2026-12-02).
 _AVERAGED = 1 / 8
-_STEEPNESS = 3  # power with which a price follows the ratio of what may be lost and what is
-_CHEAPEST, _DEAREST = 16, 8  # factors by which it falls and rises at most
+_STEEPNESS = 3  # exponent of the ratio of allowed to actual loss in the price
+_MAX_FALL, _MAX_RISE = 16, 8  # largest factors of a falling and of a rising price
 
 
 @dataclass(frozen=True)
 class RefineConfig:
-    """How a code is refined."""
+    """Options of refinement."""
 
     steps: int = REFINE_STEPS  # optimiser steps
     learning_rate: float = 0.01  # Adam's, in quantiser steps
     strength_rate: float = 0.01  # Adam's, in octaves
-    # What the bits of the whole code are worth, as a share of the adapter's whole effect: the first times the code's
-    # error, or for a code that is to keep a share of the effect the second times what it should lose.
+    # Price of all bits of the code, as a share of the adapter's whole effect: `price` times the code's error, or for a
+    # code that has to keep a share of the effect, `price_of_keeping` times the share that it should lose.
     price: float = 0.6
     price_of_keeping: float = 3.0
-    # Weight of the loss of the samples' own tokens, beside the divergence of all predictions; and how much less of it
-    # than the adapter's counts as enough, as a share of the adapter's effect.
+    # Weight of the loss of the samples' own tokens, relative to the divergence of all predictions; and how far below
+    # the adapter's loss is enough, as a share of the adapter's effect.
     answers: float = 0.25
     margin: float = 0.2
-    # Weight of the divergence within prompts beside that of their answers: there are few of these to learn from.
+    # Weight of the divergence within prompts, relative to their answers: there are few answers to learn from.
     prompts: float = 0.25
-    # Many steps with little text each: twice the text in a quarter of the steps took half as many bytes again
+    # Many steps with little text each: twice the text in a quarter of the steps took 50 % more bytes
     # (docs/results/LOG.md, 2026-11-29).
-    texts: int = 1  # pieces of samples that a step reads
-    tokens: int = 96  # of a piece
-    # Of prompts with short answers it reads as many as have so many tokens of answers together, if with the prompts
-    # they have about so many: what two or three tokens say goes anywhere (docs/results/LOG.md, 2026-12-01).
+    texts: int = 1  # pieces of samples per step
+    tokens: int = 96  # per piece
+    # For prompts with short answers, a step reads enough samples for `answer_tokens` tokens of answers, limited to
+    # about `answered_tokens` with prompts: two or three tokens alone point anywhere (docs/results/LOG.md, 2026-12-01).
     answer_tokens: int = 12
     answered_tokens: int = 384
-    # Samples to learn from: what is missing of them the adapted model writes itself, so a code needs no data.
+    # Number of samples to learn from: the adapted model writes missing ones itself, so a code needs no data.
     samples: int = 32
-    # At most so many of all samples are not learned from, but tell what a code keeps. 0: all do both.
+    # Maximum size of the held-out set, which measures how much a code keeps. 0: all samples do both.
     held: int = 0
-    sample_tokens: int = 192  # read of a sample, in pieces, or at once where it is held
+    sample_tokens: int = 192  # tokens read of a sample, in pieces, or at once if it is held out
     seed: int = 0
 
 
 FOR_SHARE = RefineConfig(held=16)
-"""How a code is refined that is to keep a share of its adapter's effect."""
+"""Options for a code that has to keep a share of its adapter's effect."""
 
 
 @dataclass(eq=False)
 class Refinable:
-    """A code that is to be refined, and what that takes."""
+    """A code to refine, with its teacher, its aim and the losses so far."""
 
     relaxed: RelaxedCode
     error: float  # the code's squared error, weighted by sensitivity
-    teacher: Teacher  # of what it is refined on
-    effect: Effect  # of the adapter, on other examples
-    aim: float | None  # share of the effect that the code should lose, None without a share to keep
-    # What the last steps lost, (2,) each: shares of the effect, and of right answers.
+    teacher: Teacher  # on the examples that the code is refined on
+    effect: Effect  # the adapter's, on other examples
+    aim: float | None  # share of the effect that the code should lose; None without a share to keep
+    # Losses of the last steps, (2,) each: shares of the effect and of right answers.
     lost: deque[torch.Tensor] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
-    optimism: float = 1.0  # how much more is lost of other examples than of those that are read
-    # What is lost at each of the first steps, and by how much a step of usual length would lower it, were it linear.
+    optimism: float = 1.0  # ratio of the loss on other examples to the loss on those that are read
+    # Loss at each of the first steps, and by how much a step of usual length would lower it if it were linear.
     first: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     @property
     def pace(self) -> torch.Tensor | float:
-        """How long its steps are, as a share of the usual length."""
+        """Length of the code's steps, as a share of the usual length."""
         if not self.first:
             return 1.0
         lost, lowered = (torch.stack(each).sum() for each in zip(*self.first, strict=True))
-        return (_MOST_REACH * lost.clamp_min(_NOTHING) / lowered.clamp_min(_NOTHING)).clamp_max(1.0)
+        return (_MAX_REACH * lost.clamp_min(_EPSILON) / lowered.clamp_min(_EPSILON)).clamp_max(1.0)
 
     def compare(self, elsewhere: float) -> None:
-        """Take note of the share that is lost of other examples, which is what counts."""
+        """Update `optimism` from the share lost on other examples, which is the share that counts."""
         if self.lost:
             here = max(float(_worst(torch.stack(tuple(self.lost)))), LEAST_LOST)
-            self.optimism = min(max(elsewhere / here, 1.0), _MOST_OPTIMISM)
+            self.optimism = min(max(elsewhere / here, 1.0), _MAX_OPTIMISM)
             self.lost.clear()
 
     @torch.no_grad()
     def look_ahead(self, lost: torch.Tensor, rate: float) -> None:
-        """Take note of how far one of the first steps reaches, by its gradients; those of the bits are a small part."""
-        # Of answers, most of which are right or wrong as a whole, slopes say less: shorter steps did not help them.
+        """Record how far one of the first steps reaches, by its gradients; the bits' share of them is small."""
+        # Not for answers: most are right or wrong as a whole, so slopes say less, and shorter steps did not help.
         if len(self.first) < _FIRST_STEPS and not self.teacher.has_prompts:
             slopes = [values.grad.abs().sum() for values in self.relaxed.values if values.grad is not None]
             self.first.append((lost.detach(), rate * torch.stack(slopes).sum()))
 
     @property
     def wanted(self) -> float | None:
-        """What it should lose of other examples: less than its aim where these lose more than what is read."""
-        return None if self.aim is None else self.aim / min(self.optimism, _MOST_DOUBT)
+        """Share to lose on other examples: less than the aim if they lose more than the examples read."""
+        return None if self.aim is None else self.aim / min(self.optimism, _MAX_DOUBT)
 
 
 def refine(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig, steps: range) -> Iterator[int]:
-    """Refine the codes of some adapters, which share each pass through the base model; yields the steps done.
+    """Refine several adapters' codes in shared passes through the base model; yields the steps done.
 
-    `steps` are those of `config.steps` that are to be done now. The caller may stop after any step and take the codes
-    as they are then. Where the model does not let several adapters share a pass, or steps read more texts of some, the
-    codes are refined one after the other, and the steps of each are counted anew.
+    `steps` is the part of `config.steps` to do now. The caller may stop after any step and use the codes as they are
+    then. Where the model does not allow shared passes, or steps read more texts for some codes, the codes are refined
+    one after the other, and the step count restarts for each.
     """
     # The code of an adapter that does next to nothing may have no integers.
     codes = [code for code in codes if any(map(len, code.relaxed.values))]
@@ -158,7 +157,7 @@ def refine(codes: Sequence[Refinable], base: BaseModel, config: RefineConfig, st
     for texts, some in by_texts.items():
         try:
             yield from _refined(some, base, config, steps, texts)
-        except BaseModelUnsuited:  # comes of the first pass, before any code has changed
+        except BaseModelUnsuited:  # raised by the first pass, before any code has changed
             if len(some) == 1:
                 raise
             for code in some:
@@ -180,7 +179,7 @@ def _refined(
     sizes = [texts if step < _FULL * config.steps else later for step in range(steps.stop)]
     batches = [_batches(code.teacher, sizes, config.seed, steps.start) for code in codes]
     prices = [_Price(code, config) for code in codes]
-    # Several codes share one pass. Of one, no more samples are in memory with what their gradients take than save time.
+    # Several codes share one pass. A single code reads only as many samples at once, with gradients, as saves time.
     size = texts_with_gradients(base) if len(codes) == 1 else texts
     for step in steps:
         optimizer.zero_grad()
@@ -192,7 +191,7 @@ def _refined(
             (price.of_a_bit * code.relaxed.bits()).backward()  # type: ignore[no-untyped-call]
             code.look_ahead(weight * one.nats, config.learning_rate)
             rate = config.learning_rate * length * code.pace
-            group["lr"] = rate if on_card else float(rate)  # a card would have to be waited for
+            group["lr"] = rate if on_card else float(rate)  # `float` would wait for a card
         optimizer.param_groups[-1]["lr"] = config.strength_rate * length
         optimizer.step()
         for average in averages:
@@ -203,7 +202,7 @@ def _refined(
 
 
 class _Average:
-    """The average of a code's parameters over about the last steps."""
+    """The running average of a code's parameters over roughly the last steps."""
 
     def __init__(self, code: RelaxedCode, steps: int) -> None:
         self._parameters: list[torch.Tensor] = [*code.values, *code.strengths]
@@ -212,7 +211,7 @@ class _Average:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Take note of the parameters after a step."""
+        """Add the parameters after a step to the average."""
         torch._foreach_lerp_(self._means, self._parameters, self._weight)
 
     @torch.no_grad()
@@ -222,16 +221,16 @@ class _Average:
 
 
 class _Missed(NamedTuple):
-    """What a code loses on the samples of a step, or of a pass as a part of that."""
+    """Loss of a code on a step's samples, or the contribution of one pass to it."""
 
-    nats: torch.Tensor  # all that is to be brought down, a scalar
+    nats: torch.Tensor  # the loss to minimise, a scalar
     divergence: torch.Tensor  # as `Shortfall.divergence`
     less_right: torch.Tensor  # as `Shortfall.less_right`, averaged
     fewest: int
 
     @classmethod
     def of(cls, short: Shortfall, code: Refinable, config: RefineConfig, share: float) -> _Missed:
-        """Weigh what is lost in a pass that reads a share of the samples."""
+        """Weight the loss of a pass by its share of the samples."""
         answers = (short.loss + config.margin * code.effect.whole).clamp_min(0)
         nats = short.divergence + config.prompts * short.of_prompts + config.answers * answers
         divergence, less_right = short.divergence.detach(), short.less_right.mean()
@@ -239,14 +238,14 @@ class _Missed(NamedTuple):
 
     @classmethod
     def of_passes(cls, parts: Sequence[_Missed]) -> _Missed:
-        """Add up what is lost in the passes of a step."""
+        """Sum the losses of a step's passes."""
         nats, divergence, less_right, fewest = zip(*parts, strict=True)
         total = torch.stack(nats).sum().detach()
         return cls(total, torch.stack(divergence).sum(), torch.stack(less_right).sum(), min(fewest))
 
 
 class _Detached:
-    """The factors of a code, apart from it: gradients of several passes come together there before they flow on."""
+    """A code's factors as leaves, which accumulate gradients of several passes before they flow on to the code."""
 
     def __init__(self, factors: Factors) -> None:
         self._factors = factors
@@ -255,7 +254,7 @@ class _Detached:
         }
 
     def backward(self, weight: torch.Tensor) -> None:
-        """Let the gradients, times a weight, flow on to the code."""
+        """Propagate the gradients, times a weight, to the code."""
         pairs = zip(_flat(self._factors), _flat(self.leaves), strict=True)
         reached = [(factor, leaf.grad) for factor, leaf in pairs if leaf.grad is not None]
         factors, gradients = zip(*reached, strict=True)
@@ -274,7 +273,7 @@ def _descended(
     size: int,
     config: RefineConfig,
 ) -> list[_Missed]:
-    """Return what each code loses on its samples of a step; its factors have the gradients then."""
+    """Return each code's loss on its samples of a step, and leave the gradients in its factors."""
     passes = []
     for start in range(0, len(batches[0]), size):
         some = [batch[start : start + size] for batch in batches]
@@ -288,7 +287,7 @@ def _descended(
 
 
 class _Price:
-    """What one bit of a code costs, and what a nat does, as shares of its adapter's effect."""
+    """Prices of a bit and of a nat of a code, as shares of its adapter's effect."""
 
     @torch.no_grad()
     def __init__(self, code: Refinable, config: RefineConfig) -> None:
@@ -299,7 +298,7 @@ class _Price:
 
     @torch.no_grad()
     def follow(self, missed: _Missed) -> torch.Tensor:
-        """Set the price of a bit by what was lost in the last steps; return what a nat of the last one costs."""
+        """Set the price of a bit from the last steps' losses; return the price of a nat of the last one."""
         effect, lost = self._code.effect, self._code.lost
         share = (missed.divergence - effect.noise) / effect.whole
         lost.append(torch.stack([share, share_of_right(missed.less_right)]))
@@ -310,24 +309,24 @@ class _Price:
         lost[-1] = last[-1]
         if self._allowed is not None:
             factor = (self._allowed / _worst(last).clamp_min(LEAST_LOST)) ** _STEEPNESS
-            self.of_a_bit = self._first * factor.clamp(1 / _CHEAPEST, _DEAREST) / self._bits
+            self.of_a_bit = self._first * factor.clamp(1 / _MAX_FALL, _MAX_RISE) / self._bits
         return torch.where(last[-1, 0] < share, last[-1, 0] / share, 1.0) / effect.whole
 
 
 def _worst(lost: torch.Tensor) -> torch.Tensor:
-    """Return what some steps (steps, 2) lost of the effect or of right answers, whichever is more: a scalar."""
+    """Return the larger mean loss of steps (steps, 2), of the effect or of right answers: a scalar."""
     return lost.mean(dim=0).max()
 
 
 def items_for(
     base: BaseModel, adapter: Adapter, samples: Sequence[Any], config: RefineConfig
 ) -> tuple[list[Any], list[Any]]:
-    """Return what the code of an adapter is refined on, and what tells how much of its effect the code keeps.
+    """Return examples to refine an adapter's code on, and examples that measure how much of the effect it keeps.
 
-    These are samples, and where there are few what the adapted model writes. Of a single one both are the same.
+    These are samples, topped up with texts that the adapted model writes. A single one serves as both.
 
     Raises:
-        DataError: There is nothing, or the adapter has modules that cannot be refined.
+        DataError: There is no text, or the adapter has modules that cannot be refined.
     """
     if (odd := not_matrix(base, adapter.layout)) is not None:
         fact = f"its code cannot be refined: {odd} is neither a linear layer nor a plain convolution of its base model"
@@ -359,7 +358,7 @@ def _texts(teacher: Teacher, config: RefineConfig) -> int:
 
 
 def _batches(teacher: Teacher, sizes: Sequence[int], seed: int, start: int) -> Iterator[list[int]]:
-    """Yield the numbers of each step's samples from a step on; the teacher reads those of some steps together."""
+    """Yield the numbers of each step's samples from a step on; the teacher reads several steps' samples together."""
     batches = islice(_drawn(len(teacher), sizes, seed), start, None)
     while some := list(islice(batches, READ_TOGETHER)):
         teacher.targets([number for batch in some for number in batch])
@@ -367,7 +366,7 @@ def _batches(teacher: Teacher, sizes: Sequence[int], seed: int, start: int) -> I
 
 
 def _drawn(count: int, sizes: Sequence[int], seed: int) -> Iterator[list[int]]:
-    """Yield the numbers of each step's samples, so many; every sample is drawn once before any is drawn again."""
+    """Yield the numbers of each step's samples by size; every sample is drawn once before any repeats."""
     draw = torch.Generator().manual_seed(seed)
     waiting: list[int] = []
     for texts in sizes:

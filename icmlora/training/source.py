@@ -12,7 +12,7 @@ from icmlora.generator.initial_a.draw import InitialA
 
 
 class AdapterSource(Protocol):
-    """The tasks of a fleet, numbered from 0 and read one adapter at a time, so that memory does not grow with them."""
+    """The tasks of a fleet, numbered from 0. Adapters are read one at a time, so memory does not grow with tasks."""
 
     def tasks(self) -> int:
         """Return the number of tasks."""

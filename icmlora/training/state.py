@@ -1,6 +1,6 @@
-"""The state of an unfinished training run as two safetensors files: the network, and its optimiser.
+"""The state of an unfinished training run as two safetensors files: the network and its optimiser.
 
-There is no pickle and no random state: every step draws from a stream of its own (icmlora/training/loop.py).
+There is no pickle and no random state: every step draws from its own stream (icmlora/training/loop.py).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def new_state(net: CVAE, config: TrainConfig) -> TrainState:
 
 
 def state_from_bytes(network: bytes, optimizer: bytes, device: torch.device) -> TrainState:
-    """Continue a run from its network and optimiser; raise `GeneratorError` if they are damaged, or do not match."""
+    """Restore a run from its network and optimiser; raise `GeneratorError` if they are damaged or do not match."""
     header, parameters = _parse(network, NETWORK_FORMAT)
     progress, moments = _parse(optimizer, OPTIMIZER_FORMAT)
     try:
@@ -97,7 +97,7 @@ def _parse(data: bytes, expected: str) -> tuple[dict[str, str], dict[str, torch.
 
 
 def _optimizer(net: CVAE, config: TrainConfig) -> torch.optim.AdamW:
-    # Both compute the same for all parameters together: in a few calls, and on a card in one operation.
+    # Both update all parameters together: in a few calls, on a card in one operation.
     is_card = next(net.parameters()).device.type != "cpu"
     how = {"fused": True} if is_card else {"foreach": True}
     rate, decay = config.rate_at(0), config.weight_decay

@@ -1,4 +1,4 @@
-"""What an adapter predicts on some examples, stored small: the likeliest tokens of each next-token distribution.
+"""An adapter's predictions on some examples, stored compactly: the likeliest tokens of each distribution.
 
     example ──base + adapter──▶ log p (T, V) ──K likeliest, and the rest as one──▶ target (T, K), (T, K + 1)
                                                                                      │
@@ -7,7 +7,7 @@
 
 The rest of a vocabulary shares a few per cent of the probability; as a single event it still pulls as a whole. A target
 takes a hundredth of the memory of its logits, so each example goes through the adapted model only once, however often
-it is used. The divergence of the coarser distributions is at most that of the full ones.
+it is used. The divergence of the coarser distributions is a lower bound of the full divergence.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from icmlora.base_models.running.lora_hooks import Factors, added, added_by_rows
 from icmlora.io.devices import texts_at_once, uploaded
 
 _T = TypeVar("_T")
-KEPT = 128  # tokens stored of each distribution
-# Texts that a processor reads in one pass: short ones take half of the time then.
+KEPT = 128  # tokens stored per distribution
+# Texts per pass on a CPU: short ones then take half of the time.
 READ_TOGETHER = 4
-# A model's parameters times the texts that it reads together with gradients there, at most: with 1.5 G parameters a
-# text of 96 tokens takes a fifth of a gigabyte, and reading it with others saves a fifth of the time.
+# Limit of a model's parameters times the texts in one pass with gradients on a CPU: with 1.5 G parameters a text of 96
+# tokens takes a fifth of a gigabyte, and reading it with others saves a fifth of the time.
 _WITH_GRADIENTS = 2**32
-_LEAST = 1e-6  # smallest probability of the rest, so that its logarithm is finite
+_MIN_PROBABILITY = 1e-6  # of the rest; keeps its logarithm finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +42,12 @@ class Target:
     tokens: torch.Tensor  # int64, shape (T, K): the likeliest next tokens
     wanted: torch.Tensor | None  # int64, shape (T,): the example's own; None where its loss takes more than predictions
     counts: torch.Tensor | None  # bool, shape (T,): whether it answers a prompt; None where there is no prompt
-    count: int  # of the predictions that count
-    read: _Read  # what the adapter makes of the example
+    count: int  # number of predictions that count
+    read: _Read  # the adapter's result on the example
 
 
 class _Read(NamedTuple):
-    """What a model with some factors makes of an example, with gradients if the factors have some."""
+    """Result of a model with some factors on an example, with gradients if the factors have them."""
 
     log_p: torch.Tensor  # float32, shape (T, K + 1): log probabilities of the tokens, and of all others together
     loss: torch.Tensor  # of the example, summed: a scalar; 0 where it does not follow from the predictions
@@ -55,20 +55,20 @@ class _Read(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Shortfall:
-    """How far other factors are from doing what an adapter does on some examples; with gradients."""
+    """How far other factors fall short of an adapter on some examples; with gradients."""
 
-    # Where an example has a prompt, only what answers it counts among its predictions.
+    # Where an example has a prompt, only the predictions of its answer count.
     divergence: torch.Tensor  # KL(original || other) in nats, averaged over the predictions
-    of_each: torch.Tensor  # the same of each example, shape (examples,)
-    fewest: int  # predictions of an example
-    loss: torch.Tensor  # by how much the examples' loss is larger, averaged over the predictions; negative if smaller
+    of_each: torch.Tensor  # the same for each example, shape (examples,)
+    fewest: int  # predictions that count in an example, at the minimum
+    loss: torch.Tensor  # increase of the examples' loss, averaged over the predictions; negative if smaller
     of_prompts: torch.Tensor  # the divergence averaged over the predictions within prompts, 0 if there are none
-    # By how much less likely each example's own answer is, (examples,), without gradients; 0 of one without an answer.
+    # Drop in the probability of each example's own answer, (examples,), without gradients; 0 without an answer.
     less_right: torch.Tensor
 
 
 class Teacher:
-    """The original adapter's predictions, made when examples are first asked for, in batches."""
+    """The original adapter's predictions, computed in batches on first use."""
 
     def __init__(self, base: BaseModel, original: Factors, items: Sequence[Any]) -> None:
         self.base, self.original, self._items = base, original, items
@@ -84,19 +84,19 @@ class Teacher:
 
     @cached_property
     def answer_size(self) -> float:
-        """How many predictions are of an answer's tokens, on average over the examples that have one; else 0."""
+        """Mean number of predictions of an answer's tokens over the examples that have one; else 0."""
         answers = (self.base.modality.answers(item) for item in self._items)
         sizes = [sum(answer) for answer in answers if answer is not None]
         return sum(sizes) / max(len(sizes), 1)
 
     @property
     def size(self) -> float:
-        """How much is read of an example on average, in the unit of limits."""
+        """Mean size of an example, in the unit of limits."""
         return sum(int(item.size) for item in self._items) / len(self)
 
     @torch.no_grad()
     def targets(self, numbers: Sequence[int]) -> list[Target]:
-        """Return what the adapter predicts for some examples."""
+        """Return the adapter's predictions for some examples."""
         missing = [number for number in dict.fromkeys(numbers) if number not in self._targets]
         for some in _batches(missing, _at_once(self.base)):
             self._targets |= zip(some, self._predicted(some), strict=True)
@@ -116,7 +116,7 @@ class Teacher:
 
 
 def target(base: BaseModel, item: Any, logits: torch.Tensor, counts: torch.Tensor | None) -> Target:
-    """Keep of logits (T, V) for an item what is needed; counts is (T,), or None where all predictions count."""
+    """Reduce an item's logits (T, V) to a target; counts is (T,), or None where all predictions count."""
     tokens = logits.topk(min(KEPT, logits.shape[-1] - 1), dim=-1).indices
     wanted = _wanted(base, item, logits, counts)
     count = len(logits) if counts is None else int(counts.sum())
@@ -126,18 +126,18 @@ def target(base: BaseModel, item: Any, logits: torch.Tensor, counts: torch.Tenso
 def shortfalls(base: BaseModel, asked: Sequence[tuple[Teacher, Factors, Sequence[int]]]) -> list[Shortfall]:
     """Compare factors of several tasks with their originals, in one pass through the base model.
 
-    Asked are teacher, factors and examples of each task, the same number of examples for each. The factors, A (r, in)
-    and B (out, r), are with or without gradients; none stand for the bare base model.
+    `asked` has the teacher, factors and examples of each task, with equally many examples. The factors, A (r, in) and
+    B (out, r), may require gradients; empty ones mean the bare base model.
 
     Raises:
-        BaseModelUnsuited: The factors are for modules that do not compute row by row; for one task never.
+        BaseModelUnsuited: The factors are for modules that do not compute row by row; never for a single task.
     """
     targets = [teacher.targets(numbers) for teacher, _, numbers in asked]
     every = [target for of_task in targets for target in of_task]
     several = [factors for _, factors, _ in asked]
     single = len(several) == 1
     with added(base.model, several[0]) if single else added_by_rows(base.model, several, len(every)):
-        # One task's texts need not go together: what suits the device takes no time over padding.
+        # One task's texts need not share a pass: batches that suit the device waste no time on padding.
         size = _at_once(base) if single else len(every)
         reads = iter([read for some in _batches(every, size) for read in _reads(base, some)])
     return [_shortfall([(target, next(reads)) for target in of_task]) for of_task in targets]
@@ -159,7 +159,7 @@ def _shortfall(pairs: Sequence[tuple[Target, _Read]]) -> Shortfall:
 
 
 def texts_with_gradients(base: BaseModel) -> int:
-    """Return how many texts go through a base model together where gradients flow back."""
+    """Return how many texts go through a base model together with gradients."""
     if base.device.type != "cpu":
         return _at_once(base)
     parameters = sum(int(parameter.numel()) for parameter in base.model.parameters())
@@ -176,13 +176,13 @@ def _batches(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
 
 
 def _reads(base: BaseModel, targets: Sequence[Target]) -> list[_Read]:
-    """Read the examples of targets with the model as it is, in one pass; what that takes of memory is free again."""
+    """Read the examples of targets in one pass with the current model; its memory is free again afterwards."""
     rows = base.modality.logits(base, [target.item for target in targets])  # (T, V) each
     return [_read(row, target.tokens, target.wanted) for row, target in zip(rows, targets, strict=True)]
 
 
 def _wanted(base: BaseModel, item: Any, logits: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the class that each prediction of an item should be, or `IGNORED`, (T,); None as `Modality.wanted`."""
+    """Return the correct class of each prediction, or `IGNORED`, (T,); None as `Modality.wanted`."""
     wanted = base.modality.wanted(item)
     if wanted is None:
         return None
@@ -191,11 +191,11 @@ def _wanted(base: BaseModel, item: Any, logits: torch.Tensor, counts: torch.Tens
 
 
 def _read(logits: torch.Tensor, tokens: torch.Tensor, wanted: torch.Tensor | None) -> _Read:
-    """Read logits (T, V) once for all that is needed of them; tokens are (T, K), wanted is (T,)."""
+    """Extract a result from logits (T, V), reading them once; tokens are (T, K), wanted is (T,)."""
     chosen = tokens if wanted is None else torch.cat([tokens, wanted.clamp_min(0)[:, None]], dim=-1)
     log_p = log_probabilities(logits, chosen)
     listed = log_p[:, : tokens.shape[1]]
-    rest = (1 - listed.exp().sum(dim=-1, keepdim=True)).clamp_min(_LEAST)
+    rest = (1 - listed.exp().sum(dim=-1, keepdim=True)).clamp_min(_MIN_PROBABILITY)
     loss = log_p.new_zeros(()) if wanted is None else -torch.where(wanted == IGNORED, 0.0, log_p[:, -1]).sum()
     return _Read(torch.cat([listed, rest.log()], dim=-1), loss)
 
@@ -210,6 +210,6 @@ def _nats(target: Target, read: _Read) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _less_right(target: Target, read: _Read) -> torch.Tensor:
-    """Return by how much less likely an example's own answer is as a whole, a scalar; 0 if it answers no prompt."""
+    """Return the drop in probability of an example's whole answer, a scalar; 0 if it answers no prompt."""
     loss = target.read.loss
     return loss.new_zeros(()) if target.counts is None else (-loss).exp() - (-read.loss.detach()).exp()

@@ -1,17 +1,17 @@
-"""Draw the A that an adapter's training began with again, from the seed of that training.
+"""Redraw the A that an adapter's training began with, from the seed of that training.
 
-LoRA training begins with B = 0 and a random A, which PEFT draws from torch's CPU generator, module by module, uniform
-in +-1 / sqrt(in). Training moves A, but not far: most of the trained A is still in the span of these r rows. Whoever
-knows the seed, and where in the stream each module's draws begin, gets the rows for nothing.
+LoRA training begins with B = 0 and a random A. PEFT draws it from torch's CPU generator, module by module, uniform in
++-1 / sqrt(in). Training moves A, but not far: most of the trained A is still in the span of these r rows. The seed, and
+where in the stream each module's draws begin, are enough to redraw the rows.
 
-The stream is MT19937's (Matsumoto and Nishimura 1998). numpy's `RandomState` has it too, and promises to keep it.
+The stream is MT19937 (Matsumoto and Nishimura 1998). numpy's `RandomState` has it too, and guarantees to keep it.
 
 A code's head stores where an initial A was drawn as these bytes:
 
     seed (u4) | ranks (K*L x u1, or u2 for a generator of more than 254 rank slots) | offsets (K*L x i8)
 
-A rank of 0 means that a module's initial A is unknown. Offsets are stored as second differences along the layers, which
-are zero where layers are alike, so that all of it takes some tens of bytes once the head is compressed.
+A rank of 0 means that a module's initial A is unknown. Offsets are stored as second differences along the layers. These
+are zero where layers are alike, so all of it takes a few dozen bytes once the head is compressed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class InitialA:
 
 
 class UniformStream:
-    """What torch's CPU generator yields as uniform float32 numbers after `torch.manual_seed`, read forwards."""
+    """The uniform float32 stream of torch's CPU generator after `torch.manual_seed`, read forwards."""
 
     def __init__(self, seed: int) -> None:
         self._bits = np.random.MT19937()
@@ -59,13 +59,13 @@ class UniformStream:
         self.restart(seed)
 
     def restart(self, seed: int) -> None:
-        """Begin again with another seed, which is far less work than a new stream."""
+        """Restart with another seed; far less work than a new stream."""
         self._state.seed(seed)
         self._position = 0
 
     def read(self, offset: int, count: int) -> NDArray[np.float32]:
         """Return the `count` draws after the first `offset` draws, uniform in [-1, 1), float32, shape (count,)."""
-        # `offset` must not be before the end of the last draws that were read.
+        # `offset` must not be before the end of the previous read.
         if offset > self._position:
             self._bits.random_raw(offset - self._position, output=False)
         self._position = offset + count
@@ -93,7 +93,7 @@ MADE_ELSEWHERE = "fetch the code again from its source, or run `icm encode` to e
 
 
 def initial_size(config: GeneratorConfig) -> int:
-    """Return how many bytes `initial_to_bytes` writes."""
+    """Return the length of the output of `initial_to_bytes`."""
     return 4 + (config.count_bytes + 8) * len(config.kinds) * config.layers
 
 
@@ -111,7 +111,7 @@ def initial_to_bytes(initial: InitialA | None, config: GeneratorConfig) -> bytes
 
 
 def initial_from_bytes(data: bytes, config: GeneratorConfig) -> InitialA | None:
-    """Read what `initial_to_bytes` wrote; raise `CodeError` if that is out of the generator's range."""
+    """Read the output of `initial_to_bytes`; raise `CodeError` if it is out of the generator's range."""
     (seed,) = struct.unpack_from("<I", data)
     shape = len(config.kinds), config.layers
     count = shape[0] * shape[1]
@@ -134,7 +134,7 @@ def initial_from_bytes(data: bytes, config: GeneratorConfig) -> InitialA | None:
 
 
 def _check(modules: list[InitialModule], config: GeneratorConfig) -> None:
-    """Refuse draws that overlap, and offsets so large that skipping to them would take forever."""
+    """Raise `CodeError` for overlapping draws, and for offsets so large that skipping to them would take forever."""
     # PEFT draws A twice and B once for each module.
     most = 2 * config.slots * config.layers * sum(kind.inputs + kind.outputs for kind in config.kinds)
     begins = [module.offset for module in modules] + [most]

@@ -2,9 +2,9 @@
 
     for every seed:  is the first module's A like what PEFT would have drawn?  ──yes──▶ follow PEFT to the others
 
-For each module PEFT makes two linear layers, whose own initial values it draws and throws away, and then draws A
-again: r * in and out * r numbers, then r * in. So the first module's A begins after r * (in + out) draws, and each
-further one as far after the end of the module before it. The next module is the one that fits best there.
+For each module PEFT makes two linear layers, discards their initial values, and then draws A again: r * in and out * r
+numbers, then r * in. So the first module's A begins after r * (in + out) draws, and each further A after its own
+r * (in + out) draws from the end of the previous module. The next module is the best fit there.
 
 Unrelated values have a cosine of about 1 / sqrt(n), so a seed that agrees six times as much is the right one.
 """
@@ -23,30 +23,30 @@ from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.generator.config import ModuleKind, kind_of
 from icmlora.generator.initial_a.draw import InitialA, InitialModule, UniformStream
 
-# Seeds that are tried: 42 and other numbers of up to four digits are what people and trainers use.
+# Seeds to try: people and trainers use 42 and other numbers of up to four digits.
 SEEDS = (12345, 31337, 65537, 123456, 1234567, *range(10_000))
-# Numbers that are drawn for one table. They are a minute's work; fewer seeds are tried for a very high rank.
-_MOST_DRAWS = 5 * 10**10
+# Limit of the numbers drawn for one table, a minute's work; for a very high rank fewer seeds are tried.
+_MAX_DRAWS = 5 * 10**10
 _SEEN = 1024  # values of a module's A that are compared
-_LEAST_AGREEMENT = 0.2  # least cosine of A and its initial values; with less in common, knowing the seed saves nothing
+_MIN_AGREEMENT = 0.2  # cosine of A and its initial values; with less in common, knowing the seed saves nothing
 _SURE = 6.0  # standard deviations of the cosine of unrelated values
-_RECENT = 16  # seeds found lately, which are tried first
+_RECENT = 16  # recently found seeds, which are tried first
 # Tables in memory, 10 MB each: one for each rank and width of modules, three for a Llama with all modules targeted.
 _TABLES = 16
-_Place = tuple[int, int]  # numbers that are drawn before, and how many are read
-_ROWS = 128  # of a table that are compared at a time: as floats they fit a processor's cache
+_Place = tuple[int, int]  # numbers drawn before it, and numbers read
+_ROWS = 128  # rows of a table compared at a time: as floats they fit a processor's cache
 
 
 class SeedSearch:
-    """Finds seeds; seeds found lately are tried first, and draws of all seeds are cached between adapters."""
+    """Finds seeds; recent ones are tried first, and draws of all seeds are cached between adapters."""
 
     def __init__(self, seeds: Sequence[int] = SEEDS) -> None:
         self._seeds = seeds
         self._recent: deque[int] = deque(maxlen=_RECENT)
-        self._tables: OrderedDict[_Place, _Table] = OrderedDict()  # those used last come last
+        self._tables: OrderedDict[_Place, _Table] = OrderedDict()  # least recently used first
 
     def find(self, adapter: Adapter) -> InitialA | None:
-        """Return where an adapter's initial A was drawn, None if no seed gives it."""
+        """Return where an adapter's initial A was drawn, None if no seed matches."""
         # The adapter must be as its trainer wrote it: the canonical gauge mixes the rows of A.
         for seed in chain(tuple(self._recent), self._candidates(adapter)):
             if found := initial_under(adapter, seed):
@@ -56,16 +56,16 @@ class SeedSearch:
         return None
 
     def _candidates(self, adapter: Adapter) -> Iterator[int]:
-        """Yield the seeds under which some module can have been the first that PEFT made."""
+        """Yield the seeds that match some module as the first that PEFT made."""
         heads = [(_before(module), _head(module)) for module in _first_layer(adapter.modules)]
         tables = self._tables_at([(before, len(head)) for before, head in heads])
         for (_, head), table in zip(heads, tables, strict=True):
             agreements = table.agreements(head)
-            for number in np.flatnonzero(agreements > _least(len(head))).tolist():
+            for number in np.flatnonzero(agreements > _threshold(len(head))).tolist():
                 yield self._seeds[number]
 
     def _tables_at(self, places: Sequence[_Place]) -> list[_Table]:
-        """Return the tables of some places; those that are not in memory are drawn together, from each seed once."""
+        """Return the tables of some places; those not in memory are drawn together."""
         missing = [place for place in dict.fromkeys(places) if place not in self._tables]
         found = {place: _Table(draws) for place, draws in _draws(self._seeds, missing).items()}
         tables = [found.get(place) or self._tables[place] for place in places]
@@ -78,14 +78,14 @@ class SeedSearch:
 
 
 def initial_under(adapter: Adapter, seed: int) -> InitialA | None:
-    """Return where an adapter's initial A was drawn if it was this seed; the adapter is as its trainer wrote it."""
+    """Return where the initial A of an adapter, as its trainer wrote it, was drawn under a seed; None if it was not."""
     found = _followed(adapter, seed)
     return InitialA(seed, found) if found else None
 
 
 def _draws(seeds: Sequence[int], places: Sequence[_Place]) -> dict[_Place, NDArray[np.int8]]:
     """Return the draws of every seed at each place, in 127ths, shape (seeds, count)."""
-    sizes = {(begin, count): max(1, _MOST_DRAWS // (begin + count)) for begin, count in places}
+    sizes = {(begin, count): max(1, _MAX_DRAWS // (begin + count)) for begin, count in places}
     tables = {place: np.empty((min(len(seeds), sizes[place]), place[1]), dtype=np.int8) for place in places}
     stream = UniformStream(0)
     for passed in _passes(places):
@@ -98,7 +98,7 @@ def _draws(seeds: Sequence[int], places: Sequence[_Place]) -> dict[_Place, NDArr
 
 
 def _passes(places: Sequence[_Place]) -> list[list[_Place]]:
-    """Divide places among as few passes through a stream as it takes to read forwards only."""
+    """Divide places among the fewest forward-only passes through a stream."""
     passes: list[list[_Place]] = []
     for place in sorted(places):
         fitting = (passed for passed in passes if sum(passed[-1]) <= place[0])
@@ -109,7 +109,7 @@ def _passes(places: Sequence[_Place]) -> list[list[_Place]]:
 
 
 class _Table:
-    """The draws of every seed at one place, and the length of each row of them."""
+    """The draws of every seed at one place, and the length of each row."""
 
     def __init__(self, draws: NDArray[np.int8]) -> None:
         self._draws = draws
@@ -150,7 +150,7 @@ def _followed(adapter: Adapter, seed: int) -> tuple[InitialModule, ...]:
         fits = {}
         for name, (module, head) in waiting.items():
             rows = drawn[_before(module) :][None, : len(head)]  # (1, n)
-            fits[name] = float((rows @ head / _lengths(rows))[0]) / _least(len(head))
+            fits[name] = float((rows @ head / _lengths(rows))[0]) / _threshold(len(head))
         best = max(fits, key=fits.__getitem__)
         if fits[best] <= 1:  # not better than chance
             break
@@ -161,7 +161,7 @@ def _followed(adapter: Adapter, seed: int) -> tuple[InitialModule, ...]:
 
 
 def _before(module: LoraModule) -> int:
-    """Return how many numbers PEFT draws for a module before the A that training begins with."""
+    """Return how many numbers PEFT draws for a module before its initial A."""
     return module.shape.rank * (module.shape.inputs + module.shape.outputs)
 
 
@@ -178,6 +178,6 @@ def _lengths(draws: NDArray[np.float32]) -> NDArray[np.float32]:
     return lengths
 
 
-def _least(count: int) -> float:
-    """Return the cosine from which so many values agree by more than chance."""
-    return max(_LEAST_AGREEMENT, _SURE / math.sqrt(count))
+def _threshold(count: int) -> float:
+    """Return the cosine above which `count` values agree by more than chance."""
+    return max(_MIN_AGREEMENT, _SURE / math.sqrt(count))

@@ -1,4 +1,4 @@
-"""The row space of the A that training began with: what the decoder knows about a task's inputs for nothing.
+"""The row space of the initial A: directions of a task's inputs that the decoder knows at no cost.
 
     inputs of a slot x  =  Q^T (Q x)              +   the rest, across the subspace
                            r numbers instead of       one number per channel, but smaller ones
@@ -9,7 +9,7 @@ it as along the channels. The code stores once per kind and rank slot how much s
 
 The rest is where training has moved A, towards the module's real inputs; the subspace is random, and real inputs have
 little in it. So the rest does more of the work than its length suggests, and much of it rounds to zero. Refinement may
-make what is left of it longer, per kind and rank slot (`boosts`).
+lengthen the decoded rest, per kind and rank slot (`boosts`).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class InitialSubspace:
         return self.ranks.get(kind, np.zeros(self.layers, dtype=np.int64))
 
     def knows(self, kind: int) -> NDArray[np.bool_]:
-        """Say for each layer's module of a kind whether its initial A is known, shape (L,)."""
+        """Return for each layer's module of a kind whether its initial A is known, shape (L,)."""
         known: NDArray[np.bool_] = self.ranks_of(kind) > 0
         return known
 
@@ -78,12 +78,12 @@ class InitialSubspace:
 class Bases(NamedTuple):
     """The bases of n rows of values that belong to M modules: each row is multiplied by its module's, all at once.
 
-    `InitialSubspace` goes from layer to layer, and codes are decoded with its sums. These may differ in the last bit.
+    Codes are decoded with the sums of `InitialSubspace`, layer by layer. The sums here may differ in the last bit.
     """
 
     matrices: torch.Tensor  # orthonormal rows, zeros where nothing is known, shape (M, R, in)
-    place: torch.Tensor  # where a row stands among M modules of the same number of slots, int64, shape (n,)
-    slots: int  # that number
+    place: torch.Tensor  # index of a row among M modules of `slots` slots each, int64, shape (n,)
+    slots: int  # per module
 
     def project(self, values: torch.Tensor) -> torch.Tensor:
         """Return Q x, shape (n, R), of rows of values (n, in)."""
@@ -102,8 +102,8 @@ class Bases(NamedTuple):
 def bases_of(parts: Sequence[tuple[InitialSubspace, int, torch.Tensor, torch.Tensor]], inputs: int) -> Bases | None:
     """Collect the bases of rows of the same number of inputs; None where no initial A is known.
 
-    Each part is subspace, kind, layer (n,) and slot (n,) of some of the rows; a module's rows are in one part, and next
-    to each other.
+    Each part is subspace, kind, layer (n,) and slot (n,) of some of the rows; a module's rows are consecutive and in
+    one part.
     """
     rank = max((subspace.rows(kind) for subspace, kind, _, _ in parts), default=0)
     if not rank:
@@ -120,7 +120,7 @@ def bases_of(parts: Sequence[tuple[InitialSubspace, int, torch.Tensor, torch.Ten
 
 
 def initial_subspace(initial: InitialA | None, config: GeneratorConfig, sensitivity: Sensitivity) -> InitialSubspace:
-    """Draw an initial A again and make its rows orthonormal; shifts and boosts are 0."""
+    """Redraw an initial A and make its rows orthonormal; shifts and boosts are 0."""
     zeros = np.zeros((len(config.kinds), config.slots), dtype=np.int8)
     subspace = InitialSubspace(zeros, zeros, config.layers)
     if initial is None:
@@ -155,5 +155,5 @@ def _orthonormal(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _by_layer(layer: torch.Tensor, rows: torch.Tensor, layers: int) -> list[tuple[int, torch.Tensor]]:
-    """Split rows (n, ...) by their layer (n,), which is ascending; also layers without rows are listed."""
+    """Split rows (n, ...) by their ascending layer (n,); layers without rows are listed too."""
     return list(enumerate(torch.split(rows, torch.bincount(layer, minlength=layers).tolist())))
