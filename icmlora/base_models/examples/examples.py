@@ -2,9 +2,9 @@
 
     bytes --rows.py--> rows --example of the modality--> examples --readable of the modality--> what the model reads
 
-A row that is empty, odd or broken is left out and counted. For a language model a row is one of
+Empty, malformed or unsupported rows are skipped and counted. For a language model, a row is one of
 
-    {"text": "..."}                              all of it counts
+    {"text": "..."}                              all of it is scored
     {"prompt": "...", "completion": "..."}       only the completion is scored
     a chat; see `chats.py`                       only the assistant's turns are scored
 """
@@ -45,9 +45,9 @@ class Example:
     """One piece of text of a task.
 
     Attributes:
-        prompt: What is read and not scored; empty for plain text.
-        completion: What is scored.
-        context: What stands before both, beside the limit of what is read; see `context.py`.
+        prompt: Text that is read but not scored; empty for plain text.
+        completion: Text that is scored.
+        context: Text before both, not counted towards the token limit; see `context.py`.
     """
 
     prompt: str
@@ -56,12 +56,12 @@ class Example:
 
     @property
     def text(self) -> str:
-        """Prompt and completion as one text."""
+        """Prompt and completion, concatenated."""
         return self.prompt + self.completion
 
 
 def plain(texts: Iterable[str]) -> tuple[Example, ...]:
-    """Return texts as examples without a prompt: all of each counts."""
+    """Return texts as examples without a prompt; all of each is scored."""
     return tuple(Example("", text) for text in texts)
 
 
@@ -70,12 +70,12 @@ class Examples(Sequence[Any]):
     """The usable examples of a file, as a sequence.
 
     Attributes:
-        items: In the order of the file.
-        skipped: How many rows were left out.
-        reason: Why the first of them was: "line 3 is not JSON: ...".
-        template: Digest of the chat template that chats were rendered with; None if there was none to render.
-        note: What a user should know of how they are read, or None.
-        rows: How many rows the file has, where only some of its examples were chosen.
+        items: The examples, in file order.
+        skipped: Number of skipped rows.
+        reason: Why the first row was skipped: "line 3 is not JSON: ...".
+        template: Digest of the chat template used for rendering; None if there were no chats to render.
+        note: Note for the user about how the examples are read, or None.
+        rows: Number of rows in the file, if only some of its examples were chosen.
     """
 
     items: tuple[Any, ...]
@@ -93,7 +93,7 @@ class Examples(Sequence[Any]):
 
     @property
     def summary(self) -> str | None:
-        """How many rows were skipped, and why the first was; None if all are used."""
+        """Number of skipped rows and the first reason; None if all rows are used."""
         if not self.skipped:
             return None
         rows = self.rows or len(self.items) + self.skipped
@@ -104,11 +104,11 @@ class Examples(Sequence[Any]):
 class EvaluationData:
     """Held-out examples of a task."""
 
-    examples: tuple[Any, ...]  # as the base model reads them, in the order of the file
-    digest: str  # SHA-256 of the file's bytes, which names the data in stored results
+    examples: tuple[Any, ...]  # as the base model reads them, in file order
+    digest: str  # SHA-256 of the file's bytes (and the context's digest); identifies the data in stored results
     template: str | None = None  # digest of the chat template, if chats were rendered
-    skipped: str | None = None  # how many rows were left out and why, in words
-    note: str | None = None  # what a user should know of how they are read
+    skipped: str | None = None  # number of skipped rows and the reason, in words
+    note: str | None = None  # note for the user about how the examples are read
 
     @classmethod
     def parse(
@@ -120,7 +120,7 @@ class EvaluationData:
         template: Templates | None = None,
         context: TaskContext | None = None,
     ) -> EvaluationData:
-        """Parse the bytes of an `eval.jsonl`; without the base model, chats are not rendered."""
+        """Parse the bytes of an `eval.jsonl`; chats are rendered only if the base model is given."""
         if base is None:
             found = parse_examples(data, path=path)
         else:
@@ -130,7 +130,7 @@ class EvaluationData:
 
 
 def spread(items: Sequence[Item], most: int) -> list[Item]:
-    """Choose at most so many items, spread evenly: of a sorted file that is a fair choice."""
+    """Choose at most `most` items, evenly spaced, which is fair even for a sorted file."""
     count = min(most, len(items))
     return [items[position * len(items) // count] for position in range(count)]
 
@@ -141,7 +141,7 @@ def parse_examples(
     *,
     path: str | Path | None = None,
 ) -> Examples:
-    """Read the usable rows of a file, by default as text; raise `DataError` if there is none, or a limit is broken."""
+    """Read the usable rows of a file, by default as text; raise `DataError` if there are none or too many."""
     if len(data) > MAX_BYTES:
         raise DataError(f"more than {MAX_BYTES} bytes of text", path=path, hint="keep a sample of the task's text")
     kept, skipped, reason = [], 0, None
@@ -159,7 +159,7 @@ def parse_examples(
             if len(kept) + skipped > MAX_EXAMPLES:
                 raise DataError(f"more than {MAX_EXAMPLES} examples", hint="keep a sample of the task's text")
         if not kept:
-            raise DataError(_nothing(skipped, reason), hint=_HINT)
+            raise DataError(_none_usable(skipped, reason), hint=_HINT)
     return Examples(tuple(kept), skipped, reason)
 
 
@@ -172,25 +172,25 @@ def examples_for(
     template: Templates | None = None,
     context: TaskContext | None = None,
 ) -> Examples:
-    """Read a file for a base model: its usable rows, as that model reads them.
+    """Return the usable rows of a file, as a base model reads them.
 
-    At most `most` are returned, spread evenly over the file. `template` is the chat template that came with the
-    adapter, `context` stands before each example, and `path` is for the messages.
+    At most `most` are returned, spread evenly over the file. `template` is the adapter's own chat template, `context`
+    is prepended to each example, and `path` is for messages.
 
     Raises:
-        DataError: No row can be used, or the file breaks a limit.
+        DataError: No row is usable, or the file exceeds a limit.
     """
     found = unread_examples(base, data, path=path)
     with located(path):
         if context is not None:
             found = replace(found, items=tuple(map(context.before, found.items)))
-        # Rendering a chat takes longer than parsing it, and most callers need a few.
+        # Rendering a chat takes longer than parsing it, and most callers need only a few.
         chosen = found.items if most is None else spread(found.items, most)
         readable = base.modality.readable(base, chosen, template)
         if readable.skipped and len(chosen) < len(found):
             readable = base.modality.readable(base, found.items, template)
     if not readable.items:
-        raise DataError(_nothing(readable.skipped, readable.reason), path=path, hint=_HINT)
+        raise DataError(_none_usable(readable.skipped, readable.reason), path=path, hint=_HINT)
     items = readable.items if most is None else tuple(spread(readable.items, most))
     return Examples(
         items,
@@ -203,12 +203,12 @@ def examples_for(
 
 
 def unread_examples(base: BaseModel, data: bytes, *, path: str | Path | None = None) -> Examples:
-    """Return the usable rows of a file as examples of a base model's kind: chats are not rendered yet."""
+    """Return the usable rows of a file as examples for a base model, with chats not rendered yet."""
     return parse_examples(data, partial(_example_for, base), path=path)
 
 
 def text_example(row: Mapping[str, Any]) -> Example | Chat:
-    """Turn a row into text or a chat; raise `DataError`, with a fact about the row, if it is neither."""
+    """Convert a row to text or a chat; raise `DataError`, with a fact about the row, if it is neither."""
     example: Example | Chat | None
     match row:
         case {"text": str(text)}:
@@ -224,7 +224,7 @@ def text_example(row: Mapping[str, Any]) -> Example | Chat:
     if not example.completion.strip():
         raise DataError("is empty text")
     try:
-        example.text.encode("utf-8")  # as fast as a copy; a loop over the letters was half of an ingest's time
+        example.text.encode("utf-8")  # as fast as a copy; a loop over the characters took half the ingest time
     except UnicodeEncodeError:
         raise DataError("contains a lone surrogate, which is not valid text") from None
     return example
@@ -239,10 +239,10 @@ def _example(row: Any, example: Callable[[Mapping[str, Any]], Any], media: Resol
 
 
 def _example_for(base: BaseModel, row: Mapping[str, Any]) -> Any:
-    """Turn a row into an example of a base model, which has to see all of it: the file of a row is most of what it is.
+    """Convert a row to an example for a base model, which must be able to read all of the row.
 
     Raises:
-        DataError: It is not one, or names an image or a recording that the base model would not be given.
+        DataError: It is not an example, or it names an image or a recording that the base model cannot read.
     """
     for key in set(MEDIA_KEYS).difference(base.modality.reads):
         if isinstance(row.get(key), Media | Mapping):
@@ -251,7 +251,7 @@ def _example_for(base: BaseModel, row: Mapping[str, Any]) -> Any:
     return base.modality.example(row)
 
 
-def _nothing(skipped: int, reason: str | None) -> str:
+def _none_usable(skipped: int, reason: str | None) -> str:
     if reason is None:
         return "the file holds no example"
     return reason if skipped == 1 else f"none of its {skipped} rows is usable; the first: {reason}"
