@@ -366,7 +366,7 @@ def next_token_logits(base: BaseModel, items: Sequence[Scored], *, from_leaf: bo
 
 def _attention(base: BaseModel, length: int) -> AbstractContextManager[None]:
     """Return a context manager that selects the attention kernel for texts of `length` tokens."""
-    # In bfloat16 on a CPU, the gradient of the fused kernel takes ten times as long as the kernel itself, and its memory
-    # layout slows later operations: without it, a refinement step takes a quarter less time (docs/results/LOG.md).
+    # In bfloat16 on a CPU, the gradient of the fused kernel takes ten times as long as the kernel itself, and its order
+    # slows later operations: without it, a refinement step takes a quarter less time (docs/results/LOG.md).
     is_slow = base.device.type == "cpu" and base.input_dtype == torch.bfloat16 and torch.is_grad_enabled()
     return sdpa_kernel(SDPBackend.MATH) if is_slow and length <= _PLAIN_ATTENTION else nullcontext()
