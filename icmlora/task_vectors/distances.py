@@ -121,8 +121,8 @@ class Familiarity:
     def is_outside(self) -> bool:
         """Whether the task is outside the known ones."""
         # The rank of a new task of the same kind among the n known ones is about uniform (as in conformal prediction,
-        # Vovk et al. 2005). So it counts as outside once in about 1 / (1 - OUTSIDE) cases, or once in n + 1 if few tasks
-        # are known.
+        # Vovk et al. 2005). So it counts as outside once in about 1 / (1 - OUTSIDE) cases, or once in n + 1 if n is
+        # small.
         return self.farther_than >= OUTSIDE
 
 

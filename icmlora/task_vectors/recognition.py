@@ -233,7 +233,7 @@ def _fit(trials: _Trials, borders: _Borders) -> tuple[float, float]:
     """Fit rate and factor by maximum likelihood over the trials as known and as new tasks."""
     if_known = borders(trials.nearest_if_known)[:, None] * _FACTORS  # distances of "new", (q, factors)
     if_new = borders(trials.nearest_if_new, trials.tasks)[:, None] * _FACTORS
-    # Targets stay slightly below 1, because finitely many successful trials do not prove certainty (Platt 1999).
+    # Targets are one trial short of certainty, which successful trials do not prove (Platt 1999).
     doubt = 1.0 / (len(trials.own) + 2)
     best = -np.inf, 0.0, 0.0
     for rate in _RATES / trials.as_new.min(axis=1).mean():

@@ -45,7 +45,9 @@ def added(model: nn.Module, factors: Mapping[str, tuple[torch.Tensor, torch.Tens
         yield
 
 
-def _on_device(model: nn.Module, name: str, pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def _on_device(
+    model: nn.Module, name: str, pair: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Move factors to their module's device; if accelerate has offloaded its weights, leave them where they are."""
     device = next(model.get_submodule(name).parameters()).device
     return pair if device.type == "meta" else (pair[0].to(device), pair[1].to(device))
