@@ -149,7 +149,7 @@ class ServedTasks:
         return found
 
     def _look(self, name: str, stamp: Hashable) -> tuple[Answer, Chosen | None]:
-        """Look up a task in the source, case-insensitively; only an exact name can be served."""
+        """Read a task from the source, ignoring case; only an exact name can be served."""
         with self._open() as codes:
             with self._noticing():
                 task = _find(codes, name)

@@ -114,7 +114,7 @@ def groups_of(module: nn.Module | None) -> int:
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Return whether a module fuses the weights of what were several modules in earlier versions, such as experts."""
+    """Return whether a module fuses weights that were separate modules in earlier versions, such as experts."""
     return layer_shape(module) is None and any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
 
 
