@@ -1,1 +1,1 @@
-"""Base models: finding, loading and running them; one file per modality."""
+"""Find, load and run base models; one file per modality."""

@@ -1,4 +1,4 @@
-"""The modalities that this icm knows: one line for each, the most general last. Importing it needs no torch."""
+"""The supported modalities, one per line, the most general last. Importing this module needs no torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MODALITIES: list[Modality[Any, Any]] = [
 
 
 def modality_of(found: FoundBase) -> Modality[Any, Any]:
-    """Return the first modality that suits a base model, or its loader's; raise `BaseModelUnsuited` if none does."""
+    """Return the loader's modality, else the first suitable one; raise `BaseModelUnsuited` if there is none."""
     found.refuse_pipeline()
     if found.loader is not None:
         return CustomModality(found.loader)
@@ -45,12 +45,12 @@ def modality_of(found: FoundBase) -> Modality[Any, Any]:
 
 
 def check_examples(data: bytes, *, path: str | Path | None = None, any_row: bool = False) -> Examples:
-    """Read examples where the base model, and so their modality, is not known: the modality of most rows has them.
+    """Read examples without knowing the base model: the modality that can read most rows wins.
 
-    With `any_row` a base model with a loader is known, which may read rows of any form. `path` is for the messages.
+    Set `any_row` if a base model with a loader is known, because it may read rows of any form. `path` is for messages.
 
     Raises:
-        DataError: No modality has any of them.
+        DataError: No modality can read any of the rows.
     """
     found: list[Examples] = []
     for known in MODALITIES[:-1]:
@@ -58,7 +58,7 @@ def check_examples(data: bytes, *, path: str | Path | None = None, any_row: bool
             found.append(parse_examples(data, known.example, path=path))
     if any(not examples.skipped for examples in found):
         return max(found, key=len)
-    # The last modality is the most general one, and its message is the most helpful.
+    # The last modality is the most general, and its message is the most helpful.
     try:
         found.append(parse_examples(data, MODALITIES[-1].example, path=path))
     except DataError:

@@ -1,7 +1,7 @@
-"""Load the network of a base model and what prepares its inputs: offline, quietly, and without running its code.
+"""Load a base model's network and processor: offline, quietly, and without running its code.
 
 model.gguf ──load_gguf──▶ model, tokenizer              slow: tensors are dequantised and the vocabulary rebuilt
-model.gguf ──convert_gguf──▶ folder of safetensors      which then loads in a second
+model.gguf ──convert_gguf──▶ folder of safetensors      afterwards loads in a second
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _LIBRARY_HINT = "install the library in the message; for models that read video,
 
 @dataclass(frozen=True)
 class Loaded:
-    """A network, what prepares its inputs, and the parameters that its files lack."""
+    """A network, its processor, and the parameters missing from its files."""
 
     model: Any
     processor: Any
@@ -53,13 +53,13 @@ def load_auto(
     dtype: torch.dtype,
     heads: tuple[str, ...] = HEADS,
 ) -> Loaded:
-    """Load a folder with one of transformers' Auto classes; one of the heads that its files lack is made of zeros.
+    """Load a folder with a transformers Auto class; fill missing head weights with zeros.
 
     Raises:
-        BaseModelNotFound: It cannot be loaded, or lacks other weights.
+        BaseModelNotFound: It cannot be loaded, or other weights are missing.
     """
     with quiet_loading(found, kind):
-        # First: it may need a library that is not installed, and weights take long to read.
+        # The processor comes first: it may need a library that is not installed, and reading weights is slow.
         processor = getattr(transformers, processor_class).from_pretrained(found.path, **_OFFLINE)
         # The library would fill missing weights with random numbers and only warn.
         placed = placement(found, auto_class, device, dtype)
@@ -90,13 +90,13 @@ def base_of(
     dtype: torch.dtype | None,
     fingerprint: str | None,
 ) -> BaseModel:
-    """Load a network, by default on the CPU and in the precision that suits it, and make a base model of it."""
+    """Load a network and build its base model, by default on the CPU and in the device's default precision."""
     device = device or torch.device("cpu")
     precision = dtype or inference_dtype(device)
     loaded = network(device, precision if found.load_in is None else torch.bfloat16)
-    # Frozen, or every backward pass would keep a gradient as large as the model; no dropout.
+    # Frozen, or every backward pass would keep a gradient as large as the model; evaluation mode turns off dropout.
     loaded.model.requires_grad_(False).train(False)
-    with quiet_loading(found, modality.name):  # configurations differ in what they say, and how
+    with quiet_loading(found, modality.name):  # configurations may lack fields or name them differently
         return BaseModel(
             label=found.label,
             model=loaded.model,
@@ -123,12 +123,12 @@ def load_network(found: FoundBase, device: torch.device, dtype: torch.dtype) -> 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the model and tokenizer of a GGUF file, dequantised to `dtype`."""
-    # Raises what transformers raises; the callers run it inside `quiet_loading`.
+    # Exceptions from transformers pass through; callers use `quiet_loading`.
     model: Any = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=dtype, local_files_only=True
     )
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-    # The tensors are plain by now, but the model is still marked as quantised, which refuses saving and misleads peft.
+    # The tensors are dequantised, but the model is still marked as quantised, which blocks saving and misleads peft.
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
     model.hf_quantizer = None
@@ -154,18 +154,18 @@ def convert_gguf(source: Path, directory: Path, *, label: str) -> Path:
 def _make_durable(folder: Path) -> None:
     mode = stat.S_IMODE((folder / "config.json").stat().st_mode)
     for file in folder.iterdir():
-        file.chmod(mode)  # the library leaves the weights at 0600, whatever the umask
+        file.chmod(mode)  # the library sets the weights to 0600, regardless of the umask
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
 
 
 @contextmanager
 def quiet_loading(found: FoundBase, kind: str = _CAUSAL, library: str = "transformers") -> Iterator[None]:
-    """Load in the block without progress bars of the library; turn its many exceptions into `BaseModelNotFound`."""
+    """Suppress the library's progress bars inside the block; convert its exceptions to `BaseModelNotFound`."""
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        # The GGUF reader draws its own bar on stderr whatever the library's setting is.
+        # The GGUF reader draws its own bar on stderr, regardless of the library's setting.
         with redirect_stderr(io.StringIO()):
             yield
     except IcmLoraError:
@@ -175,7 +175,7 @@ def quiet_loading(found: FoundBase, kind: str = _CAUSAL, library: str = "transfo
             free(error)
             fact = f"base model {found.label!r} does not fit into memory"
             raise BaseModelNotFound(fact, path=found.path, hint=smaller(found)) from error
-        # Deliberately broad: for a damaged file the loaders raise whatever their parsing runs into.
+        # Deliberately broad: for a damaged file, the loaders may raise any exception.
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         fact = f"base model {found.label!r} cannot be loaded as {with_article(kind)}: {first}"
         hint = f"use a complete model folder that {library} supports, with its tokenizer or processor"
@@ -186,12 +186,12 @@ def quiet_loading(found: FoundBase, kind: str = _CAUSAL, library: str = "transfo
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-# What configurations call the number of positions that a model was made for.
+# Configuration keys for the maximum number of positions.
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions")
 
 
 def positions_of(model: PreTrainedModel) -> int | None:
-    """Return how many tokens a model can read; None where its configuration gives no limit."""
+    """Return how many tokens a model can read; None if there is no limit."""
     config = model.config.get_text_config()
     stated = [value for name in _POSITIONS if isinstance(value := getattr(config, name, None), int) and value > 0]
     learned = [
@@ -208,13 +208,13 @@ def _is_of_positions(name: str) -> bool:
 
 
 def _usable_rows(table: torch.nn.Embedding) -> int:
-    # Some models keep rows in front: OPT two, RoBERTa those up to its padding.
+    # Some models reserve leading rows: OPT two, RoBERTa all up to its padding index.
     padding = 0 if table.padding_idx is None else table.padding_idx + 1
     return table.num_embeddings - max(padding, int(getattr(table, "offset", 0)))
 
 
 def _hidden_size(config: Any) -> int | None:
-    """Return the width of the last layer; None where the configuration does not say, as MobileNet's does not."""
+    """Return the width of the last layer; None if the configuration does not state it (MobileNet)."""
     found = _stated((config.get_text_config(decoder=True), config), ("hidden_size", "d_model"))
     several = getattr(config, "hidden_sizes", None)
     return int(several[-1]) if found is None and several else found
@@ -226,6 +226,6 @@ def _layers(config: Any) -> int:
 
 
 def _stated(places: tuple[Any, ...], names: tuple[str, ...]) -> int | None:
-    """Return the first of some numbers that configurations state."""
+    """Return the first integer among the named attributes of the configurations."""
     values = (getattr(place, name, None) for place in places for name in names)
     return next((value for value in values if isinstance(value, int)), None)

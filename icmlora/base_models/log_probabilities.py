@@ -1,11 +1,11 @@
-"""Log probabilities of a few classes among very many, such as tokens of a vocabulary.
+"""Log probabilities of a few classes out of very many, such as tokens of a vocabulary.
 
     logits (n, V) ──log of the sum of exp, row by row──▶ (n, 1)
          └─────at the classes (n, K)──────────────────▶ log p = logit - log of the sum
 
-A vocabulary is wide: what autograd makes of the formula reads and writes float32 copies of all logits a dozen times,
-and that takes as long as the layers of a small model. So the gradient is written out, and both directions work in
-pieces that stay in the processor's cache: a tenth of the time, and the float32 copies are gone.
+For a large vocabulary, autograd's version reads and writes float32 copies of all logits a dozen times, which takes as
+long as the layers of a small model. The explicit gradient here works in pieces that fit in the CPU cache, as does the
+forward pass: a tenth of the time, and no float32 copies.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch.autograd.function import once_differentiable
 
 from icmlora.io.devices import uploaded
 
-_PIECE = 1 << 19  # logits at a time on a processor
+_PIECE = 1 << 19  # logits at a time on a CPU
 
 
 def log_probabilities(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """Return the log probabilities of some classes, float32 of shape (n, K), with gradients to the logits.
+    """Return the log probabilities of the given classes, float32 of shape (n, K), with gradients to the logits.
 
     Args:
-        logits: Of all classes, (n, V), in any precision.
+        logits: Logits of all classes, (n, V), in any precision.
         classes: Indices, int64 of shape (n, K).
     """
     found: torch.Tensor = _LogProbabilities.apply(logits, classes)  # type: ignore[no-untyped-call]
@@ -33,11 +33,11 @@ def log_probabilities(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tens
 
 
 def cross_entropy(logits: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
-    """Return the loss of the last predictions in nats, summed: a scalar.
+    """Return the summed loss of the last predictions in nats, a scalar.
 
     Args:
-        logits: (n, V), of at least as many predictions as there are wanted classes.
-        wanted: Indices; negative where a prediction is not scored.
+        logits: (n, V), with at least as many predictions as target classes.
+        wanted: Target classes; negative for predictions that are not scored.
     """
     classes = uploaded(wanted, logits.device)
     log_p = log_probabilities(logits[-len(wanted) :], classes.clamp_min(0)[:, None])[:, 0]
@@ -47,7 +47,7 @@ def cross_entropy(logits: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
 class _LogProbabilities(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        """Add up each row."""
+        """Return logit - logsumexp(row)."""
         total = torch.cat([logits[rows].float().logsumexp(dim=-1, keepdim=True) for rows in _pieces(logits)])
         ctx.save_for_backward(logits, classes, total)
         return logits.gather(-1, classes).float() - total

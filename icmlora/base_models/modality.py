@@ -1,12 +1,12 @@
-"""The protocol of a modality: everything icm needs to know of one kind of base model.
+"""The protocol of a modality: everything icm needs to know about one kind of base model.
 
     FoundBase --load--> BaseModel
     row of samples.jsonl --example--> example --readable--> example --prepare--> item (token ids, pixels, ...)
     items --loss--> gradients      items --logits--> predictions      examples --states--> task vector, (d,)
-    examples --measure--> Score, of which more or less is better (`metric`)
+    examples --measure--> Score; `metric` defines whether higher is better
 
-All of them run `base.model` as it is at that moment: an adapter that was put on it takes part.
-To add a modality, write one file with a class that has these members and name it in `catalogue.py`.
+All of them run `base.model` in its current state, including any attached adapter.
+To add a modality, write a module with a class that has these members and list it in `catalogue.py`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ Example = TypeVar("Example")
 Item = TypeVar("Item", bound="Prepared")
 """An example as the model reads it."""
 IGNORED = -100
-"""The wanted class of a prediction that is not scored."""
-_ROUNDING = 1e-6  # share of a loss: two float32 sums of the same numbers differ by less
+"""The target class of a prediction that is not scored."""
+_ROUNDING = 1e-6  # relative tolerance: two float32 sums of the same numbers differ by less
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What `measure` returns."""
+    """The metric of a modality's `measure`."""
 
     name: str
     higher_is_better: bool
@@ -46,25 +46,25 @@ class Prepared(Protocol):
 
     @property
     def count(self) -> int:
-        """How many predictions are scored in it: tokens, images, boxes."""
+        """Number of scored predictions, such as tokens or images."""
         ...
 
     @property
     def size(self) -> int:
-        """How much of it is read, in the unit of the limit: tokens; 1 where examples are never cut."""
+        """Size of the input in the unit of the limit, tokens; 1 if examples are never truncated."""
         ...
 
 
 @dataclass(frozen=True)
 class Score:
-    """How good a model is on some examples.
+    """A model's score on some examples.
 
     Attributes:
-        value: The metric, averaged over what was scored.
-        count: How many predictions were scored.
-        utf8_bytes: Length in UTF-8 of the scored text, at least 1; 1 where there is no text.
-        others: Further figures to print beside the metric, by name.
-        of_each: The metric of each example that was scored, where it is a mean over them.
+        value: The metric, averaged over all scored predictions.
+        count: Number of scored predictions.
+        utf8_bytes: Length of the scored text in UTF-8 bytes, at least 1; 1 if there is no text.
+        others: Additional figures to print with the metric, by name.
+        of_each: The metric of each scored example, if `value` is a mean over them.
     """
 
     value: float
@@ -79,16 +79,16 @@ class BaseModel:
     """A loaded base model in evaluation mode.
 
     Attributes:
-        label: The name that adapters give it.
-        model: The network; adapters are put on it and taken off again, its weights never change.
-        processor: What turns examples into its inputs, such as a tokenizer.
-        fingerprint: Which weights these are (see `icmlora.base_models.finding.fingerprint.fingerprint_base`).
-        modality: What can be done with it.
-        hidden_size: Width of the hidden states, which is the dimension of a task vector; None where it does not say.
+        label: The name that adapters use.
+        model: The network; adapters are attached and detached, but its weights never change.
+        processor: Converts examples to its inputs; a tokenizer, for example.
+        fingerprint: Identifies the weights (see `icmlora.base_models.finding.fingerprint.fingerprint_base`).
+        modality: How to use it.
+        hidden_size: Width of the hidden states and so of a task vector; None if the configuration does not state it.
         layers: Number of its layers.
-        positions: The longest text that it can read, in tokens; None where there is no limit.
-        made_up: Parameters that its files lack and that are zero: the head of a classifier that adapters bring.
-        load_in: The few bits that its linear layers are in; None where all weights are in full precision.
+        positions: Maximum text length in tokens; None if there is no limit.
+        made_up: Zero-filled parameters that its files lack: a classification head that adapters provide.
+        load_in: Quantised format of its linear layers; None if all weights are in full precision.
     """
 
     label: str
@@ -108,51 +108,51 @@ class BaseModel:
         return self.processor
 
     def within(self, limit: int) -> int:
-        """Return a limit in tokens, or fewer where it cannot read that many."""
+        """Return `limit`, capped at the model's maximum length in tokens."""
         return limit if self.positions is None else min(limit, self.positions)
 
     @property
     def device(self) -> torch.device:
-        """Where its inputs go."""
+        """Device for its inputs."""
         from icmlora.base_models.placement import main_device
 
         return main_device(self.model)
 
     @property
     def input_dtype(self) -> torch.dtype:
-        """Precision of its inputs that are not token ids, and of what its layers compute."""
+        """Precision of its non-integer inputs and of its computations."""
         dtype: torch.dtype = next(one.dtype for one in self.model.parameters() if one.is_floating_point())
         return dtype
 
     @property
     def dtype(self) -> str:
-        """Precision of its weights, as "float32", "bfloat16" or "nf4"; every figure measured on it names this."""
+        """Precision of its weights, such as "float32", "bfloat16" or "nf4"; stated with every figure measured on it."""
         return self.load_in or str(self.input_dtype).removeprefix("torch.")
 
 
 class Modality(Protocol[Example, Item]):
-    """One kind of base model. Importing it should not import torch: `icm ingest` reads examples without.
+    """One kind of base model. Importing it should not import torch: `icm ingest` reads examples without it.
 
-    A class that derives from it gets `reads`, `takes_context`, `probes`, `joined`, `context_state`, `loss`, `written`,
-    `answer` and `counted` of a model that reads examples one at a time and without files, writes and pads nothing.
+    The defaults of `reads`, `takes_context`, `probes`, `joined`, `context_state`, `loss`, `written`, `answer` and
+    `counted` suit a model that reads examples one at a time and without files, generates nothing and pads nothing.
     """
 
     name: str
-    """What messages call it."""
+    """Name in messages."""
     reads: Collection[str] = ()
-    """Which of a row's files it reads, of `MEDIA_KEYS`; a row with another one is left out."""
+    """The `MEDIA_KEYS` of a row that it reads; a row with another one is skipped."""
     takes_context: bool = False
-    """Whether samples can stand before an example, as in-context learning has it."""
+    """Whether samples can be prepended to an example, as in in-context learning."""
     probes: Sequence[Example] = ()
-    """Neutral examples, for task vectors of tasks that bring no samples; none where there is nothing neutral."""
+    """Neutral examples, for task vectors of tasks without samples; empty if there are none."""
 
     @property
     def metric(self) -> Metric:
-        """What `measure` returns."""
+        """The metric that `measure` returns."""
         ...
 
     def suits(self, found: FoundBase) -> bool:
-        """Whether a base model is of this kind, judged by its files without loading it: its metric makes sense."""
+        """Return whether a base model is of this kind and its metric makes sense, without loading it."""
         ...
 
     def load(
@@ -166,10 +166,10 @@ class Modality(Protocol[Example, Item]):
         """Load a base model.
 
         Args:
-            found: Where it is.
-            device: Where to put it.
-            dtype: Precision of the weights; None for what suits the device. A base model that is to be loaded in few
-                bits has one precision for all purposes, whatever is asked for here.
+            found: The base model on disk.
+            device: Target device.
+            dtype: Precision of the weights; None for the device's default. Ignored for a base model with `load_in`,
+                which has one precision for all purposes.
             fingerprint: Its fingerprint; None to compute it, which reads every weight file.
 
         Raises:
@@ -178,7 +178,7 @@ class Modality(Protocol[Example, Item]):
         ...
 
     def example(self, row: Mapping[str, Any]) -> Any:
-        """Turn a row of `samples.jsonl` or `eval.jsonl` into an example, without any base model.
+        """Convert a row of `samples.jsonl` or `eval.jsonl` to an example, without a base model.
 
         Raises:
             DataError: It is not an example of this kind; the message is a fact about the row, such as "has no text".
@@ -186,55 +186,55 @@ class Modality(Protocol[Example, Item]):
         ...
 
     def readable(self, base: BaseModel, examples: Sequence[Any], template: Templates | None = None) -> Examples:
-        """Bring what `example` returned into the form that this base model reads; what cannot be is left out.
+        """Convert the results of `example` to the form that this base model reads; skip unreadable ones.
 
-        All other methods take the result. A language model renders chats here, with its chat template or with the
-        one that came with an adapter.
+        All other methods take the result. A language model renders chats here, with its own chat template or the
+        adapter's.
         """
         ...
 
     def prepare(self, base: BaseModel, examples: Sequence[Example], limit: int, *, whole: bool = False) -> list[Item]:
-        """Turn examples into what the model reads, without those that have nothing to score.
+        """Convert examples to model inputs, skipping any without a scored prediction.
 
-        At most `limit` tokens of each are read, those next to its answer if it has one; `whole` scores its prompt too.
-        Raises `DataError` if none is left.
+        At most `limit` tokens of each are read, next to its answer if it has one; `whole` scores the prompt too. Raises
+        `DataError` if none is left.
         """
         ...
 
     def pieces(self, base: BaseModel, item: Item, limit: int) -> list[Item]:
-        """Return an item that is scored as a whole in pieces of at most `limit` tokens, where this kind reads tokens.
+        """Split an item that is scored as a whole into pieces of at most `limit` tokens, if this kind reads tokens.
 
-        Of one with an answer only the piece around its beginning is returned.
+        For an item with an answer, return only the piece around the start of the answer.
         """
         return [item]
 
     def joined(self, base: BaseModel, items: Sequence[Item], limit: int) -> list[Item]:
-        """Put items one after the other, as samples stand in a context, into items of at most `limit` tokens.
+        """Concatenate items, like the samples of a context, into items of at most `limit` tokens.
 
-        Of each the same is scored as before. They stay as they are where nothing can stand before them.
+        The scored predictions of each stay the same. Items that cannot have a context are returned unchanged.
         """
         return list(items)
 
     def states(self, base: BaseModel, examples: Sequence[Example], limit: int) -> torch.Tensor:
-        """Return one hidden state for each example, float32 of shape (examples, d)."""
+        """Return one hidden state per example, float32 of shape (examples, d)."""
         ...
 
     def context_state(self, base: BaseModel, examples: Sequence[Example], limit: int) -> torch.Tensor:
-        """Return one hidden state for all examples together, (d,) in float32; no adapter is on the model.
+        """Return one hidden state for all examples together, (d,) in float32; the model has no adapter attached.
 
-        That is their mean for models that read one example at a time.
+        For models that read one example at a time, this is the mean of their states.
         """
         return self.states(base, examples, max(1, limit // len(examples))).mean(dim=0)
 
     def logits(self, base: BaseModel, items: Sequence[Item], *, from_leaf: bool = False) -> list[torch.Tensor]:
-        """Return the predictions for each item, without padding: a tensor of shape (predictions, classes) for each.
+        """Return the predictions of each item without padding, shape (predictions, classes).
 
-        With `from_leaf`, gradients flow back to the model's inputs, so that they reach every module on the way.
+        With `from_leaf`, gradients flow back to the model's inputs and so reach every module on the way.
         """
         ...
 
     def loss(self, base: BaseModel, items: Sequence[Item]) -> torch.Tensor:
-        """Return the loss of all scored predictions, summed: a scalar, with gradients that reach every module."""
+        """Return the summed loss of all scored predictions, a scalar with gradients that reach every module."""
         import torch
 
         from icmlora.base_models.log_probabilities import cross_entropy
@@ -244,48 +244,48 @@ class Modality(Protocol[Example, Item]):
         return torch.stack([cross_entropy(row, wanted) for row, wanted in pairs if wanted is not None]).sum()
 
     def wanted(self, item: Item) -> Sequence[int] | None:
-        """Return the class that each of an item's last predictions should be, or `IGNORED` where it is not scored.
+        """Return the target class of each of an item's last predictions, or `IGNORED` if it is not scored.
 
-        The loss is the cross entropy with them. None where the loss takes more than the predictions.
+        The loss is the cross entropy with them. None if the loss needs more than the predictions.
         """
         ...
 
     def answers(self, item: Item) -> Sequence[bool] | None:
-        """Return which of its predictions answer a prompt, of an item that is scored as a whole; None if all count."""
+        """Return a mask of the answer's predictions, for an item that is scored as a whole; None if all count."""
         return None
 
     def written(self, base: BaseModel, items: Sequence[Item], count: int, limit: int, *, seed: int) -> list[Item]:
-        """Let the model write items itself, such as texts, with the adapter that is on it.
+        """Generate items, such as texts, with the current adapter.
 
-        At most `count` are written, of at most `limit` tokens, each beginning like one of `items`, in turn; none where
-        this kind of model writes nothing that it could read. `seed` is that of all random numbers.
+        At most `count` items of at most `limit` tokens, each starting like one of `items`, in turn. Empty if this kind
+        of model cannot generate its own inputs. `seed` seeds all random numbers.
         """
         return []
 
     def answer(self, base: BaseModel, prompt: Prompt, most: int) -> str | None:
-        """Return what the model writes after a prompt, always its most probable next token, at most `most` of them.
+        """Return the greedy continuation of a prompt, at most `most` tokens.
 
-        None where this kind of model does not continue text.
+        None if this kind of model does not continue text.
         """
         return None
 
     def counted(self, base: BaseModel, items: Sequence[Item]) -> torch.Tensor | None:
-        """Return which rows of a module's input are no padding in `loss` and `logits`: all its dimensions but the last.
+        """Return a mask of the rows of a module's input that are not padding in `loss` and `logits`.
 
-        None where nothing is padded.
+        Its shape is all dimensions of that input but the last. None if nothing is padded.
         """
         return None
 
     def measure(self, base: BaseModel, examples: Sequence[Example], limit: int) -> Score:
-        """Measure the model on held-out examples, in the unit of `metric`; raise `DataError` if there is nothing."""
+        """Measure the model on held-out examples, in the unit of `metric`; raise `DataError` if there are none."""
         ...
 
 
 def retained_gain(base: float, original: float, other: float, *, higher_is_better: bool = False) -> float | None:
-    """Return which share of the original adapter's gain over the base model another adapter keeps, from their metrics.
+    """Return the share of the original adapter's gain over the base model that another adapter retains.
 
-    1 is as good as the original, 0 as good as no adapter; the share may be below 0 or above 1. None where the original
-    does not help, so that there is no gain to keep. What rounding makes of a float32 loss is no help.
+    1 is as good as the original, 0 as good as no adapter; the share may be below 0 or above 1. None if the original
+    does not improve on the base model by more than the rounding error of a float32 loss.
     """
     gain = original - base if higher_is_better else base - original
     remaining = other - base if higher_is_better else base - other

@@ -1,10 +1,10 @@
-"""Decide in what precision and where a base model's weights go, as arguments of transformers' `from_pretrained`.
+"""Choose precision and devices of a base model's weights, as arguments of transformers' `from_pretrained`.
 
-    CPU, or a card that was named          the whole model goes there
-    any card, and one is large enough      the same
-    any card, and none is large enough     accelerate spreads it over all cards, and the memory of the CPU
+    CPU, or a specific GPU                 the whole model goes there
+    any GPU, and the model fits            the same
+    any GPU, and the model does not fit    accelerate spreads it over all GPUs and CPU memory
 
-A model in few bits is spread over cards only: bitsandbytes does not take layers out of the CPU's memory and back.
+A quantised model is spread over GPUs only, because bitsandbytes does not swap layers with CPU memory.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ if TYPE_CHECKING:
 
     from icmlora.base_models.finding.lookup import FoundBase
 
-_SHARE = 0.9  # of the free memory that weights may take; the rest is for what the layers compute
+_SHARE = 0.9  # of the free memory, for weights; the rest is for activations
 
 
 def placement(found: FoundBase, auto_class: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the arguments that load a Hugging Face folder with one of transformers' Auto classes.
+    """Return the arguments for loading a Hugging Face folder with a transformers Auto class.
 
     Args:
-        found: Where it is, and in how few bits it is wanted.
+        found: The base model on disk, with its `load_in`.
         auto_class: Such as "AutoModelForCausalLM".
-        device: Where to put it; a card without a number stands for any card.
-        dtype: Precision of the weights that are not in few bits.
+        device: Target device; "cuda" without an index means any GPU.
+        dtype: Precision of the weights that are not quantised.
 
     Returns:
-        The arguments. Without a `device_map` among them the model is loaded on the CPU and can be moved.
+        The arguments. Without a `device_map`, the model is loaded on the CPU and can be moved.
 
     Raises:
-        BaseModelUnsuited: It has no layer that could be loaded in few bits.
-        BaseModelNotFound: It does not fit any memory.
+        BaseModelUnsuited: It has no layer that can be quantised.
+        BaseModelNotFound: It does not fit into memory.
     """
     options: dict[str, Any] = {"dtype": dtype}
     is_free = device.type == "cuda" and device.index is None
@@ -62,7 +62,7 @@ def placement(found: FoundBase, auto_class: str, device: torch.device, dtype: to
 
 
 def needed_bytes(outline: nn.Module, dtype: torch.dtype, load_in: str | None) -> int:
-    """Return about how many bytes the weights of a network take; the network itself may be without any."""
+    """Estimate the bytes of a network's weights; the network may be on the meta device."""
     few = packed(outline) if load_in is not None else set()
     weights = [module.weight for name, module in outline.named_modules() if name in few]
     small = sum(weight.numel() for weight in weights if isinstance(weight, torch.Tensor))
@@ -71,7 +71,7 @@ def needed_bytes(outline: nn.Module, dtype: torch.dtype, load_in: str | None) ->
 
 
 def main_device(model: Any) -> torch.device:
-    """Return where a model's inputs go: where its weights are, or where accelerate computes with the first of them."""
+    """Return the device for a model's inputs: its weights' device, or the first compute device of accelerate's map."""
     device_map: Mapping[str, Any] | None = getattr(model, "hf_device_map", None)
     if device_map is None:
         device: torch.device = next(model.parameters()).device
@@ -94,13 +94,13 @@ def _spread(found: FoundBase, needed: int) -> dict[str, Any]:
 
 
 def smaller(found: FoundBase) -> str:
-    """Return which options make a base model take less memory of a card."""
+    """Return a hint for fitting a base model into GPU memory."""
     load_in = f"run `icm base add {found.label} PATH --load-in nf4` to load it in 4 bits"
     return load_in if found.load_in is None else "use --device cpu"
 
 
 def _outline(found: FoundBase, auto_class: str) -> nn.Module:
-    """Make the network of a folder without its weights."""
+    """Build a folder's network on the meta device, without weights."""
     config = AutoConfig.from_pretrained(found.path, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         outline: nn.Module = getattr(transformers, auto_class).from_config(config, trust_remote_code=False)

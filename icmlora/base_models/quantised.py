@@ -1,11 +1,10 @@
-"""Load the weights of a base model in few bits, through transformers and bitsandbytes (`icm base add --load-in`).
+"""Quantise the weights of a base model on loading, with transformers and bitsandbytes (`icm base add --load-in`).
 
-    linear layers                  nf4: 4 bits and a scale for 64 weights       int8: 8 bits and a scale for each row
-    embeddings, norms, heads       bfloat16, which is also what all layers compute in, on every device
+    linear layers                  nf4: 4 bits and a scale per 64 weights       int8: 8 bits and a scale per row
+    embeddings, norms, heads       bfloat16, which is also the compute precision of all layers on every device
 
-So "nf4" means one thing wherever something was measured, and one copy in memory serves for everything. nf4 is what
-QLoRA trains adapters on (Dettmers et al., arXiv 2305.14314), its scales in 8 bits; int8 is LLM.int8() (arXiv
-2208.07339).
+As a result, "nf4" means the same in every measurement, and one copy in memory suffices. nf4 is the format for which
+QLoRA trains adapters (Dettmers et al., arXiv 2305.14314), with 8-bit scales; int8 is LLM.int8() (arXiv 2208.07339).
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ if TYPE_CHECKING:
     from torch import nn
 
 HEADS = ("classifier.", "score.", "classification_head.", "pre_classifier.", "pooler.", "bert.pooler.")
-"""Where transformers' classifiers have what a base model without a head lacks, and adapters bring along."""
+"""Prefixes of head modules in transformers' classifiers; a base model may lack them, and adapters provide them."""
 
 BYTES = {"nf4": 0.52, "int8": 1.01}
-"""What a weight of a linear layer takes, its share of the scales included."""
+"""Bytes per weight of a linear layer, including its share of the scales."""
 
 
 def check_load_in(found: FoundBase) -> None:
-    """Check that a base model can be loaded in few bits, as far as its files and this machine tell. Imports no torch.
+    """Check, from its files and the installed packages, that a base model can be quantised. Imports no torch.
 
     Raises:
-        DataError: It is to be loaded in something else.
-        BaseModelUnsuited: Models of its kind cannot be loaded so.
-        BaseModelNotFound: bitsandbytes is not installed.
+        DataError: The format is unknown.
+        BaseModelUnsuited: Models of its kind cannot be quantised.
+        BaseModelNotFound: bitsandbytes or accelerate is not installed.
     """
     if found.load_in is None:
         return
@@ -49,7 +48,7 @@ def check_load_in(found: FoundBase) -> None:
 
 
 def _oddity(found: FoundBase) -> str | None:
-    """Say what keeps a base model from being loaded in few bits."""
+    """Return why a base model cannot be quantised, or None."""
     if found.loader is not None:
         return "its own loader decides how it is loaded"
     if found.is_pipeline:
@@ -62,25 +61,25 @@ def _oddity(found: FoundBase) -> str | None:
 
 
 def kept(outline: nn.Module) -> list[str]:
-    """Return which modules of a network stay in bfloat16: its output, what shares its weights, and heads."""
+    """Return the modules that stay in bfloat16: the output layer, modules tied to it, and heads."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
     return sorted({*get_keys_to_not_convert(outline), *(name.rstrip(".") for name in HEADS)})
 
 
 def packed(outline: nn.Module) -> set[str]:
-    """Return which modules of a network are loaded in few bits."""
+    """Return the names of a network's modules to quantise."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    layers, rest = (nn.Linear, Conv1D), kept(outline)  # only these types themselves: what derives from them may differ
+    layers, rest = (nn.Linear, Conv1D), kept(outline)  # exact types only: subclasses may differ
     named = outline.named_modules()
     return {name for name, module in named if type(module) in layers and should_convert_module(name, rest)}
 
 
 def quantization_config(load_in: str, outline: nn.Module) -> Any:
-    """Return transformers' configuration that loads a network in few bits."""
+    """Return the transformers configuration for loading a quantised network."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -95,10 +94,10 @@ def quantization_config(load_in: str, outline: nn.Module) -> Any:
 
 
 def settle(model: nn.Module) -> None:
-    """Let a network in few bits compute the same on every processor, with gradients."""
+    """Make a quantised network compute the same on every CPU, with gradients."""
     for module in model.modules():
-        # On processors with AVX512-BF16 the first pass without gradients would repack the weights in place, for a
-        # kernel that autograd does not know: later gradients come out wrong by a factor of hundreds, without an error.
+        # On CPUs with AVX512-BF16, the first pass without gradients would repack the weights in place for a kernel
+        # that autograd does not support: later gradients are silently wrong by a factor of hundreds.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         if hasattr(module, "init_8bit_state"):
@@ -106,14 +105,14 @@ def settle(model: nn.Module) -> None:
 
 
 def _init_state(module: Any) -> None:
-    """Give an int8 layer what its passes read, as bitsandbytes does, but leave the scales with the weight."""
-    # In each pass of DoRA on a CPU, PEFT moves the weight, which would lose its scales and then fail.
+    """Initialise the state of an int8 layer as bitsandbytes does, but keep the scales on the weight."""
+    # In each DoRA pass on a CPU, PEFT moves the weight, which would lose its scales and then fail.
     module.state.CB, module.state.SCB = module.weight.CB, module.weight.SCB
     module.weight.CB = None
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Return the bytes of a network's parameters and buffers, with the scales of those in few bits."""
+    """Return the bytes of a network's parameters and buffers, including quantisation scales."""
     total = 0
     for tensor in (*model.parameters(), *model.buffers()):
         total += tensor.nbytes

@@ -23,11 +23,11 @@ from icmlora.io.text import with_article
 class EvaluationData:
     """Held-out examples of a task."""
 
-    examples: tuple[Any, ...]  # as the base model reads them, in the order of the file
-    digest: str  # SHA-256 of the file's bytes, which names the data in stored results
+    examples: tuple[Any, ...]  # as the base model reads them, in file order
+    digest: str  # SHA-256 of the file's bytes (and the context's digest); identifies the data in stored results
     template: str | None = None  # digest of the chat template, if chats were rendered
-    skipped: str | None = None  # how many rows were left out and why, in words
-    note: str | None = None  # what a user should know of how they are read
+    skipped: str | None = None  # number of skipped rows and the reason, in words
+    note: str | None = None  # note for the user about how the examples are read
 
     @classmethod
     def parse(
@@ -39,7 +39,7 @@ class EvaluationData:
         template: Templates | None = None,
         context: TaskContext | None = None,
     ) -> EvaluationData:
-        """Parse the bytes of an `eval.jsonl`; without the base model, chats are not rendered."""
+        """Parse the bytes of an `eval.jsonl`; chats are rendered only if the base model is given."""
         if base is None:
             found = parse_examples(data, path=path)
         else:
@@ -57,19 +57,19 @@ def examples_for(
     template: Templates | None = None,
     context: TaskContext | None = None,
 ) -> Examples:
-    """Read a file for a base model: its usable rows, as that model reads them.
+    """Return the usable rows of a file, as a base model reads them.
 
-    At most `most` are returned, spread evenly over the file. `template` is the chat template that came with the
-    adapter, `context` stands before each example, and `path` is for the messages.
+    At most `most` are returned, spread evenly over the file. `template` is the adapter's own chat template, `context`
+    is prepended to each example, and `path` is for messages.
 
     Raises:
-        DataError: No row can be used, or the file breaks a limit.
+        DataError: No row is usable, or the file exceeds a limit.
     """
     found = unread_examples(base, data, path=path)
     with located(path):
         if context is not None:
             found = replace(found, items=tuple(map(context.before, found.items)))
-        # Rendering a chat takes longer than parsing it, and most callers need a few.
+        # Rendering a chat takes longer than parsing it, and most callers need only a few.
         chosen = found.items if most is None else spread(found.items, most)
         readable = base.modality.readable(base, chosen, template)
         if readable.skipped and len(chosen) < len(found):
@@ -88,14 +88,14 @@ def examples_for(
 
 
 def unread_examples(base: BaseModel, data: bytes, *, path: str | Path | None = None) -> Examples:
-    """Return the usable rows of a file as examples of a base model's kind: chats are not rendered yet."""
+    """Return the usable rows of a file as examples for a base model, with chats not rendered yet."""
     return parse_examples(data, partial(_example_for, base), path=path)
 
 
 def given_prompts(
     base: BaseModel, asked: Sequence[Prompt | Mapping[str, Any]], template: Templates | None = None
 ) -> list[Prompt]:
-    """Return what `read_prompts` returned as this base model reads it; raise `DataError` if it refuses a chat."""
+    """Render the chats that `read_prompts` returned for a base model; raise `DataError` if one is rejected."""
     chats = [base.modality.example(row) for row in asked if not isinstance(row, Prompt)]
     read = base.modality.readable(base, chats, template)
     if read.skipped:
@@ -105,10 +105,10 @@ def given_prompts(
 
 
 def _example_for(base: BaseModel, row: Mapping[str, Any]) -> Any:
-    """Turn a row into an example of a base model, which has to see all of it: the file of a row is most of what it is.
+    """Convert a row to an example for a base model, which must be able to read all of the row.
 
     Raises:
-        DataError: It is not one, or names an image or a recording that the base model would not be given.
+        DataError: It is not an example, or it names an image or a recording that the base model cannot read.
     """
     for key in set(MEDIA_KEYS).difference(base.modality.reads):
         if isinstance(row.get(key), Media | Mapping):
@@ -118,7 +118,7 @@ def _example_for(base: BaseModel, row: Mapping[str, Any]) -> Any:
 
 
 def _open(example: Example | Rendered) -> Prompt:
-    """Return a chat up to its last answer, which `read_prompts` added."""
+    """Return the prompt of a chat up to the placeholder answer from `_asked`."""
     if isinstance(example, Rendered):
         return Prompt(example.text[: example.scored[-1][0]], is_rendered=True)
     return Prompt(example.prompt)

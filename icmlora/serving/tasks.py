@@ -1,11 +1,11 @@
-"""The tasks that can be served, from a store or from a bundle alone. Looking for a task imports no torch.
+"""The tasks of a store or a bundle that can be served. Looking up a task imports no torch.
 
-    name ──stamp as before──▶ the answer of before
-      └───otherwise──▶ store ──▶ digest of its manifest ──▶ known: made from the same parts, under the same key
-                                                        └─▶ new: the parts of its adapter, and its key
+    name ──same stamp──▶ cached answer
+      └───otherwise──▶ store ──▶ digest of its manifest ──▶ known: same parts of the adapter, same key
+                                                        └─▶ new: read the parts of its adapter, compute the key
 
-The store is opened for each look and released again, so `icm evict` and `icm prune` do not wait for a server. Blobs can
-be read at any time.
+The store is opened for each lookup and then released, so `icm evict` and `icm prune` do not wait for a server. Blobs
+can be read at any time.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ if TYPE_CHECKING:
     from icmlora.generator.versions import GeneratorFile
 
 _ADMITTED = 1
-"""Adapters that are decoded at once: more would only take each other's processor."""
+"""Adapters decoded at once: more would only compete for the CPU."""
 _MAX_NAMES = 50_000
-"""Names whose answers are kept, of tasks or not: clients choose them."""
+"""Cached answers for names, which clients choose and which may be unknown."""
 _MAX_ADAPTERS = 10_000
-"""Manifests for which the parts of the adapter are kept."""
-_MAX_DIGITS = 9  # of the number of a version
+"""Cached manifests with the parts of their adapters."""
+_MAX_DIGITS = 9  # of a version number
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -58,14 +58,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ServedTask:
-    """A task that an engine can ask for.
+    """A task that can be served.
 
     Attributes:
-        name: Its name, as the store or bundle spells it, with `@VERSION` if one was asked for.
+        name: Its name, as in the store or bundle, with `@VERSION` if requested.
         base_model: The name of its base model.
-        key: SHA-256 of everything that its adapter's files follow from.
-        layout: Its modules; empty where there can be no code.
-        is_generated: Whether its adapter was made from samples, so that its context stands before its requests.
+        key: SHA-256 of all inputs of its adapter's files.
+        layout: Its modules; empty if it cannot have a code.
+        is_generated: Whether its adapter was generated from samples, so that its context is used by default.
     """
 
     name: str
@@ -76,7 +76,7 @@ class ServedTask:
 
 
 class Answer(NamedTuple):
-    """What a name meant when the source had a stamp."""
+    """The cached result of a lookup, with the source's stamp at that time."""
 
     stamp: Hashable
     task: ServedTask | None
@@ -84,25 +84,25 @@ class Answer(NamedTuple):
 
 
 class _Source(Protocol):
-    """Where tasks come from."""
+    """A source of tasks: a store or a bundle."""
 
-    place: str  # of the database, or of the bundle
+    place: str  # address of the database, or path of the bundle
 
     def stamp(self, *, at_once: bool = False) -> Hashable:
-        """Return a value that differs after a change of any task, in microseconds."""
+        """Return a value that changes with any task; takes microseconds."""
 
     def check(self) -> None:
         """Raise `StoreUnavailable` if the source is known to be unavailable. Opening it could take many seconds."""
 
     def open(self) -> AbstractContextManager[CodeSource]:
-        """Open the store or the bundle for one piece of work."""
+        """Open the store or the bundle for one operation."""
 
 
 class ServedTasks:
-    """The tasks of a store or a bundle. Any thread may call the methods.
+    """The tasks of a store or a bundle. Thread-safe.
 
     Args:
-        source: Where they come from.
+        source: The store or the bundle.
         log: Logger for outages. Some engines show only messages below their own logger name.
     """
 
@@ -112,23 +112,23 @@ class ServedTasks:
         self._answers: OrderedDict[str, Answer] = OrderedDict()
         # Digest of a manifest -> the parts of its adapter.
         self._adapters: OrderedDict[str, Chosen] = OrderedDict()
-        self._layouts: dict[Hashable, tuple[ModuleShape, ...]] = {}  # most of a fleet have one
+        self._layouts: dict[Hashable, tuple[ModuleShape, ...]] = {}  # most tasks of a fleet share one layout
         self._guard, self._admitted = threading.Lock(), threading.Semaphore(_ADMITTED)
-        self._is_told = False  # that the place of the blobs is away
+        self._is_logged = False  # that the blob storage is unavailable
 
     def seen(self, name: str) -> Answer | None:
-        """Return the last answer for a name; it holds while the stamp is the same."""
+        """Return the last answer for a name, valid as long as the stamp stays the same."""
         return self._answers.get(name)
 
     def find(self, name: str) -> ServedTask | None:
-        """Return the task that has exactly this name, or a version `NAME@3`, or None; any text may be asked for."""
+        """Return the task with exactly this name or version `NAME@3`, or None; accepts any text."""
         if not can_be_served(name):
             return None
         stamp, known = self.stamp(), self._answers.get(name)
         return known.task if known is not None and known.stamp == stamp else self._look(name, stamp)[0].task
 
     def chosen(self, name: str) -> Chosen:
-        """Return what the adapter of a task is made from, as it is now, or as it was seen last during an outage.
+        """Return the current sources of a task's adapter; during an outage, the last known ones.
 
         Raises:
             TaskNotFound: There is no such task.
@@ -149,7 +149,7 @@ class ServedTasks:
         return found
 
     def _look(self, name: str, stamp: Hashable) -> tuple[Answer, Chosen | None]:
-        """Find a task in the source as it is now, in any case; only one of the very name can be served."""
+        """Read a task from the source, ignoring case; only an exact name can be served."""
         with self._open() as codes:
             with self._noticing():
                 task = _find(codes, name)
@@ -169,14 +169,14 @@ class ServedTasks:
         return answer
 
     def is_at_hand(self, task: ServedTask) -> bool:
-        """Return whether `write` needs no network, according to the cache."""
+        """Return whether `write` needs no network, because all blobs are cached."""
         return not self._missing(task)
 
     def fetch(self, task: ServedTask) -> None:
         """Download the blobs of a task into the cache.
 
         Raises:
-            StoreUnavailable: Some are not in the cache, and the place of the blobs is away.
+            StoreUnavailable: Some are not cached, and the blob storage is unavailable.
         """
         missing, chosen = self._missing(task), self._adapter(task)
         if not missing or chosen is None:
@@ -186,8 +186,8 @@ class ServedTasks:
             chosen.codes.blobs.fetch(missing)
             for digest in missing:  # raises if it is damaged
                 chosen.codes.read(digest)
-        if self._is_told:
-            self._is_told = False
+        if self._is_logged:
+            self._is_logged = False
             self._log.info("icm: the object store is available again")
 
     def names(self, base_model: str | None = None) -> list[str]:
@@ -196,7 +196,7 @@ class ServedTasks:
             return codes.names(base_model)
 
     def configs(self, base_model: str) -> Iterator[tuple[Task, bytes | DamagedStore]]:
-        """Yield each task of a base model with the `adapter_config.json` that is written, or why it cannot be read."""
+        """Yield each task of a base model with its `adapter_config.json` as written, or the error of reading it."""
         from icmlora.formats.peft.initial import converted_form
 
         with self._open() as codes:
@@ -205,7 +205,7 @@ class ServedTasks:
                 final = task.final
                 try:
                     config = read(final.config)
-                    if final.is_evicted and final.format == "peft":  # else the original is served as it is
+                    if final.is_evicted and final.format == "peft":  # otherwise the original is served unchanged
                         config = converted_form(template_of(final, config)).config
                 except DamagedStore as error:
                     yield task, error
@@ -218,15 +218,15 @@ class ServedTasks:
             return codes.base_models()
 
     def locate(self, base_model: str) -> FoundBase:
-        """Find a base model on this machine; raises `BaseModelNotFound`."""
+        """Find a base model on this machine; raise `BaseModelNotFound` if there is none."""
         with self._open() as codes:
             return codes.locate(base_model)
 
     def write(self, task: ServedTask, directory: Path) -> None:
-        """Write a task's adapter as a folder: complete, or not at all. Raises as `Fleet.materialize` does.
+        """Write a task's adapter as a folder atomically. Raises the errors of `Fleet.materialize`.
 
         Raises:
-            TaskChanged: It changed since it was found, so it cannot be written under its key.
+            TaskChanged: It has changed since the lookup, so it cannot be written under its key.
         """
         self.fetch(task)  # before the semaphore, so that a slow network blocks no other task
         with self._admitted:
@@ -237,7 +237,7 @@ class ServedTasks:
         if (chosen := self._adapter(task)) is not None and isinstance(chosen.codes, _KeptParts):
             try:
                 return chosen.files()
-            except DamagedStore:  # blobs may be gone that nothing refers to any more
+            except DamagedStore:  # unreferenced blobs may have been deleted
                 pass
         with self._open() as codes:
             chosen = choose(codes, codes.get(task.name))
@@ -253,17 +253,17 @@ class ServedTasks:
 
     @contextmanager
     def _noticing(self) -> Iterator[None]:
-        """Log once that the place of the blobs is unavailable; an outage of the database is logged by its watch."""
+        """Log once that the blob storage is unavailable; the watch logs outages of the database."""
         try:
             yield
         except StoreUnavailable as error:
-            if error.path != self._source.place and not self._is_told:
-                self._is_told = True
+            if error.path != self._source.place and not self._is_logged:
+                self._is_logged = True
                 self._log.warning("icm: %s; still serving tasks whose files are cached here", error.message)
             raise
 
     def _kept(self, codes: CodeSource, chosen: Chosen) -> Chosen:
-        """Return the same parts without the open store; a bundle is opened again to read them."""
+        """Detach the parts from the open store; a bundle is opened again to read them."""
         if not isinstance(codes, StoreCodes):
             return chosen
         generator = chosen.generator
@@ -277,7 +277,7 @@ class ServedTasks:
         return self._layouts[layout]
 
     def _adapter(self, task: ServedTask) -> Chosen | None:
-        """Return what the adapter of a task is made from if that is kept."""
+        """Return the cached sources of a task's adapter, or None."""
         known = self._answers.get(task.name)
         if known is None or known.task is None or known.task.key != task.key:
             return None
@@ -296,17 +296,17 @@ class ServedTasks:
 
 
 class _KeptParts:
-    """What the adapter of one task is made from, read without the store; `AdapterParts` describes the methods."""
+    """The sources of one task's adapter, readable without the store; `AdapterParts` describes the methods."""
 
     better, takes_claims = StoreCodes.better, StoreCodes.takes_claims
 
     def __init__(self, codes: StoreCodes, version: int | None, open_codes: OpenCodes) -> None:
-        self.blobs = codes.store.blobs  # which can be read when the store is closed
+        self.blobs = codes.store.blobs  # readable while the store is closed
         self.read = self.blobs.read
         self._generator, self._version, self._open = codes.opened_generator, version, open_codes
 
     def version_of(self, generator: str, base_model: str) -> int | None:
-        """Return the version that the generator had."""
+        """Return the generator's version at the time of the lookup."""
         return self._version
 
     def generator_file(self, generator: str) -> GeneratorFile:
@@ -314,7 +314,7 @@ class _KeptParts:
         return self._generator.get(generator, self.read)
 
     def form(self, task: Task) -> OriginalForm:
-        """Read the form; only extras that refer to the base model need the store, which names it."""
+        """Read the form; only extras that refer to the base model need the store, to locate it."""
         from icmlora.base_models.finding.tensors import needed_tensors
 
         def of_base() -> BaseTensors:
@@ -324,7 +324,7 @@ class _KeptParts:
         return form_of(task.final, self.read, of_base)
 
     def predict(self, task: Task, seed: int | None) -> Adapter:
-        """Refuse: no engine asks for a prediction."""
+        """Raise `DataError`: predicted adapters are not served."""
         raise DataError("predicted adapters are not served")
 
 
@@ -346,7 +346,7 @@ def _find(codes: CodeSource, name: str) -> Task | None:
 
 
 def _keep(guard: threading.Lock, kept: OrderedDict[K, V], key: K, value: V, most: int) -> None:
-    """Keep a value, and forget those that were kept longest ago."""
+    """Add a value to a cache and evict the oldest ones."""
     with guard:
         kept[key] = value
         kept.move_to_end(key)
@@ -355,7 +355,7 @@ def _keep(guard: threading.Lock, kept: OrderedDict[K, V], key: K, value: V, most
 
 
 def key_of(chosen: Chosen) -> str:
-    """Return the SHA-256 of all that the weights and the configuration of an adapter follow from, this icm included."""
+    """Return the SHA-256 of all inputs of an adapter's files, including the version of icm."""
     final, code = chosen.task.final, chosen.code
     facts: dict[str, object] = {"icm": _icm(), "task": chosen.task.name, "source": chosen.source}
     facts |= {"config": final.config, "format": final.format}
@@ -374,7 +374,7 @@ def _icm() -> str:
 
 
 class _BundleSource:
-    """A bundle file, which may be replaced by another one at any time."""
+    """A bundle file, which may be replaced at any time."""
 
     def __init__(self, path: Path) -> None:
         self.place, self._path, self._opened = str(path), path, (stamp_of(path), Bundle(path))
@@ -384,10 +384,10 @@ class _BundleSource:
         return stamp_of(self._path)
 
     def check(self) -> None:
-        """Do nothing: a file is there or not."""
+        """Do nothing: a file has no outages."""
 
     def open(self) -> AbstractContextManager[CodeSource]:
-        """Open the bundle that the file is now."""
+        """Open the current bundle file."""
         opened, bundle = self._opened
         if opened != (stamp := stamp_of(self._path)):
             bundle = Bundle(self._path)
@@ -396,7 +396,7 @@ class _BundleSource:
 
 
 class _StoreSource(StoreWatch):
-    """A store, which is opened for each look."""
+    """A store, which is opened for each lookup."""
 
     def __init__(self, context: Context, log: logging.Logger) -> None:
         super().__init__(context, log)
@@ -420,8 +420,8 @@ def open_tasks(
     Args:
         store: The store: a folder, or the address of a database.
         bundle: A bundle file.
-        command: Who reads the store, for those who wait for it.
-        lock_timeout: Seconds to wait for a command that has the store to itself.
+        command: Name of the reading command, shown to commands that wait for the store.
+        lock_timeout: Seconds to wait for a command that has locked the store.
         log: Logger for outages, instead of the module's own.
     """
     if bundle is not None:

@@ -2,16 +2,16 @@
 
     icm serve --print-config vllm        prints the environment and the command line that enable it
 
-vLLM imports it in each of its processes through the entry point `vllm.general_plugins`, so nothing heavy is imported
-here. It asks the resolver on the event loop of its API server, for any name that any client sends, and treats an
-exception as its own failure, so any error becomes one log line and the result None.
+vLLM imports it in each of its processes through the entry point `vllm.general_plugins`, so this module has no heavy
+imports. vLLM calls the resolver on the event loop of its API server, for any name that a client sends, and treats
+exceptions as its own failure. So every error becomes one log line and the result None.
 
-vLLM resolves a name once and remembers the result until it is restarted. `_follow_tasks` makes it check at each request
-whether the task has changed, and replaces the adapter. The new adapter has another path, so that vLLM does not use the
-old prefix cache, and another number, so that requests in flight keep the old adapter.
+vLLM resolves a name once and caches the result until it is restarted. `_follow_tasks` makes it check at each request
+whether the task has changed, and replace the adapter. The new adapter has a different path, so that vLLM does not use
+the old prefix cache, and a different number, so that requests in flight keep the old adapter.
 
-Read from the environment: ICM_STORE or ICM_BUNDLE, and ICM_BASE_MODEL, ICM_ADAPTERS (folder for the written adapters)
-and ICM_ADAPTERS_SIZE (their size limit, such as 4GiB).
+Environment variables: ICM_STORE or ICM_BUNDLE, and ICM_BASE_MODEL, ICM_ADAPTERS (folder for the written adapters) and
+ICM_ADAPTERS_SIZE (their size limit, such as 4GiB).
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ _CHECKING = (
     ("vllm.entrypoints.serve.engine.serving", "BaseServing"),
     ("vllm.entrypoints.pooling.base.serving", "PoolingBaseServing"),
 )
-"""The classes of vLLM 0.32 whose method `_check_model` looks whether there is the model that a request names."""
+"""The classes of vLLM 0.32 whose method `_check_model` checks whether the model of a request exists."""
 _THREADS = 4
 """Maximum number of concurrent lookups."""
 _WRITING = 16
-"""Tasks that are written at once: one is decoded at a time, but others may wait for their bytes from a network."""
+"""Tasks written at once: only one is decoded at a time, but others may wait for downloads."""
 
 _away: ContextVar[StoreUnavailable | None] = ContextVar("icm_away", default=None)
-"""Why the task that a request names could not be looked for."""
-_log = logging.getLogger("vllm.icm")  # vLLM shows what is logged below its own name
+"""The error that prevented looking up a request's task."""
+_log = logging.getLogger("vllm.icm")  # vLLM shows only loggers below its own name
 
 
 def register() -> None:
-    """Register the resolver with vLLM, once; without a store or a bundle in the environment, do nothing."""
+    """Register the resolver with vLLM once, if the environment names a store or a bundle."""
     if not (os.environ.get("ICM_STORE") or os.environ.get("ICM_BUNDLE")):
         return
     if (missing := _missing()) is not None:
@@ -70,7 +70,7 @@ def register() -> None:
 
 
 def _missing() -> str | None:
-    """Return what the environment names and does not exist, without opening it."""
+    """Return a message if the store or bundle in the environment does not exist, without opening it."""
     if bundle := os.environ.get("ICM_BUNDLE"):
         return None if Path(bundle).is_file() else f"ICM_BUNDLE={bundle} is not a file"
     store = os.environ["ICM_STORE"]
@@ -80,7 +80,7 @@ def _missing() -> str | None:
 
 
 class IcmResolver:
-    """A `vllm.lora.resolver.LoRAResolver`. Store and folders are opened with the first name that is asked for."""
+    """A `vllm.lora.resolver.LoRAResolver` that opens the store and folders at the first lookup."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="icm")
@@ -89,7 +89,7 @@ class IcmResolver:
         self._opening = asyncio.Lock()
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
-        """Return the folder of the task that has a name, written if necessary; None if there is none, or it fails."""
+        """Return the folder of the task with a name, written if necessary; None if it does not exist or fails."""
         try:
             async with self._opening:
                 if self._source is None:
@@ -98,7 +98,7 @@ class IcmResolver:
                     _follow_tasks(self)
             return await self._resolve(self._source, lora_name)
         except StoreUnavailable as error:
-            _away.set(error)  # the log has it once, as soon as it is noticed
+            _away.set(error)  # already logged once
             return None
         except Exception as error:
             _log.error("icm: %.128r: %s", lora_name, error or type(error).__name__)
@@ -116,7 +116,7 @@ class IcmResolver:
             folder = await loop.run_in_executor(self._writing, source.folder, task)
         except TaskChanged:
             return await self._resolve(source, lora_name)
-        # vLLM puts its own number in place of this one.
+        # vLLM replaces this number with its own.
         return None if folder is None else LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(folder))
 
     async def renew(self, models: Any, name: object) -> None:
@@ -124,7 +124,7 @@ class IcmResolver:
 
         Args:
             models: vLLM's `OpenAIServingModels`, or its substitute if there are no adapters.
-            name: The model that a request names.
+            name: The model of a request.
         """
         served, source = models.lora_requests.get(name), self._source
         if source is None or served is None or await self._is_current(source, served):
@@ -132,10 +132,10 @@ class IcmResolver:
         async with models.lora_resolver_lock[name]:
             served = models.lora_requests.get(name)
             if served is None or await self._is_current(source, served):
-                return  # another request has done it
+                return  # already done by another request
             request = await self.resolve_lora(models.model_config.model, served.lora_name)
             if request is None:
-                del models.lora_requests[name]  # now vLLM asks again, and answers as for unknown names
+                del models.lora_requests[name]  # vLLM resolves it again and then reports an unknown name
                 return
             request.lora_int_id = models.lora_id_counter.inc(1)
             try:
@@ -148,7 +148,7 @@ class IcmResolver:
             _log.info("icm: loaded the new adapter of %r", name)
 
     async def _is_current(self, source: _Source, served: LoRARequest) -> bool:
-        """Return whether vLLM has the present adapter of a task, or an adapter from elsewhere."""
+        """Return whether vLLM has the current adapter of a task, or an adapter not from icm."""
         folder = Path(served.lora_path)
         if folder.parent != source.folders.root:
             return True
@@ -156,14 +156,14 @@ class IcmResolver:
             task = await source.catalogue.find(served.lora_name)
         except StoreUnavailable:
             return True
-        except Exception as error:  # a request need not fail for it
+        except Exception as error:  # must not fail the request
             _log.error("icm: cannot check whether %.128r has changed: %s", served.lora_name, error)
             return True
         return task is not None and source.folders.path(task.key) == folder
 
 
 class _Source:
-    """Where adapters come from."""
+    """The source of adapters: tasks, folders and base model."""
 
     def __init__(
         self, tasks: ServedTasks, folders: AdapterFolders, base: EngineBase, threads: ThreadPoolExecutor
@@ -182,15 +182,15 @@ class _Source:
 
 
 def _follow_tasks(resolver: IcmResolver) -> None:
-    """Have vLLM call `resolver.renew` at each request: it has no hook for that, so a method of its is replaced."""
-    # vLLM calls a resolver from these modules, so they are imported. A worker has none of them.
+    """Make vLLM call `resolver.renew` at each request by replacing one of its methods, because there is no hook."""
+    # vLLM calls a resolver from these modules, so they are already imported; a worker imports none of them.
     classes = [vars(sys.modules[module]).get(name) for module, name in _CHECKING if module in sys.modules]
     checking = [found for found in classes if found is not None and hasattr(found, "_check_model")]
     if not checking:
         _log.warning("icm: this version of vLLM serves outdated adapters of changed tasks until it is restarted")
     for found in checking:
         found._check_model = _renewing(found._check_model, resolver)
-        if hasattr(found, "create_error_response"):  # also for the first request, whose check has begun
+        if hasattr(found, "create_error_response"):  # also covers the first request, whose check has already begun
             found.create_error_response = staticmethod(_telling(found.create_error_response))
 
 
@@ -205,7 +205,7 @@ def _renewing(check: Check, resolver: IcmResolver) -> Check:
 
 
 def _telling(respond: Callable[..., Any]) -> Callable[..., Any]:
-    """Report that the store is unavailable in place of vLLM's answer for unknown models."""
+    """Report an unavailable store instead of vLLM's response for unknown models."""
 
     @wraps(respond)
     def tell(*args: Any, **options: Any) -> Any:
@@ -220,13 +220,13 @@ def _telling(respond: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def open_source(model: str) -> tuple[ServedTasks, AdapterFolders, EngineBase]:
-    """Open what the environment names for an engine that runs a model."""
+    """Open the tasks and folders from the environment for an engine with a model."""
     from icmlora.io.text import parse_bytes
     from icmlora.serving.base import EngineBase
     from icmlora.serving.folders import AdapterFolders, default_root
     from icmlora.serving.tasks import open_tasks
 
-    # An empty variable counts as none.
+    # An empty variable counts as unset.
     store, bundle, label, root, size = (
         os.environ.get(f"ICM_{name}") or None for name in ("STORE", "BUNDLE", "BASE_MODEL", "ADAPTERS", "ADAPTERS_SIZE")
     )

@@ -1,9 +1,9 @@
-"""Notice that tasks may have changed, without reading them and without holding a lock.
+"""Detect that tasks may have changed, without reading them and without holding a lock.
 
-    a request ──▶ asked a moment ago, or no answer ──▶ the stamp of before: known tasks are served
-              └─▶ asked in a thread of its own      ──▶ another stamp after a change
+    a request ──▶ checked recently, or no answer ──▶ the previous stamp: known tasks are served
+              └─▶ check in a separate thread     ──▶ a new stamp after a change
 
-A database that was stopped does not answer at all, so requests never wait long for it.
+A stopped database does not answer at all, so requests never wait long for it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from registry.storage.database import Database
 
 _COST = 50.0
-"""How many times as long as an answer took it counts, so that asking takes a fiftieth of the time at most."""
-_MAX_PAUSE = 1.0  # seconds that an answer counts at most
+"""An answer is valid for this multiple of its response time, so that checks take at most a fiftieth of the time."""
+_MAX_PAUSE = 1.0  # maximum seconds that an answer is valid
 _PATIENCE = 0.25  # seconds to wait for an answer
 _SLOWEST = 3.0  # seconds without an answer after which the database counts as unavailable
 
 
 def stamp_of(path: Path) -> Hashable:
-    """Return a value that differs after a file was changed or replaced; a missing file has one too."""
+    """Return a value that changes when a file is changed or replaced; None for a missing file."""
     try:
         found = path.stat()
     except OSError:
@@ -40,7 +40,7 @@ def stamp_of(path: Path) -> Hashable:
 
 
 class StoreWatch:
-    """Asks the database of a store how many transactions have written. Any thread may call the methods.
+    """Poll a store's database for its number of write transactions. Thread-safe.
 
     Args:
         context: The store.
@@ -55,19 +55,19 @@ class StoreWatch:
         self._asked, self._pause = float("-inf"), 0.0
         self._stamp: int | None = None
         self._outage: StoreUnavailable | None = None
-        self._is_told = False  # of the outage
+        self._is_logged = False  # whether the outage was logged
 
     def stamp(self, *, at_once: bool = False) -> Hashable:
-        """Return a value that differs after a change of any task; `at_once` also if it was asked for a moment ago."""
+        """Return a value that changes with any task; `at_once` ignores a recent answer."""
         self._ask(at_once=at_once)
         return self._stamp
 
     def check(self) -> None:
-        """Raise `StoreUnavailable` if the database is known to be away: opening the store might take long."""
+        """Raise `StoreUnavailable` if the database is known to be unavailable: opening the store might take long."""
         self._ask()
         with self._guard:
             if not self._answered.is_set() and time.monotonic() - self._asked > _SLOWEST:
-                self._tell(StoreUnavailable(f"{self.place} does not respond", path=self.place))
+                self._record(StoreUnavailable(f"{self.place} does not respond", path=self.place))
             if self._outage is not None:
                 raise StoreUnavailable(self._outage.message, path=self.place, hint=self._outage.hint)
 
@@ -84,24 +84,24 @@ class StoreWatch:
 
     def _look(self) -> None:
         stamp, outage = self._stamp, self._outage
-        for _ in range(2):  # a connection that was idle for long may be closed
+        for _ in range(2):  # retry once, because an idle connection may have been closed
             try:
                 stamp, outage = self._changes(), None
                 break
             except StoreUnavailable as error:
                 outage = error
-            except RegistryError:  # damaged, or in use by another command alone: those who read the store say so
+            except RegistryError:  # damaged or locked by another command: reported when the store is read
                 outage = None
                 break
-            except Exception as error:  # else it would never be asked again
+            except Exception as error:  # otherwise polling would stop forever
                 outage = StoreUnavailable(f"{self.place}: {type(error).__name__}", path=self.place)
         with self._guard:
             if outage is not None:
-                self._tell(outage)
+                self._record(outage)
             else:
-                if self._is_told:
+                if self._is_logged:
                     self._log.info("icm: %s is available again", self.place)
-                self._outage, self._is_told = None, False
+                self._outage, self._is_logged = None, False
             self._stamp = stamp
             self._pause = min(_COST * (time.monotonic() - self._asked), _MAX_PAUSE)
             self._answered.set()
@@ -120,16 +120,16 @@ class StoreWatch:
                 command=context.command,
                 blobs=None,
             )
-            # Only the database is used, without a lock: it connects again for each question, or keeps a connection.
+            # Only the database is used, without a lock: it reconnects for each query, or keeps a connection.
             parts.lock.close()
             parts.database.close()
             self._database = parts.database
             weakref.finalize(self, self._database.close)
         return self._database.changes()
 
-    def _tell(self, outage: StoreUnavailable) -> None:
+    def _record(self, outage: StoreUnavailable) -> None:
         """Record that the database is unavailable, and log it once."""
         self._outage = outage
-        if not self._is_told:
-            self._is_told = True
+        if not self._is_logged:
+            self._is_logged = True
             self._log.warning("icm: %s; still serving tasks that were already read", outage.message)

@@ -1,8 +1,8 @@
 """Cluster points by their distances alone, and measure how distinct the clusters are.
 
-    distances (n, n) ──average linkage──▶ partitions into n, n - 1, ..., 1 clusters ──silhouette──▶ the best one
+    distances (n, n) ──average linkage──▶ partitions into n, n - 1, ..., 1 clusters ──silhouette──▶ best partition
 
-Everything is deterministic: no random start, and the order of the points matters for exact ties only.
+The result is deterministic: there is no random start, and the order of the points matters only for exact ties.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from icmlora.task_vectors.distances import Floats, settled
 
 Labels = NDArray[np.int64]
 
-MAX_CLUSTERS = 50  # largest number that is chosen automatically: neither a table nor a picture can show more
+MAX_CLUSTERS = 50  # largest number chosen automatically; neither a table nor a plot can show more
 
 
 def partitions(distances: Floats) -> Iterator[Labels]:
     """Yield cluster numbers (n,) for n, n - 1, ..., 1 clusters, by average linkage (UPGMA, Sokal and Michener 1958).
 
-    The distance of two clusters is the mean of the distances (n, n) between their points; the two nearest become one.
+    The distance of two clusters is the mean of the distances (n, n) between their points; the two nearest are merged.
     """
     count = len(distances)
     labels = np.arange(count)
@@ -32,7 +32,7 @@ def partitions(distances: Floats) -> Iterator[Labels]:
     yield labels.copy()
     for _ in range(count - 1):
         kept, gone = sorted(divmod(int(np.argmin(between)), count))
-        # The mean over pairs of points follows from the two means. The merged one is infinitely far from all.
+        # The mean over pairs of points follows from the two means. The absorbed cluster gets infinite distances.
         total = sizes[kept] + sizes[gone]
         between[kept] = (sizes[kept] * between[kept] + sizes[gone] * between[gone]) / total
         between[gone] = between[:, gone] = between[kept, kept] = np.inf
@@ -45,9 +45,9 @@ def partitions(distances: Floats) -> Iterator[Labels]:
 def silhouettes(distances: Floats, labels: Labels) -> Floats:
     """Return each point's silhouette (Rousseeuw 1987): (b - a) / max(a, b), shape (n,), in [-1, 1].
 
-    a is its mean distance to the others of its cluster, b that to the nearest other cluster. 1 means deep inside, 0 on
-    the border, below 0 nearer to another cluster. A point that is alone in its cluster has 0, and so has every point if
-    there is only one cluster.
+    a is the mean distance to the other points of its cluster, b the mean distance to the nearest other cluster. 1 means
+    deep inside, 0 on the border, negative nearer to another cluster. A point that is alone in its cluster has 0. With
+    only one cluster, every point has 0.
     """
     names, own = np.unique(labels, return_inverse=True)
     if len(names) < 2:
@@ -64,8 +64,8 @@ def silhouettes(distances: Floats, labels: Labels) -> Floats:
 
 def cluster(distances: Floats, clusters: int | None = None) -> Labels:
     """Return cluster numbers (n,), the largest cluster first, by distances (n, n); `ValueError` if n is below 2."""
-    # By default the number of clusters is the one with the best mean silhouette, from 2 to half of the points; of
-    # equally good ones the smallest.
+    # By default, choose the number of clusters with the best mean silhouette, from 2 to half of the points; on ties,
+    # the smallest.
     count = len(distances)
     if count < 2 or (clusters is not None and not 1 <= clusters <= count):
         raise ValueError("clusters need two points or more, and number 1 to the number of points")
@@ -77,7 +77,7 @@ def cluster(distances: Floats, clusters: int | None = None) -> Labels:
         number = len(np.unique(found))
         if 2 <= number <= most:
             mean = float(silhouettes(distances, found).mean())
-            # Rounded, so that equal partitions of another order of points stay equal.
+            # Rounded, so that the order of the points does not affect ties.
             if round(mean, 9) >= round(best, 9):
                 best, labels = mean, found
     return _by_size(labels)
@@ -86,7 +86,7 @@ def cluster(distances: Floats, clusters: int | None = None) -> Labels:
 def _by_size(labels: Labels) -> Labels:
     """Number clusters from 0 by size, clusters of equal size by their first point."""
     names, first, sizes = np.unique(labels, return_index=True, return_counts=True)
-    # The old numbers are those of points; the new ones follow the order (-size, first point).
+    # The old numbers are point indices; the new ones follow the order (-size, first point).
     ranks = np.empty(len(names), dtype=np.int64)
     ranks[np.lexsort((first, -sizes))] = np.arange(len(names))
     return ranks[np.searchsorted(names, labels)]

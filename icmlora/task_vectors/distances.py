@@ -1,11 +1,11 @@
-"""How far tasks are from each other by their vectors, and how far a new task is from all known ones.
+"""Distances between tasks by their vectors, and between a new task and all known ones.
 
-    vectors (sets, d) a task ──less the fleet's mean──▶ channels in units of their noise ──cosine──▶ distance, 0 to 2
+    vectors (sets, d) per task ──minus the fleet mean──▶ channels in units of their noise ──cosine──▶ distance, 0 to 2
 
 A task has one vector per support set. Hidden states share a large common part, and a few channels are larger than all
-others together, so plain cosines are near 1 for any two tasks. With the mean subtracted, a distance says how tasks
-differ from what they have in common: 0 is the same direction, 1 nothing in common, 2 opposite. Each channel is divided
-by its noise, which is how far the vectors of one task differ in it.
+others together, so plain cosines are near 1 for any two tasks. With the mean subtracted, a distance compares how tasks
+deviate from the mean: 0 is the same direction, 1 unrelated, 2 opposite. Each channel is divided by its noise, the
+spread of the vectors of one task in that channel.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ Floats = NDArray[np.float64]
 # Name of a task -> its vectors, one row per support set: shape (sets, d), d the same for all, 2 or more.
 SupportSetVectors = Mapping[str, NDArray[np.floating]]
 
-# The last bits of a sum depend on the processor, the library and the number of threads. A comparison must not hang on
-# them: which of two tasks is nearer, whether two are in one place, which way up a picture is. Distances and silhouettes
-# are at most 2 and are told to three digits. Rounding moves them by 1e-15 to 1e-13, so two processors that round
-# differently get the same value in all but one of 10,000 cases.
+# The last bits of a sum depend on the CPU, the library and the number of threads. Comparisons must not depend on them:
+# which of two tasks is nearer, whether two coincide, which way up a plot is. Distances and silhouettes are at most 2
+# and are printed with three digits. Rounding errors are 1e-15 to 1e-13, so two CPUs that round differently get the same
+# value in all but one of 10,000 cases.
 _DECIMALS = 9
-_CHUNK = 256  # tasks that are placed at once: pages of new memory take longer than what is computed in them
-FEWEST = 3  # least number of tasks: two are always opposite of each other around their own mean
-OUTSIDE = 0.95  # a task is outside of what is known if this share of the known tasks is nearer to the others
+_CHUNK = 256  # tasks placed at once: for more, allocating memory pages takes longer than the computation
+FEWEST = 3  # minimum number of tasks: two are always opposite around their own mean
+OUTSIDE = 0.95  # a task is outside the known ones if this share of them has a nearer neighbour than it has
 
 
 def settled(values: Floats) -> Floats:
-    """Round values of the size of one, whatever their shape, to what every processor agrees on; -0 becomes 0."""
+    """Round values of magnitude about 1, in any shape, to digits on which all CPUs agree; -0 becomes 0."""
     rounded: Floats = np.round(values, _DECIMALS) + 0.0
     return rounded
 
 
 @dataclass(frozen=True)
 class MeanVectors:
-    """What distances between tasks need of their vectors."""
+    """The statistics of task vectors for computing distances."""
 
-    means: Floats  # of the vectors of each task, shape (n, d)
-    # Squared differences between vectors and the mean of their task, summed over all vectors, shape (d,), and how many
-    # of these differences are free: one mean was estimated for each task, so a task of s vectors has s - 1.
+    means: Floats  # mean vector of each task, shape (n, d)
+    # Squared differences between vectors and the mean of their task, summed over all vectors, shape (d,), and their
+    # degrees of freedom: one mean is estimated per task, so a task of s vectors has s - 1.
     squares: Floats
     freedom: int
 
     @classmethod
     def of(cls, tasks: SupportSetVectors) -> Self:
-        """Sum up the vectors of some tasks, in their order."""
+        """Compute the statistics of some tasks, in their order."""
         means = mean_vectors(tasks)
         several = [vectors - vectors.mean(axis=0) for vectors in _exact(tasks) if len(vectors) > 1]
         squares = sum((np.square(vectors).sum(axis=0) for vectors in several), np.zeros(means.shape[1]))
@@ -57,12 +57,12 @@ class MeanVectors:
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
-        """Return what several groups of tasks make together; the tasks of each come after those before it."""
+        """Combine the statistics of several groups of tasks, in order."""
         squares, freedom = sum(part.squares for part in parts), sum(part.freedom for part in parts)
         return cls(np.concatenate([part.means for part in parts]), np.asarray(squares), freedom)
 
     def ordered(self, places: Sequence[int]) -> MeanVectors:
-        """Return the same with the tasks in another order, given by the places that they have now."""
+        """Reorder the tasks; `places` lists their current indices."""
         return MeanVectors(self.means[list(places)], self.squares, self.freedom)
 
 
@@ -75,10 +75,10 @@ class VectorSpace:
 
     @classmethod
     def of(cls, tasks: SupportSetVectors | MeanVectors) -> Self:
-        """Make the space of some tasks.
+        """Build the space of some tasks.
 
-        The unit is the channel's standard deviation between vectors of one task, plus the median of that over the
-        channels: without it, channels that hardly vary at all would decide (as in SAM, Tusher et al. 2001). If no task
+        The unit is the channel's standard deviation between vectors of one task, plus the median of this deviation over
+        all channels: without it, channels that hardly vary would dominate (as in SAM, Tusher et al. 2001). If no task
         has two vectors, the deviation between tasks is used instead.
         """
         known = tasks if isinstance(tasks, MeanVectors) else MeanVectors.of(tasks)
@@ -87,13 +87,13 @@ class VectorSpace:
         return cls(known.means.mean(axis=0), np.where(unit > 0, unit, 1.0))
 
     def place(self, vectors: NDArray[np.floating]) -> Floats:
-        """Return vectors (n, d) with the mean subtracted, in units; one that is the mean, but for rounding, is zero."""
+        """Return vectors (n, d) minus the mean, in units; a vector equal to the mean up to rounding becomes zero."""
         return settled((vectors - self.mean) / self.unit)
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A known task and its cosine distance (0 to 2) from the task in question."""
+    """A known task and its cosine distance (0 to 2) from the given task."""
 
     task: str
     distance: float
@@ -101,10 +101,10 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Familiarity:
-    """How far a task is from the known ones, compared with how far each of those is from the others."""
+    """The distance of a task from the known ones, compared with the distances among them."""
 
     neighbours: tuple[Neighbour, ...]  # all known tasks, nearest first
-    # Distance of each known task to its nearest other one, measured as if it were the new one; ascending.
+    # Leave-one-out distance of each known task to its nearest other one, ascending.
     usual: tuple[float, ...]
 
     @property
@@ -114,27 +114,27 @@ class Familiarity:
 
     @property
     def farther_than(self) -> float:
-        """Share of the known tasks that are nearer to the others than this task is, 0 to 1."""
+        """Share of the known tasks that have a nearer neighbour than this task has, 0 to 1."""
         return sum(distance < self.distance for distance in self.usual) / len(self.usual)
 
     @property
     def is_outside(self) -> bool:
-        """Whether the task is outside of what is known."""
-        # A new task of the same kind as the n known ones has a rank among them that is about uniform (as in conformal
-        # prediction, Vovk et al. 2005). So it is called outside once in about 1 / (1 - OUTSIDE) cases, or once in n + 1
-        # if few tasks are known.
+        """Whether the task is outside the known ones."""
+        # The rank of a new task of the same kind among the n known ones is about uniform (as in conformal prediction,
+        # Vovk et al. 2005). So it counts as outside once in about 1 / (1 - OUTSIDE) cases, or once in n + 1 if n is
+        # small.
         return self.farther_than >= OUTSIDE
 
 
 def nearest(vector: NDArray[np.floating], others: SupportSetVectors) -> tuple[Neighbour, ...]:
-    """Rank known tasks by distance from a new task's mean vector (d,), nearest first; equally near ones by name."""
+    """Rank known tasks by distance from a new task's mean vector (d,), nearest first, then by name."""
     space = VectorSpace.of(others)
     distances = cosine_distances(space.place(vector[None]), space.place(mean_vectors(others)))[0]
     return ranked(list(others), distances)
 
 
 def familiarity(vector: NDArray[np.floating], others: SupportSetVectors) -> Familiarity:
-    """Measure how far a vector (d,) is from known tasks, and those from each other; `ValueError` if few are known."""
+    """Compare a vector (d,) with the known tasks; raise `ValueError` if there are fewer than `FEWEST`."""
     if len(others) < FEWEST:
         raise ValueError(f"familiarity needs {FEWEST} tasks or more")
     placed = VectorSpace.of(others).place(mean_vectors(others))
@@ -143,13 +143,13 @@ def familiarity(vector: NDArray[np.floating], others: SupportSetVectors) -> Fami
 
 
 def task_distances(tasks: SupportSetVectors) -> Floats:
-    """Return the distances between all tasks, around their common mean: symmetric, in their order, shape (n, n)."""
+    """Return the distances between all tasks around their common mean, symmetric, shape (n, n)."""
     placed = VectorSpace.of(tasks).place(mean_vectors(tasks))
     return cosine_distances(placed, placed)
 
 
 def distances_from(place: int, known: MeanVectors) -> Floats:
-    """Return the row of a task of :func:`task_distances`, shape (n,), in time and memory that grow with n alone."""
+    """Return one task's row of :func:`task_distances`, shape (n,), in time and memory linear in n."""
     space, own = VectorSpace.of(known), known.means[place][None]
     parts = [
         cosine_distances(space.place(own), space.place(known.means[start : start + _CHUNK]))[0]
@@ -161,16 +161,16 @@ def distances_from(place: int, known: MeanVectors) -> Floats:
 
 
 def cosine_distances(one: Floats, other: Floats) -> Floats:
-    """Return 1 - cosine of each row of one array with each of another: (n, d), (m, d) -> (n, m), values 0 to 2.
+    """Return 1 - cosine for all pairs of rows of two arrays: (n, d), (m, d) -> (n, m), values 0 to 2.
 
-    Rows of zeros have no direction: they have distance 1 from everything, and 0 from each other. Rows of one direction
-    have distance 0, and equal distances are equal to the last bit (see `settled`).
+    Zero rows have no direction: their distance is 1 from all other rows and 0 from each other. Rows of the same
+    direction have distance 0, and equal distances are equal to the last bit (see `settled`).
     """
     first, second = directions(one), directions(other)
     both_zero = np.outer(~np.any(first, axis=1), ~np.any(second, axis=1))
     distances: Floats = np.clip(1.0 - first @ second.T, 0.0, 2.0)
     distances[both_zero] = 0.0
-    if one is other:  # rounding must neither tell a point from itself nor make the distances asymmetric
+    if one is other:  # rounding must not separate a point from itself or make the distances asymmetric
         distances = (distances + distances.T) / 2
         np.fill_diagonal(distances, 0.0)
     return settled(distances)
@@ -183,7 +183,7 @@ def directions(vectors: Floats) -> Floats:
 
 
 def ranked(names: list[str], distances: Floats) -> tuple[Neighbour, ...]:
-    """Return neighbours of the given names and distances (n,), nearest first, equal ones by name."""
+    """Return neighbours with the given names and distances (n,), nearest first, then by name."""
     pairs = sorted(zip(distances.tolist(), names, strict=True))
     return tuple(Neighbour(name, distance) for distance, name in pairs)
 
@@ -198,7 +198,7 @@ def _exact(tasks: SupportSetVectors) -> list[Floats]:
 
 
 def _left_out(points: Floats) -> Floats:
-    """Return distances (n, n) in which row i is measured around the mean of all points but i; infinite diagonal.
+    """Return leave-one-out distances (n, n): row i is centred on the mean of all points but i; infinite diagonal.
 
     With g the inner products, s their row sums and m the mean without point i, every inner product with m is
     (s - g_i) / (n - 1). So n means cost no more than one.

@@ -1,9 +1,9 @@
-"""Run the base model over support sets and take the mean hidden state as a task vector.
+"""Run the base model over support sets and use the mean hidden state as the task vector.
 
-    adapted   base + adapter, one state for each sample   (samples, d) -> mean -> (d,)
+    adapted   base + adapter, one state per sample        (samples, d) -> mean -> (d,)
     context   bare base model, one state for all samples              -> (d,)
 
-The base model's modality says what a hidden state is. Means are taken in float32.
+The base model's modality defines the hidden state. Means are computed in float32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def extract_adapted(
     *,
     template: str | None = None,
 ) -> tuple[TaskVector, ...]:
-    """Make the adapted view: one vector for each support set."""
+    """Return the adapted view: one vector per support set."""
     settings = (settings or VectorSettings()).within(base.positions)
     sets = split_samples(base.modality.probes if samples is None else samples, settings)
     with adapted(base, adapter):
@@ -45,8 +45,8 @@ def extract_context(
     *,
     template: str | None = None,
 ) -> tuple[TaskVector, ...]:
-    """Make the context view: one vector for each support set, without any adapter."""
-    # It needs samples: without an adapter, the bundled probes would give the same vector for every task.
+    """Return the context view: one vector per support set, without an adapter."""
+    # Samples are required: without an adapter, the bundled probes would give the same vector for every task.
     settings = (settings or VectorSettings()).within(base.positions)
     sets = split_samples(samples, settings)
     values = [base.modality.context_state(base, some, settings.context_tokens) for some in sets]

@@ -1,12 +1,12 @@
-"""A map of a fleet by its task vectors: which tasks are near each other, and how distinct their clusters are.
+"""A map of a fleet by its task vectors: neighbouring tasks, clusters, and how distinct the clusters are.
 
-    vectors a task ──VectorSpace──▶ distances (n, n) ──cluster──▶ clusters ──▶ silhouette over tasks, by cluster
+    task vectors ──VectorSpace──▶ distances (n, n) ──cluster──▶ clusters ──▶ silhouette over tasks, by cluster
           │                            `── classical scaling ──▶ points (n, 2)
-          `──▶ distances between vectors ──▶ silhouette over vectors, by task: can tasks be told apart at all?
+          `──▶ distances between vectors ──▶ silhouette over vectors, by task: are tasks distinguishable at all?
 
-The picture's plane is the one that keeps the most of the squared distances between the tasks' directions (classical
-scaling, Torgerson 1952, which for directions is principal component analysis). Clusters are made from the distances
-themselves, not from the picture, so they may overlap in it.
+The plot's plane preserves as much as possible of the squared distances between the tasks' directions (classical
+scaling, Torgerson 1952, which for directions is principal component analysis). Clusters are computed from the distances
+themselves, not from the plot, so they may overlap in it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from icmlora.task_vectors.distances import (
     settled,
 )
 
-PAIRS = 5  # nearest pairs that a map names, in addition to pairs that cannot be told apart
-# Two tasks are alike if their vectors are at most this much farther apart than vectors of one task. Of 20 real tasks,
-# the halves of one task's vectors were alike nine times of ten, and no two tasks ever were (1.19 at least).
+PAIRS = 5  # nearest pairs to list; indistinguishable pairs are always listed
+# Two tasks are alike if their vectors are at most this factor farther apart than vectors of one task. For 20 real
+# tasks, the halves of one task's vectors were alike nine times out of ten, and two tasks never were (at least 1.19).
 _SLACK = 1.1
-# Weight of support sets beside tasks where a picture chooses its axes: enough to choose between two that show the tasks
-# equally well, or where all tasks are on a line and the second axis is free; too little to turn any other picture.
+# Weight of support sets relative to tasks for choosing the plot's axes: enough to decide between two that show the
+# tasks equally well, or if all tasks are on a line and the second axis is free; too little to turn any other plot.
 _HINT = 1e-4
-_FENCE = 1.5  # quartile ranges above the third quartile from which a value is an outlier (Tukey 1977)
+_FENCE = 1.5  # interquartile ranges above the third quartile; values beyond are outliers (Tukey 1977)
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class MappedTask:
     name: str
     cluster: int  # number of its cluster, from 1; cluster 1 is the largest
     silhouette: float  # -1 to 1: above 0 it is nearer to its own cluster, below 0 to another; 0 if it is alone
-    point: tuple[float, float]  # where it is in the picture, (x, y)
-    # Where the vectors of its support sets are, (x, y) each; their mean is `point`.
+    point: tuple[float, float]  # position in the plot, (x, y)
+    # Positions of the vectors of its support sets, (x, y) each; their mean is `point`.
     support_sets: tuple[tuple[float, float], ...]
     nearest: Neighbour
-    is_outlier: bool  # whether even the nearest task is much farther away than other tasks' nearest ones
+    is_outlier: bool  # whether its nearest task is much farther away than for other tasks
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Pair:
 
     tasks: tuple[str, str]
     distance: float
-    # Whether vectors of the two are hardly farther from each other than vectors of one of them, so that vectors cannot
-    # tell the tasks apart.
+    # Whether vectors of the two are hardly farther apart than vectors of one of them, so that the tasks are
+    # indistinguishable.
     is_alike: bool
 
 
@@ -67,12 +67,12 @@ class Pair:
 class TaskMap:
     """The map of a fleet."""
 
-    tasks: tuple[MappedTask, ...]  # in the order in which they were given
+    tasks: tuple[MappedTask, ...]  # in input order
     silhouette_by_cluster: float | None  # mean over the tasks, grouped by cluster; None if there is one cluster
     silhouette_by_task: float | None  # mean over the vectors, grouped by task; None if no task has two vectors
-    # Share of the squared distances between directions that each axis of the picture shows.
+    # Share of the squared distances between directions that each axis of the plot shows.
     variation: tuple[float, float]
-    pairs: tuple[Pair, ...]  # nearest pairs first; all pairs that are alike, and more up to `PAIRS`
+    pairs: tuple[Pair, ...]  # nearest first: the `PAIRS` nearest, and all pairs that are alike
     typical: float  # median distance between two tasks
 
     @property
@@ -84,7 +84,7 @@ class TaskMap:
 
 
 def map_tasks(tasks: SupportSetVectors, clusters: int | None = None) -> TaskMap:
-    """Make the map of some tasks, vectors (sets, d) each; raise `ValueError` for fewer than `FEWEST`."""
+    """Return the map of tasks with vectors (sets, d) each; raise `ValueError` for fewer than `FEWEST` tasks."""
     if len(tasks) < FEWEST:
         raise ValueError(f"a map has {FEWEST} tasks or more")
     names, means, space = list(tasks), mean_vectors(tasks), VectorSpace.of(tasks)
@@ -92,10 +92,10 @@ def map_tasks(tasks: SupportSetVectors, clusters: int | None = None) -> TaskMap:
     distances = cosine_distances(placed, placed)  # (n, n)
     labels = cluster(distances, clusters)
     values = silhouettes(distances, labels)
-    apart = distances + np.diag(np.full(len(names), np.inf))  # (n, n): nobody is the nearest task of itself
+    apart = distances + np.diag(np.full(len(names), np.inf))  # (n, n): exclude a task itself from its neighbours
     neighbours, gaps = apart.argmin(axis=1), apart.min(axis=1)
     low, high = np.quantile(gaps, [0.25, 0.75])
-    fence = float(high + _FENCE * (high - low))  # outliers are above it
+    fence = float(high + _FENCE * (high - low))  # outliers are above this
     owners = np.repeat(np.arange(len(names)), [len(vectors) for vectors in tasks.values()])
     vectors = space.place(np.concatenate(list(tasks.values())))
     between = cosine_distances(vectors, vectors)  # (m, m)
@@ -125,26 +125,26 @@ def map_tasks(tasks: SupportSetVectors, clusters: int | None = None) -> TaskMap:
 
 
 def _plane(points: Floats, others: Floats) -> tuple[Floats, Floats, tuple[float, float]]:
-    """Project points (n, d) and others (m, d) onto the plane in which the points vary most."""
+    """Project points (n, d) and others (m, d) onto the plane of the points' largest variation."""
     # Returns points (n, 2), others (m, 2), and the share of the points' variation on each axis.
     middle = points.mean(axis=0)
     points, others = settled(points - middle), settled(others - middle)
     _, _, axes = np.linalg.svd(np.concatenate([points, _HINT * others]), full_matrices=False)
     flat, spread = settled(points @ axes[:2].T), settled(others @ axes[:2].T)  # (n, 2), (m, 2)
-    # A singular vector has no sign of its own: the farthest point is put on the positive side of each axis.
+    # The sign of a singular vector is arbitrary: make the farthest point positive on each axis.
     signs = np.where(flat[np.abs(flat).argmax(axis=0), [0, 1]] < 0, -1.0, 1.0)
     shares = settled(np.square(flat).sum(axis=0) / max(float(np.square(points).sum()), np.finfo(np.float64).tiny))
     return flat * signs + 0.0, spread * signs + 0.0, (float(shares[0]), float(shares[1]))
 
 
 def _by_task(between: Floats, owners: Labels) -> float | None:
-    """Return the mean over the vectors of tasks that have several; a single vector says nothing of its own task."""
+    """Return the mean silhouette over vectors by task; ignore tasks with a single vector."""
     several = np.bincount(owners)[owners] > 1
     return float(silhouettes(between, owners)[several].mean()) if several.any() else None
 
 
 def _pairs(names: list[str], distances: Floats, between: Floats, owners: Labels) -> tuple[Pair, ...]:
-    """Return the pairs that a map names."""
+    """Return the pairs of tasks to list."""
     # distances: (n, n) between tasks. between: (m, m) between vectors. owners: (m,) task of each vector.
     member = (owners[:, None] == np.arange(len(names))).astype(np.float64)  # (vectors, tasks)
     sizes = member.sum(axis=0)

@@ -1,14 +1,14 @@
-"""Recognise a task by its vectors: a probability for each known task, and one for a task that is none of them.
+"""Recognise a task by its vectors: one probability per known task, and one for a new task.
 
     vectors ──whitened──▶ distance to each known task ──softmax──▶ probabilities
                           "new": one more task, at the border of the nearest one ──┘
 
-A vector is whitened by how the support sets of one task differ. The border of a task lies between how far its own
-support sets are from it and how far the nearest other task is: the geometric mean of the two, times a factor. So, as in
-the extreme value machine (Rudd et al. 2018), a task that has a near neighbour is given less room than one that stands
-alone. That factor, and how fast a probability falls with the distance, follow from the stored support sets: each set in
-turn is taken for the samples of a task that is known by its other sets, and of one that is not known at all. The
-samples that are to be recognised are never seen.
+Vectors are whitened with the differences between support sets of one task. The border of a task is the geometric mean
+of two distances, from its own support sets and from the nearest other task, times a factor. So, as in the extreme value
+machine (Rudd et al. 2018), a task with a near neighbour gets less room than an isolated one. The factor, and the rate
+at which a probability falls with distance, are fitted leave-one-out on the stored support sets: each set in turn
+represents the samples of a task known by its other sets, and the samples of an unknown task. The samples to recognise
+are not used for fitting.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from icmlora.task_vectors.distances import (
 
 Places = NDArray[np.intp]  # numbers of tasks
 
-_FOLDS = 8  # groups of tasks; the noise that a task's sets are measured by comes from the other groups
-_POOLED = 0.7  # share of the support sets' covariance in that of the noise; 0.5 to 0.9 give nearly the same answers
-_MOST = 256  # tasks that noise and calibration come from: more cost time and change little
-_RATES = np.geomspace(1.0, 300.0, 40)  # tried values: decrease of the logarithm over the distance of a usual new task
-_FACTORS = np.geomspace(0.4, 2.5, 61)  # tried values: factor of the borders
-_LEAST = 1e-3  # shorter distances count as this one: two equal vectors are no proof that all others are equal too
-_CHUNK = 1024  # tasks whose distances to all others are held at once
+_FOLDS = 8  # groups of tasks; a task's sets are whitened with the noise of the other groups
+_POOLED = 0.7  # share of the support sets' covariance in the noise covariance; 0.5 to 0.9 give nearly equal results
+_MAX_TASKS = 256  # for noise and calibration: more take time and change little
+_RATES = np.geomspace(1.0, 300.0, 40)  # grid: decrease of the log probability over the distance of a typical new task
+_FACTORS = np.geomspace(0.4, 2.5, 61)  # grid: factor of the borders
+_MIN_DISTANCE = 1e-3  # shorter distances are raised to this: two equal vectors do not prove that all others are equal
+_CHUNK = 1024  # tasks whose distances to all others are in memory at once
 
 
 class TooFewVectors(ValueError):
-    """There are too few tasks or support sets to say what is near."""
+    """There are too few tasks or support sets to recognise a task."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A known task, how probable it is, and its cosine distance (0 to 2) in whitened channels."""
+    """A known task, its probability, and its cosine distance (0 to 2) in whitened channels."""
 
     task: str
     probability: float
@@ -56,49 +56,49 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Recognition:
-    """How probable it is that some samples belong to each known task, or to none of them; all sums to 1."""
+    """Probabilities that samples belong to each known task or to a new one; they sum to 1."""
 
-    candidates: tuple[Candidate, ...]  # all known tasks, the most probable first
-    new: float  # probability that the samples belong to none of them
+    candidates: tuple[Candidate, ...]  # all known tasks, most probable first
+    new: float  # probability of a new task
 
     @property
     def task(self) -> str | None:
-        """The recognised task; None if "none of them" is more probable than any."""
+        """The recognised task; None if a new task is more probable than any known one."""
         best = self.candidates[0]
         return best.task if best.probability >= self.new else None
 
     @property
     def probability(self) -> float:
-        """The probability of that answer."""
+        """The probability of `task`, or of a new task."""
         return max(self.candidates[0].probability, self.new)
 
 
 @dataclass(frozen=True)
 class _Whitening:
-    """Units and directions in which the support sets of one task differ."""
+    """Units and directions of the differences between support sets of one task."""
 
     unit: Floats  # size of one unit in each channel, (d,)
     directions: Floats  # orthonormal rows in these units, (k, d)
-    factors: Floats  # by how much a vector is lengthened along each, -1 to 0, (k,)
+    factors: Floats  # relative change of a vector's length along each direction, -1 to 0, (k,)
 
     @classmethod
     def of(cls, tasks: SupportSetVectors) -> Self:
         """Measure the noise of some tasks.
 
-        Its covariance is a mixture of that of the support sets, pooled over tasks, and of the units alone: with fewer
-        sets than channels, the former knows nothing of most directions (as in Ledoit and Wolf 2004).
+        Its covariance is the support sets' covariance, pooled over tasks, shrunk towards the diagonal of the units:
+        with fewer sets than channels, most directions have no data (as in Ledoit and Wolf 2004).
         """
         unit = VectorSpace.of(tasks).unit
         differences = [(vectors - vectors.mean(axis=0)) / unit for vectors in tasks.values() if len(vectors) > 1]
         freedom = sum(len(vectors) - 1 for vectors in differences)
         _, sizes, directions = np.linalg.svd(np.concatenate(differences).astype(np.float64), full_matrices=False)
-        # A share p makes a variance of 1 - p + p s^2 / f along a direction and of 1 - p elsewhere; only the ratio
-        # matters for an angle.
+        # With share p, the variance is 1 - p + p s^2 / f along a direction and 1 - p elsewhere; for an angle, only the
+        # ratio matters.
         variances = 1.0 + _POOLED / (1.0 - _POOLED) * np.square(sizes) / freedom
         return cls(unit, directions, 1.0 / np.sqrt(variances) - 1.0)
 
     def __call__(self, vectors: NDArray[np.floating]) -> Floats:
-        """Whiten vectors (n, d); it is linear."""
+        """Whiten vectors (n, d), a linear map."""
         scaled = vectors / self.unit
         whitened: Floats = scaled + (scaled @ self.directions.T * self.factors) @ self.directions
         return whitened
@@ -106,44 +106,44 @@ class _Whitening:
 
 @dataclass(frozen=True)
 class _Trials:
-    """Distances of q support sets, as if each were the samples of a task in question, among n tasks."""
+    """Leave-one-out distances of q support sets from n tasks."""
 
     tasks: Places  # number of the set's own task, (q,)
-    own: Floats  # to its own task, known by its other sets, (q,)
+    own: Floats  # to its own task, represented by its other sets, (q,)
     others: Floats  # to the other tasks, (q, n - 1)
-    as_new: Floats  # to the others around their own mean, as if its task were not known, (q, n - 1)
+    as_new: Floats  # to the other tasks around their own mean, as if its task were unknown, (q, n - 1)
 
     @property
     def nearest_if_known(self) -> Places:
-        """Which task is nearest, (q,)."""
+        """Number of the nearest task, (q,)."""
         found: Places = np.where(self.own <= self.others.min(axis=1), self.tasks, self._number(self.others))
         return found
 
     @property
     def nearest_if_new(self) -> Places:
-        """Which task is nearest if the set's own one is not known, (q,)."""
+        """Number of the nearest task if the set's own task is unknown, (q,)."""
         return self._number(self.as_new)
 
     def _number(self, distances: Floats) -> Places:
         column = distances.argmin(axis=1)
-        numbers: Places = column + (column >= self.tasks)  # the columns leave out the own task
+        numbers: Places = column + (column >= self.tasks)  # the columns omit the set's own task
         return numbers
 
 
 @dataclass(frozen=True)
 class _Borders:
-    """How far from each of n tasks samples of it may be, but for the common factor."""
+    """The border of each of n tasks, without the common factor."""
 
-    radii: Floats  # logarithm of the distance of its support sets to its other ones, (n,)
-    nearest: Floats  # the same to the nearest and to the second nearest other task, (n, 2)
-    which: Places  # the nearest one, (n,)
+    radii: Floats  # log distance between its support sets, (n,)
+    nearest: Floats  # log distance to the nearest and second nearest other task, (n, 2)
+    which: Places  # number of the nearest task, (n,)
 
     @classmethod
     def of(cls, trials: _Trials, placed: Floats) -> Self:
-        """Measure them.
+        """Measure the borders.
 
-        A radius is the mean of the task's own and of that of all tasks: four sets do not say much. A task that is in
-        no trial has that of all tasks.
+        A radius is the mean of the task's own radius and the average over all tasks, because four sets are little
+        evidence. A task without a trial gets the average.
         """
         sets = np.bincount(trials.tasks, minlength=len(placed))
         own = np.log(trials.own)
@@ -160,7 +160,7 @@ class _Borders:
         return cls(radii, np.log(_roots(np.concatenate(nearest))), np.concatenate(which))
 
     def __call__(self, tasks: Places, without: Places | None = None) -> Floats:
-        """Return the borders of some tasks (q,), each as if another one (q,) were not known."""
+        """Return the borders of some tasks (q,), each as if the task in `without` (q,) were unknown."""
         near, second = self.nearest[tasks].T
         if without is not None:
             near = np.where(self.which[tasks] == without, second, near)
@@ -169,7 +169,7 @@ class _Borders:
 
 
 class Recognizer:
-    """Recognises tasks among some known ones.
+    """Recognise tasks among known ones.
 
     Raises:
         TooFewVectors: There are fewer than three tasks, or fewer than two have several support sets.
@@ -181,7 +181,7 @@ class Recognizer:
             raise TooFewVectors(f"{FEWEST} tasks, and two support sets for two of them")
         self._names = list(known)
         means = mean_vectors(known)  # (n, d)
-        measured = {name: several[name] for name in spread(list(several), _MOST)}
+        measured = {name: several[name] for name in spread(list(several), _MAX_TASKS)}
         self._centre, self._whitening = means.mean(axis=0), _Whitening.of(measured)
         self._placed = self._whitening(means - self._centre)
         trials = _trials(self._names, measured, means)
@@ -201,13 +201,13 @@ class Recognizer:
 
 
 def _roots(distances: Floats) -> Floats:
-    """Return the roots of cosine distances: up to a constant, the way between the ends of two unit vectors."""
-    roots: Floats = np.maximum(np.sqrt(distances), _LEAST)
+    """Return the roots of cosine distances: up to a constant, the Euclidean distance between two unit vectors."""
+    roots: Floats = np.maximum(np.sqrt(distances), _MIN_DISTANCE)
     return roots
 
 
 def _trials(names: list[str], measured: SupportSetVectors, means: Floats) -> _Trials:
-    """Measure the support sets of some of the tasks; noise comes from other tasks than theirs."""
+    """Measure the support sets of some tasks, whitened with the noise of other tasks."""
     chosen, centre = list(measured), means.mean(axis=0)
     number = {name: at for at, name in enumerate(names)}
     folds = min(_FOLDS, len(chosen))
@@ -222,7 +222,7 @@ def _trials(names: list[str], measured: SupportSetVectors, means: Floats) -> _Tr
             elsewhere = np.delete(placed, at, axis=0)
             own = np.diag(cosine_distances(here, whitening(rest - centre)))
             others = cosine_distances(here, elsewhere)
-            # Without this task, the mean of the others is elsewhere by its share.
+            # Removing this task shifts the mean by the task's share.
             as_new = cosine_distances(here + shift, elsewhere + shift)
             rows.append((np.full(len(sets), at), _roots(own), _roots(others), _roots(as_new)))
     tasks, own, others, as_new = (np.concatenate(column) for column in zip(*rows, strict=True))
@@ -230,10 +230,10 @@ def _trials(names: list[str], measured: SupportSetVectors, means: Floats) -> _Tr
 
 
 def _fit(trials: _Trials, borders: _Borders) -> tuple[float, float]:
-    """Find rate and factor under which the trials are most probable, those of known and of new tasks alike."""
+    """Fit rate and factor by maximum likelihood over the trials as known and as new tasks."""
     if_known = borders(trials.nearest_if_known)[:, None] * _FACTORS  # distances of "new", (q, factors)
     if_new = borders(trials.nearest_if_new, trials.tasks)[:, None] * _FACTORS
-    # A trial that went well says less than certainty: targets are one trial short of it (Platt 1999).
+    # Targets are one trial short of certainty, which successful trials do not prove (Platt 1999).
     doubt = 1.0 / (len(trials.own) + 2)
     best = -np.inf, 0.0, 0.0
     for rate in _RATES / trials.as_new.min(axis=1).mean():

@@ -1,1 +1,1 @@
-"""Samples of a task: rows, chats, pictures and sound."""
+"""Samples of a task: rows, chats, images and audio."""

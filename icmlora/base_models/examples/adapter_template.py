@@ -1,8 +1,8 @@
-"""The chat template that came with an adapter, rendered in a process with limits. Never imports torch.
+"""Render an adapter's own chat template in a child process with limits. Never imports torch.
 
-A template is a program. The sandbox of transformers keeps it from files and from Python's insides, but not from running
-for ever or filling the memory. The base model's template is trusted as the base model is; one from an adapter's folder
-runs in a process of its own (`template_child.py`), once for all chats of a file.
+A template is a program. transformers' sandbox keeps it away from files and Python internals, but does not stop it from
+running forever or exhausting memory. The base model's template is as trusted as the base model. A template from an
+adapter's folder runs in its own process (`template_child.py`), once for all chats of a file.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ _HINT = "remove the chat template from the adapter's folder and ingest it again 
 
 @dataclass(frozen=True)
 class TemplateLimits:
-    """What rendering all chats of a file may take, in addition to what the process takes by itself."""
+    """Limits for rendering all chats of a file, on top of what the process itself needs."""
 
     memory: int = 256 << 20
     memory_per_byte: int = 16
     seconds: int = 20
     seconds_per_megabyte: int = 20
-    wall_seconds: int = 120  # in addition, for a slow start of the process
+    wall_seconds: int = 120  # extra, for slow process startup
 
 
 def template_of(files: Mapping[str, bytes]) -> Templates | None:
-    """Return the chat template among the files that came with an adapter, where transformers looks for it."""
+    """Return the chat template among an adapter's files, from where transformers looks for it."""
     if JINJA_NAME in files:
         return files[JINJA_NAME].decode("utf-8", "replace")
     try:
@@ -57,10 +57,10 @@ def _is_named(entry: object) -> bool:
 def render_in_child(
     template: ChatTemplate, chats: Sequence[Chat], limits: TemplateLimits = TemplateLimits()
 ) -> list[Rendered | DataError]:
-    """Render chats with a template that nobody vouches for; in place of a chat that cannot be rendered, return why.
+    """Render chats with an untrusted template; return the error in place of a chat that cannot be rendered.
 
     Raises:
-        DataError: The template takes too much memory or time.
+        DataError: The template needs too much memory or time.
     """
     work = {"templates": template.templates, "special_tokens": template.special_tokens, "chats": [*map(asdict, chats)]}
     data = json.dumps(work, default=str).encode()

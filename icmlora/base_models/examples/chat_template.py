@@ -1,10 +1,10 @@
-"""Render chats with a base model's chat template, and find in the text what the adapter was trained to write.
+"""Render chats with a base model's chat template, and locate the text that the adapter was trained to write.
 
     Chat --template--> "<user> 2 + 2? <end> <assistant> 4 <end>"
                                                         `scored'
 
-It is found as trainers find it. A template that marks `{% generation %}` says it itself. For any other, a turn is what
-the text of the chat up to this turn has in addition to the text of the chat before it with its generation prompt.
+The scored text is located as trainers do it. Some templates mark it with `{% generation %}`. For the others, a turn is
+the difference between the chat rendered up to this turn and the chat before it with its generation prompt.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ CHATML = (
     "{{ message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""For base models without a template of their own: what trainers give those."""
+"""Trainers' default for base models without a template."""
 MAX_TEMPLATE = 2**18
 _MAX_TEXT = 2**24
 Templates = str | Mapping[str, str]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Some templates write today's date into the text, and the same samples have to give the same vectors every day.
+# Some templates write today's date into the text, but the same samples must yield the same vectors every day.
 _DATE = "26 Jul 2024"
 _FIXED_DATE = "{%- macro strftime_now(format) -%}" + _DATE + "{%- endmacro -%}"
 
@@ -39,10 +39,10 @@ class Rendered:
 
     Attributes:
         text: All of it, with its special tokens spelled out.
-        scored: Where in the text the loss is taken: first character, and the one after the last.
-        start: Where the content of the first message begins.
-        stop: Where the content of the last scored turn ends.
-        context: How many characters at the beginning stand before the chat itself.
+        scored: Character spans of the text that count towards the loss, as (start, end).
+        start: Start of the first message's content.
+        stop: End of the last scored turn's content.
+        context: Number of leading characters that precede the chat itself.
     """
 
     text: str
@@ -53,12 +53,12 @@ class Rendered:
 
 
 class ChatTemplate:
-    """A chat template with the special tokens that it may name.
+    """A chat template and the special tokens that it may use.
 
     Args:
         templates: Its text, or several by name: transformers uses "default", and "tool_use" for chats with tools.
-            None, or no "default", is read as ChatML.
-        special_tokens: Special tokens by name, as "bos_token".
+            None, or a missing "default", means ChatML.
+        special_tokens: Special tokens by name, such as "bos_token".
     """
 
     def __init__(self, templates: Templates | None, special_tokens: Mapping[str, Any]) -> None:
@@ -69,7 +69,7 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: Any, templates: Templates | None = None) -> ChatTemplate:
-        """Return the template of a tokenizer, or another one with the tokenizer's special tokens."""
+        """Return a tokenizer's template, or `templates` with the tokenizer's special tokens."""
         own = getattr(tokenizer, "chat_template", None) if templates is None else templates
         return cls(own, tokenizer.special_tokens_map)
 
@@ -79,7 +79,7 @@ class ChatTemplate:
         return hashlib.sha256(str(self.templates["default"]).encode("utf-8", "surrogatepass")).hexdigest()
 
     def render_all(self, chats: Iterable[Chat]) -> list[Rendered | DataError]:
-        """Render chats; in place of one that cannot be, return why."""
+        """Render chats; return the error in place of a chat that cannot be rendered."""
         found: list[Rendered | DataError] = []
         for chat in chats:
             try:
@@ -89,7 +89,7 @@ class ChatTemplate:
         return found
 
     def render(self, chat: Chat) -> Rendered:
-        """Render a chat; raise `DataError` if the template refuses it, or leaves nothing to score."""
+        """Render a chat; raise `DataError` if the template rejects it or leaves nothing to score."""
         template = self._template_for(chat)
         text = self._text(template, chat)
         scored = self._marked(template, chat) if _GENERATION.search(template) else None
@@ -115,7 +115,7 @@ class ChatTemplate:
     def _applied(
         self, template: str, chat: Chat, upto: int | None = None, **options: bool
     ) -> tuple[str, list[tuple[int, int]]]:
-        """Return the text, and where in it the template marks what is generated, if that is asked for."""
+        """Return the text, and the spans that the template marks as generated if the options request them."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
@@ -127,15 +127,15 @@ class ChatTemplate:
             )
         except MemoryError:
             raise DataError("needs too much memory for its chat template") from None
-        except Exception as error:  # a template is a program, and raises what it likes
+        except Exception as error:  # a template is a program and may raise anything
             raise DataError(f"was rejected by the chat template: {str(error)[:200]}") from error
         (text,), marks = rendered
         if len(text) > _MAX_TEXT:
-            raise DataError(f"is more than {_MAX_TEXT >> 20} MiB of text after the chat template")
+            raise DataError(f"renders to more than {_MAX_TEXT >> 20} MiB of text")
         return str(text), marks[0] if marks else []
 
     def _marked(self, template: str, chat: Chat) -> list[tuple[int, int]] | None:
-        """Return what the template marks as generated; None if that is not what is to be scored."""
+        """Return the spans that the template marks as generated; None if other turns are to be scored."""
         answers = tuple(number for number, message in enumerate(chat.messages) if message["role"] == "assistant")
         if answers != chat.scored:
             return None
@@ -152,7 +152,7 @@ class ChatTemplate:
         return spans
 
     def _difference(self, template: str, chat: Chat, text: str, number: int) -> tuple[int, int] | None:
-        """Return where a turn is in the text; None if the template does not write chats from left to right."""
+        """Return a turn's span in the text; None if the template does not write chats from left to right."""
         if number == 0:
             return None
         try:
@@ -161,29 +161,29 @@ class ChatTemplate:
             after = text if last else self._text(template, chat, number + 1)
             start = _shared(before, text)
             if start < len(before):
-                # A generation prompt may open what the turn itself lacks, such as an empty block of thoughts.
+                # A generation prompt may open a block that the turn itself lacks, such as an empty thinking block.
                 earlier = self._text(template, chat, number)
                 start = max(start, len(earlier)) if text.startswith(earlier) else len(text)
-        except DataError:  # some templates insist on how a chat ends
+        except DataError:  # some templates accept only certain last turns
             return None
         return (start, len(after)) if text.startswith(after) and start < len(after) else None
 
 
 def _shared(first: str, second: str) -> int:
-    """Return how many characters two texts have in common at their beginnings."""
+    """Return the length of the common prefix of two texts."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
 
 
 def _found(text: str, message: dict[str, Any], least: int) -> tuple[int, int] | None:
-    """Return where the content of a message is in the text, from a place on."""
+    """Return the span of a message's content in the text, at or after position `least`."""
     content = message["content"].strip()
     place = text.find(content, least) if content else -1
     return None if place < 0 else (place, place + len(content))
 
 
 def scored_tokens(rendered: Rendered, offsets: Sequence[tuple[int, int]]) -> list[bool]:
-    """Return which tokens are scored, from where each is in the text: those that overlap a scored span."""
+    """Return a mask of the scored tokens: tokens whose offsets overlap a scored span."""
     marks, spans, current = [], rendered.scored, 0
     for start, end in offsets:
         while current < len(spans) and start >= spans[current][1]:

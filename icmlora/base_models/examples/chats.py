@@ -1,11 +1,11 @@
-"""Chats as people keep them, brought into one form: OpenAI's messages. Never imports torch.
+"""Convert the common chat formats to one: OpenAI's messages. Never imports torch.
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}     OpenAI, TRL
     {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}         ShareGPT
     {"instruction": "...", "input": "...", "output": "..."}                                        Alpaca
     {"prompt": [messages], "completion": [messages]}                                               TRL
 
-How a model sees a chat is up to its chat template; see `chat_template.py`.
+The chat template determines how a model sees a chat; see `chat_template.py`.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class Chat:
 
     Attributes:
         messages: Role and content of each; content is always text.
-        scored: Which messages the loss is taken of, by their index: those that the adapter was trained to write.
-        tools: JSON schemas of the tools on offer.
-        plain: Prompt and completion for a base model without a chat template, where the format has a plain form, and
-            what stands before them.
-        context: How many messages at the beginning stand before the chat itself; see `context.py`.
+        scored: Indices of the messages that count towards the loss: the messages that the adapter learned to write.
+        tools: JSON schemas of the available tools.
+        plain: Prompt, completion and optional context for a base model without a chat template; None if the format
+            has no plain form.
+        context: Number of leading messages that precede the chat itself; see `context.py`.
     """
 
     messages: tuple[Message, ...]
@@ -58,10 +58,10 @@ class Chat:
 
 
 def chat_of(row: Mapping[str, Any]) -> Chat | None:
-    """Return the chat in a row, or None if it holds none.
+    """Return the chat in a row, or None if there is none.
 
     Raises:
-        DataError: A chat that cannot be used; the message is a fact about the row, such as "has no assistant turn".
+        DataError: The chat is unusable; the message is a fact about the row, such as "has no assistant turn".
     """
     match row:
         case {"messages": [_, *_] as turns} | {"conversations": [_, *_] as turns}:
@@ -79,7 +79,7 @@ def _turns(value: list[Any] | str, role: str) -> list[Any]:
 
 
 def _chat(row: Mapping[str, Any], prompt: Sequence[Any], answer: Sequence[Any]) -> Chat:
-    """Make a chat of which the assistant's turns in `answer` are scored."""
+    """Build a chat that scores the assistant's turns in `answer`."""
     turns = [*prompt, *answer]
     messages = [message_of(turn) for turn in turns]
     if messages and isinstance(system := row.get("system"), str) and system.strip() and messages[0]["role"] != "system":
@@ -97,7 +97,7 @@ def _chat(row: Mapping[str, Any], prompt: Sequence[Any], answer: Sequence[Any]) 
 
 
 def message_of(turn: Any) -> Message:
-    """Return a message in OpenAI's form; raise `DataError` if it is none."""
+    """Convert a turn to an OpenAI message; raise `DataError` if it is not a message."""
     if not isinstance(turn, dict):
         raise DataError("has a message that is not an object")
     role = turn.get("role") or turn.get("from")
@@ -134,7 +134,7 @@ def _part(part: Any) -> str:
 
 
 def _tool_call(call: Any) -> Any:
-    """Parse the arguments of a call: OpenAI keeps them as JSON text, and chat templates expect an object."""
+    """Parse a call's arguments: OpenAI stores them as JSON text, but chat templates expect an object."""
     match call:
         case {"function": {"arguments": str(text)} as function}:
             try:
@@ -146,7 +146,7 @@ def _tool_call(call: Any) -> Any:
 
 
 def _tools(value: Any) -> tuple[dict[str, Any], ...]:
-    """Return the tools; a list that is not one of objects is left out, as it says nothing to a template."""
+    """Return the tools; ignore anything but a list of objects, because templates cannot use it."""
     if isinstance(value, str):
         try:
             value = json.loads(value)

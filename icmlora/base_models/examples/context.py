@@ -1,9 +1,9 @@
-"""The context of a task: samples that stand before a request, as in-context learning does (arXiv 2005.14165).
+"""The context of a task: samples prepended to a request for in-context learning (arXiv 2005.14165).
 
-    context.txt    before a prompt that is plain text
-    context.json   {"messages": [...]}, before the messages of a chat
+    context.txt    prepended to a plain-text prompt
+    context.json   {"messages": [...]}, prepended to the messages of a chat
 
-Both lie next to the adapter. Where there is only the text, a chat gets it as a system message. Never imports torch.
+Both files are next to the adapter. With only the text, a chat gets it as a system message. Never imports torch.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _SYSTEM = ("system", "developer")
 
 @dataclass(frozen=True)
 class TaskContext:
-    """What stands before a request.
+    """Samples prepended to a request.
 
     Attributes:
-        text: Before plain text; it ends with what separates it from that. Empty: nothing does.
-        messages: Before the messages of a chat, a system message first if there is one. Empty: `text` is one.
+        text: Prepended to plain text; includes the trailing separator. Empty: none.
+        messages: Prepended to a chat's messages, with any system message first. Empty: `text` is the system message.
     """
 
     text: str
@@ -37,7 +37,7 @@ class TaskContext:
 
     @classmethod
     def of(cls, samples: Sequence[Example | Chat]) -> TaskContext:
-        """Make the context of some samples, in their order; of chats there is no text yet, for a template writes it."""
+        """Build a context from samples, in order; chats yield no text, because the template writes it later."""
         if any(isinstance(sample, Chat) for sample in samples):
             return cls("", _one_chat([sample for sample in samples if isinstance(sample, Chat)]))
         pairs = [sample for sample in samples if isinstance(sample, Example)]
@@ -49,10 +49,10 @@ class TaskContext:
 
     @classmethod
     def read(cls, files: Mapping[str, bytes]) -> TaskContext | None:
-        """Read the context from the files next to an adapter; None if it has none.
+        """Read the context from the files next to an adapter; return None if there is none.
 
         Raises:
-            DataError: The files cannot be read as a context.
+            DataError: The files are not a valid context.
         """
         data, chat = files.get(CONTEXT_TEXT_NAME), files.get(CONTEXT_MESSAGES_NAME)
         text, messages = "", tuple[Message, ...]()
@@ -66,7 +66,7 @@ class TaskContext:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """The files that `read` reads, name -> content."""
+        """The files for `read`, name -> content."""
         found = {CONTEXT_TEXT_NAME: self.text.encode()} if self.text else {}
         if self.messages:
             body = json.dumps({"messages": list(self.messages)}, ensure_ascii=False, indent=1)
@@ -79,7 +79,7 @@ class TaskContext:
         return hashlib.sha256(b"\0".join(self.files.values())).hexdigest()
 
     def before(self, example: Example | Chat) -> Example | Chat:
-        """Put it before an example of the task; raise `DataError` if that is not text."""
+        """Prepend the context to an example of the task; raise `DataError` if the example is not text."""
         match example:
             case Example():
                 return replace(example, context=self.text)
@@ -93,9 +93,9 @@ class TaskContext:
         raise DataError("a context must be text")
 
     def before_messages(self, messages: Sequence[Message]) -> list[Message]:
-        """Put it before the messages of a chat, behind a system message that they begin with.
+        """Prepend the context to a chat's messages, but after the chat's own system message.
 
-        Such a message takes the place of the context's own; of a context that is only text it takes that in.
+        That message replaces the context's system message. A text-only context is prepended to its content.
         """
         asked, is_led = list(messages), _is_led(messages)
         if self.messages:
@@ -107,12 +107,12 @@ class TaskContext:
 
 
 def _is_led(messages: Sequence[Message]) -> bool:
-    """Say whether messages begin with one of the system."""
+    """Return whether the first message is a system message."""
     return bool(messages) and messages[0].get("role") in _SYSTEM
 
 
 def _one_chat(chats: Sequence[Chat]) -> tuple[Message, ...]:
-    """Put chats one after the other; a system message stays only if it is that of all of them."""
+    """Concatenate chats; keep the system message only if all of them share it."""
     systems = [chat.messages[0] if chat.messages[0]["role"] in _SYSTEM else None for chat in chats]
     turns = [
         message
@@ -124,7 +124,7 @@ def _one_chat(chats: Sequence[Chat]) -> tuple[Message, ...]:
 
 
 def _joined(text: str, content: object) -> object:
-    """Put the text before the content of a system message, which may come in parts."""
+    """Prepend the text to a system message's content, which may be a list of parts."""
     if isinstance(content, list):
         return [{"type": "text", "text": text}, *content]
     return f"{text.rstrip()}{SEPARATOR}{content or ''}".rstrip()

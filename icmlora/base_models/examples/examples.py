@@ -2,9 +2,9 @@
 
     bytes --rows.py--> rows --example of the modality--> examples --readable of the modality--> what the model reads
 
-A row that is empty, odd or broken is left out and counted. For a language model a row is one of
+Empty, malformed or unsupported rows are skipped and counted. For a language model, a row is one of
 
-    {"text": "..."}                              all of it counts
+    {"text": "..."}                              all of it is scored
     {"prompt": "...", "completion": "..."}       only the completion is scored
     a chat; see `chats.py`                       only the assistant's turns are scored
 """
@@ -37,9 +37,9 @@ class Example:
     """One piece of text of a task.
 
     Attributes:
-        prompt: What is read and not scored; empty for plain text.
-        completion: What is scored.
-        context: What stands before both, beside the limit of what is read; see `context.py`.
+        prompt: Text that is read but not scored; empty for plain text.
+        completion: Text that is scored.
+        context: Text before both, not counted towards the token limit; see `context.py`.
     """
 
     prompt: str
@@ -48,12 +48,12 @@ class Example:
 
     @property
     def text(self) -> str:
-        """Prompt and completion as one text."""
+        """Prompt and completion, concatenated."""
         return self.prompt + self.completion
 
 
 def plain(texts: Iterable[str]) -> tuple[Example, ...]:
-    """Return texts as examples without a prompt: all of each counts."""
+    """Return texts as examples without a prompt; all of each is scored."""
     return tuple(Example("", text) for text in texts)
 
 
@@ -62,12 +62,12 @@ class Examples(Sequence[Any]):
     """The usable examples of a file, as a sequence.
 
     Attributes:
-        items: In the order of the file.
-        skipped: How many rows were left out.
-        reason: Why the first of them was: "line 3 is not JSON: ...".
-        template: Digest of the chat template that chats were rendered with; None if there was none to render.
-        note: What a user should know of how they are read, or None.
-        rows: How many rows the file has, where only some of its examples were chosen.
+        items: The examples, in file order.
+        skipped: Number of skipped rows.
+        reason: Why the first row was skipped: "line 3 is not JSON: ...".
+        template: Digest of the chat template used for rendering; None if there were no chats to render.
+        note: Note for the user about how the examples are read, or None.
+        rows: Number of rows in the file, if only some of its examples were chosen.
     """
 
     items: tuple[Any, ...]
@@ -85,7 +85,7 @@ class Examples(Sequence[Any]):
 
     @property
     def summary(self) -> str | None:
-        """How many rows were skipped, and why the first was; None if all are used."""
+        """Number of skipped rows and the first reason; None if all rows are used."""
         if not self.skipped:
             return None
         rows = self.rows or len(self.items) + self.skipped
@@ -93,7 +93,7 @@ class Examples(Sequence[Any]):
 
 
 def spread(items: Sequence[Item], most: int) -> list[Item]:
-    """Choose at most so many items, spread evenly: of a sorted file that is a fair choice."""
+    """Choose at most `most` items, evenly spaced, which is fair even for a sorted file."""
     count = min(most, len(items))
     return [items[position * len(items) // count] for position in range(count)]
 
@@ -104,7 +104,7 @@ def parse_examples(
     *,
     path: str | Path | None = None,
 ) -> Examples:
-    """Read the usable rows of a file, by default as text; raise `DataError` if there is none, or a limit is broken."""
+    """Read the usable rows of a file, by default as text; raise `DataError` if there are none or too many."""
     if len(data) > MAX_BYTES:
         raise DataError(f"more than {MAX_BYTES} bytes of text", path=path, hint="keep a sample of the task's text")
     kept, skipped, reason = [], 0, None
@@ -127,7 +127,7 @@ def parse_examples(
 
 
 def text_example(row: Mapping[str, Any]) -> Example | Chat:
-    """Turn a row into text or a chat; raise `DataError`, with a fact about the row, if it is neither."""
+    """Convert a row to text or a chat; raise `DataError`, with a fact about the row, if it is neither."""
     example: Example | Chat | None
     match row:
         case {"text": str(text)}:
@@ -143,7 +143,7 @@ def text_example(row: Mapping[str, Any]) -> Example | Chat:
     if not example.completion.strip():
         raise DataError("is empty text")
     try:
-        example.text.encode("utf-8")  # as fast as a copy; a loop over the letters was half of an ingest's time
+        example.text.encode("utf-8")  # as fast as a copy; a loop over the characters took half the ingest time
     except UnicodeEncodeError:
         raise DataError("contains a lone surrogate, which is not valid text") from None
     return example
@@ -158,7 +158,7 @@ def _example(row: Any, example: Callable[[Mapping[str, Any]], Any], media: Resol
 
 
 def nothing_usable(skipped: int, reason: str | None) -> DataError:
-    """Return the error for a file without a usable row; `reason` is why the first row was left out."""
+    """Return the error for a file without a usable row; `reason` is why the first row was skipped."""
     if reason is None:
         return DataError("the file holds no example", hint=_HINT)
     fact = reason if skipped == 1 else f"none of its {skipped} rows is usable; the first: {reason}"

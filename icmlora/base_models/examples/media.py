@@ -1,8 +1,8 @@
-"""Images and recordings of examples: bytes from anywhere, opened with limits. Pillow is imported when it is needed.
+"""Images and recordings of examples: untrusted bytes, opened with limits. Pillow is imported only when needed.
 
-A row names a file; whoever reads the rows turns the name into a `Media`, which reads its bytes when they are needed:
+A row names a file. The reader of the rows turns the name into a `Media`, which reads its bytes on demand:
 
-    {"image": "cats/1.png"}  --beside the JSON lines-->   Media("cats/1.png", read)
+    {"image": "cats/1.png"}  --next to the JSON lines-->  Media("cats/1.png", read)
     {"image": "sha256:..."}  --blobs of the store-->      Media("sha256:...", read)
 """
 
@@ -25,26 +25,26 @@ if TYPE_CHECKING:
 MEDIA_KEYS = ("image", "audio")
 """The keys of a row that name a file."""
 MAX_FILE = 32 * 2**20
-"""Bytes of one image or recording."""
+"""Maximum bytes of one image or recording."""
 MAX_PIXELS = 64 * 10**6
-"""Pixels of one image: what a good camera takes."""
+"""Maximum pixels of one image: the resolution of a good camera."""
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
 
 @dataclass(frozen=True)
 class Media:
-    """One image or recording. Two are equal if their names are."""
+    """One image or recording. Two are equal if their names are equal."""
 
     name: str
     read: Callable[[], bytes] = field(compare=False, repr=False)
 
 
 Resolver = Callable[[str], Media]
-"""Turns the name that a row gives to a file into the file; raises `DataError` where there is none."""
+"""Returns the file that a row names; raises `DataError` if it does not exist."""
 
 
 def with_media(row: Mapping[str, Any], resolver: Resolver | None) -> Mapping[str, Any]:
-    """Return a row with its files in the place of their names; raise `DataError` if one is not there."""
+    """Return a row with its file names replaced by the files; raise `DataError` if one is missing."""
     named = {key: row[key] for key in MEDIA_KEYS if isinstance(row.get(key), str)}
     if not named:
         return row
@@ -54,9 +54,9 @@ def with_media(row: Mapping[str, Any], resolver: Resolver | None) -> Mapping[str
 
 
 def media_of(row: Mapping[str, Any], key: str) -> Media:
-    """Return the image or recording of a row; raise `DataError` if it has none."""
+    """Return the image or recording of a row; raise `DataError` if there is none."""
     found = row.get(key)
-    if isinstance(found, Mapping) and isinstance(reason := found.get("missing"), str):  # told when the row was packed
+    if isinstance(found, Mapping) and isinstance(reason := found.get("missing"), str):  # set when the row was packed
         raise DataError(reason)
     if not isinstance(found, Media):
         raise DataError(f"has no {key}" if found is None else f"has an {key} that is not a file name")
@@ -64,10 +64,10 @@ def media_of(row: Mapping[str, Any], key: str) -> Media:
 
 
 def image_of(row: Mapping[str, Any]) -> Media:
-    """Return the image of a row; only its head is read, which says whether it is one and how large it is.
+    """Return the image of a row, after a check of its header for format and size.
 
     Raises:
-        DataError: There is none, it is not an image, or it is too large.
+        DataError: There is no file, it is not an image, or it is too large.
     """
     found = media_of(row, "image")
     with _opened(found):
@@ -75,13 +75,13 @@ def image_of(row: Mapping[str, Any]) -> Media:
 
 
 def image_size(media: Media) -> tuple[int, int]:
-    """Return width and height in pixels, without decoding the image."""
+    """Return width and height in pixels without decoding the image."""
     with _opened(media) as image:
         return image.size
 
 
 def open_image(media: Media) -> Image:
-    """Decode an image, as RGB; raise `DataError` if it is none, damaged or too large, or Pillow is not installed."""
+    """Decode an image to RGB; raise `DataError` if it is invalid or too large, or Pillow is not installed."""
     with _opened(media) as image:
         return image.convert("RGB")
 
@@ -110,10 +110,10 @@ def _opened(media: Media) -> Iterator[Image]:
 
 
 def read_sound(media: Media, rate: int) -> NDArray[np.float32]:
-    """Read a WAV file of 16-bit samples as one channel between -1 and 1, shape (samples,).
+    """Read a 16-bit WAV file as one channel between -1 and 1, shape (samples,).
 
     Raises:
-        DataError: It is something else, or has another number of samples a second than `rate`.
+        DataError: It is not such a file, or its sample rate is not `rate`.
     """
     import wave
 

@@ -1,10 +1,10 @@
-"""Rows of examples together with the files that they name, as one file of the store: an uncompressed ZIP.
+"""Rows of examples and the files that they name, stored as one uncompressed ZIP.
 
-    rows.jsonl      the rows, with "image": "media/<SHA-256>" in the place of each path
+    rows.jsonl      the rows, with "image": "media/<SHA-256>" instead of each path
     media/<SHA-256> each image or recording once
 
-Its digest names the examples whole, so a measurement on it stays true when a folder of images changes. Equal rows and
-files give equal bytes.
+Its digest covers rows and files, so a measurement stays valid when the folder of images changes. Equal rows and files
+produce equal bytes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from icmlora.formats.discovery.task_names import IMAGES
 from icmlora.io.files import read_regular
 
 MAX_BYTES = 256 * 2**20
-"""Bytes of all rows and files of an archive."""
-_HEAD = 2**20  # bytes of a file in which its first row lies
+"""Maximum bytes of all rows and files of an archive."""
+_HEAD = 2**20  # leading bytes of a file, enough to hold its first row
 _MAGIC = b"PK\x03\x04"
 _ROWS = "rows.jsonl"
 _FOLDER = "media/"
@@ -34,28 +34,28 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 def is_archive(data: bytes) -> bool:
-    """Return whether these bytes are an archive."""
+    """Return whether the bytes are an archive."""
     return data.startswith(_MAGIC)
 
 
 def has_media(path: Path) -> bool:
-    """Return whether these are images in folders, or rows that name files as far as their first part tells."""
+    """Return whether `path` is a folder of images, or a file whose first part has rows that name files."""
     if path.is_dir():
         return True
     try:
         with path.open("rb") as stream:
             head = stream.read(_HEAD)
-    except OSError:  # whoever reads it says why it cannot be read
+    except OSError:  # the caller reports the error when it reads the file
         return False
     return not is_archive(head) and _names_media(head)
 
 
 def read_examples(path: Path) -> bytes:
-    """Read a file of rows, or a folder of images; with the files that they name it becomes an archive.
+    """Read a file of rows or a folder of images; return an archive if they name files.
 
     Raises:
-        UnsafeInput: The file is too large, a link or not a plain file.
-        DataError: Together they are too large, or the folder holds no image.
+        UnsafeInput: The file is too large, a link or not a regular file.
+        DataError: The rows and files together are too large, or the folder contains no image.
     """
     with located(path):
         if path.is_dir():
@@ -67,10 +67,10 @@ def read_examples(path: Path) -> bytes:
 
 
 def pack_rows(rows: Iterable[Any], read: Callable[[str], bytes]) -> bytes:
-    """Pack rows and the files that they name; raise `DataError` if they are larger than `MAX_BYTES`.
+    """Pack rows and the files that they name; raise `DataError` if they exceed `MAX_BYTES`.
 
-    `read` returns the bytes of a file by its name, or raises `DataError` or `OSError`: then the row keeps the name, so
-    it is skipped and counted like any other bad row.
+    `read` returns the bytes of a named file. If it raises `DataError` or `OSError`, the row records the reason instead,
+    so that it is skipped and counted like any other bad row.
     """
     files: dict[str, bytes] = {}
     lines: list[bytes] = []
@@ -98,14 +98,14 @@ def pack_rows(rows: Iterable[Any], read: Callable[[str], bytes]) -> bytes:
 
 
 def _rows(data: bytes) -> Iterator[Any]:
-    """Yield the rows of a file; one that cannot be read is None, which is skipped and counted like any bad row."""
+    """Yield the rows of a file; a bad row becomes None, which is later skipped and counted."""
     return (None if isinstance(row, BadRow) else row for _, row in read_rows(data).values)
 
 
 def _line(row: Any) -> bytes:
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    except ValueError:  # NaN or half a surrogate pair, which Python reads and JSON does not have
+    except ValueError:  # NaN or a lone surrogate, which Python parses but JSON does not allow
         return b"null\n"
 
 
@@ -122,7 +122,7 @@ def _zipped(files: Mapping[str, bytes]) -> bytes:
 
 
 def open_archive(data: bytes) -> tuple[bytes, Resolver]:
-    """Return the rows of an archive, and what finds their files; raise `DataError` if it is damaged, or not icm's."""
+    """Return an archive's rows and a resolver for their files; raise `DataError` if it is damaged or not icm's."""
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
         entries = {entry.filename: entry for entry in archive.infolist()}
@@ -151,7 +151,7 @@ def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
 
 
 def beside(folder: Path) -> Callable[[str], bytes]:
-    """Return what reads the files that rows name from a folder, and raises `DataError` for one that is outside it."""
+    """Return a reader for the files that rows name in a folder; it raises `DataError` for files outside the folder."""
     root = folder.resolve()
 
     def read(name: str) -> bytes:
@@ -171,11 +171,11 @@ def beside(folder: Path) -> Callable[[str], bytes]:
 def rows_of_folder(folder: Path) -> list[Mapping[str, Any] | None]:
     """Return the rows of a folder in the `imagefolder` convention of `datasets`.
 
-    LABEL/NAME.png is an image and its label. With `metadata.jsonl`, whose rows name their files in `file_name`, the
-    folders mean nothing, and each row is what it says.
+    LABEL/NAME.png is an image and its label. If there is a `metadata.jsonl`, folder names are ignored: its rows are
+    used and name their files in `file_name`.
 
     Raises:
-        DataError: There is no image in it.
+        DataError: The folder contains no image.
     """
     metadata = folder / _METADATA
     if metadata.is_file():
@@ -188,7 +188,7 @@ def rows_of_folder(folder: Path) -> list[Mapping[str, Any] | None]:
 
 
 def _with_image(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Rename `file_name`, and take COCO's boxes out of `objects`, as the convention has them."""
+    """Rename `file_name`, and unpack the COCO boxes in `objects`, as in the convention."""
     found = {("image" if key == "file_name" else key): value for key, value in row.items() if key != "objects"}
     objects = row.get("objects")
     if isinstance(objects, dict):

@@ -1,9 +1,9 @@
-"""Prompts that a language model continues, of a task's own examples or from a file. Never imports torch.
+"""Prompts for a language model, from a task's own examples or from a file. Never imports torch.
 
-{"text": "..."}                            the beginning of it, and what really follows
-{"prompt": "...", "completion": "..."}     the prompt; of a file from the user, the completion may be missing
+{"text": "..."}                            its beginning; the rest is the expected continuation
+{"prompt": "...", "completion": "..."}     the prompt; the completion is optional in the user's file
 a chat                                     everything before the assistant's first turn
-any other line of a file                   a prompt as it is
+any other line of a file                   the line itself
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from icmlora.base_models.examples.rows import BadRow, read_rows
 from icmlora.errors import DataError, located
 
 MAX_PROMPTS = 100
-_BEGINNING = 80  # characters of a plain text that a model is given, up to the end of the word
-_WORD = 20  # characters within which a word has to end: not every language writes spaces
-_SHOWN = 400  # characters of what really follows
+_BEGINNING = 80  # characters of a plain text used as the prompt, up to the end of the word
+_WORD = 20  # characters within which a word must end, because not every language writes spaces
+_SHOWN = 400  # characters of the expected continuation
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is given to continue.
+    """Text for a model to continue.
 
     Attributes:
-        text: As the model reads it.
-        expected: What follows in the text that it was taken from; empty where nothing is known.
-        is_rendered: Whether a chat template made it, so that its special tokens are spelled out in it.
+        text: The prompt as the model reads it.
+        expected: The continuation in the source text; empty if unknown.
+        is_rendered: Whether it comes from a chat template and so already contains the special tokens.
     """
 
     text: str
@@ -42,19 +42,19 @@ class Prompt:
 
 
 def prompts_of(examples: Sequence[Any], most: int) -> list[Prompt]:
-    """Return the prompts of some examples of a task, spread evenly; those without text have none."""
+    """Return prompts from at most `most` examples, evenly spaced; examples without text yield none."""
     found = [prompt for prompt in map(_prompt_of, spread(examples, most)) if prompt is not None]
     return [prompt for prompt in found if prompt.text]
 
 
 def read_prompts(data: bytes, path: str | Path) -> list[Prompt | Mapping[str, Any]]:
-    """Read a file of prompts: rows, or one prompt a line.
+    """Read a file of prompts: rows, or one prompt per line.
 
     Returns:
-        Prompts, and the rows of chats, which become prompts once there is a chat template.
+        Prompts, and chats as rows, which become prompts once a chat template is available.
 
     Raises:
-        DataError: A row is no prompt, there is none, or there are more than `MAX_PROMPTS`.
+        DataError: A row is not a prompt, or there are no prompts or more than `MAX_PROMPTS`.
     """
     with located(path):
         found: list[Prompt | Mapping[str, Any]]
@@ -63,7 +63,7 @@ def read_prompts(data: bytes, path: str | Path) -> list[Prompt | Mapping[str, An
             found = [_asked(row, f"{rows.unit} {number}") for number, row in rows.values]
         else:
             try:
-                # Not `str.splitlines`, for which form feeds and Unicode's line separators end a line too.
+                # Not `str.splitlines`, which also splits at form feeds and Unicode line separators.
                 lines = list(StringIO(data.decode("utf-8-sig"), newline=None))
             except UnicodeDecodeError as error:
                 raise DataError(f"is not UTF-8: {error.reason}") from None
@@ -76,7 +76,7 @@ def read_prompts(data: bytes, path: str | Path) -> list[Prompt | Mapping[str, An
 
 
 def _asked(row: Any, where: str) -> Prompt | Mapping[str, Any]:
-    """Read a row of a file of prompts; a chat that waits for an answer gets one, so that templates show its place."""
+    """Read a row of a prompt file; end a chat with a placeholder answer, because templates must render its position."""
     if isinstance(row, BadRow):
         raise DataError(f"{where} {row.reason}")
     match row:
@@ -109,7 +109,7 @@ def _prompt_of(example: Any) -> Prompt | None:
 
 
 def _beginning(text: str) -> int:
-    """Return where to cut a text: near its 80th character or its middle, at the end of a word if one is near."""
+    """Return where to cut a text: near its 80th character or its middle, at a word end if possible."""
     wanted = min(_BEGINNING, len(text) // 2)
     near = text[wanted : wanted + _WORD]
     return wanted + next((place for place, letter in enumerate(near) if letter.isspace()), 0)

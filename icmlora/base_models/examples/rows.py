@@ -1,11 +1,11 @@
-"""Read the rows of a file of examples, whatever its form. Never imports torch.
+"""Read the rows of a file of examples in any supported format. Never imports torch.
 
-    JSON lines     one JSON object a line (jsonlines.org)
+    JSON lines     one JSON object per line (jsonlines.org)
     JSON           one array of objects
-    Parquet        one object a row; needs pyarrow
+    Parquet        one object per row; needs pyarrow
 
-The form is told from the bytes, because the store keeps files without their names. Files come from anywhere: a row that
-cannot be read is handed on as the reason why, and no row takes more memory than `MAX_ROW_BYTES` of JSON can.
+The format is detected from the bytes, because the store keeps files without their names. Files are untrusted: an
+unreadable row is yielded as a `BadRow`, and no row takes more memory than `MAX_ROW_BYTES` of JSON can.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _INSTALL = "pip install 'icm-lora[parquet]', or save the file as JSON lines"
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be read, and why: "is not JSON"."""
+    """An unreadable row and the reason, such as "is not JSON"."""
 
     reason: str
 
@@ -41,8 +41,8 @@ class Rows:
     """The rows of a file.
 
     Attributes:
-        unit: What messages call one: "line" or "row".
-        values: Number from 1, and what was read; it can be iterated once.
+        unit: The word for a row in messages: "line" or "row".
+        values: (number from 1, value) for each row; can be iterated only once.
     """
 
     unit: str
@@ -50,10 +50,10 @@ class Rows:
 
 
 def read_rows(data: bytes) -> Rows:
-    """Tell the form of a file and return its rows; blank lines have numbers, but are not rows.
+    """Detect the format of a file and return its rows; blank lines are counted but are not rows.
 
     Raises:
-        DataError: It is Parquet and cannot be read; also while iterating. It has no path.
+        DataError: It is unreadable Parquet; may also be raised while iterating. The error has no path.
     """
     if data.startswith(_PARQUET):
         return Rows("row", _parquet_rows(data))
@@ -62,12 +62,12 @@ def read_rows(data: bytes) -> Rows:
         try:
             return Rows("row", _array_rows(data.decode("utf-8")))
         except UnicodeDecodeError:
-            pass  # as lines, at least those that are UTF-8 can be read
+            pass  # read as lines, so that the valid UTF-8 lines are usable
     return Rows("line", _line_rows(data))
 
 
 def _as_utf8(data: bytes) -> bytes:
-    # PowerShell writes UTF-16 with a byte order mark where others write UTF-8.
+    # PowerShell writes UTF-16 with a byte order mark by default.
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return data.decode("utf-16", errors="replace").encode("utf-8")
     return data.removeprefix(codecs.BOM_UTF8)
@@ -75,7 +75,7 @@ def _as_utf8(data: bytes) -> bytes:
 
 def _line_rows(data: bytes) -> Iterator[tuple[int, Any]]:
     number, counted = 1, 0
-    # Not split() or a loop over all lines: a file of newlines would take gigabytes, or minutes.
+    # Not split() or a loop over all lines: a file of newlines would take gigabytes or minutes.
     for line in _LINE.finditer(data):
         number += data.count(b"\n", counted, line.start())
         counted = line.start()
@@ -95,7 +95,7 @@ def _parsed(line: bytes) -> Any:
 
 
 def _array_rows(text: str) -> Iterator[tuple[int, Any]]:
-    """Decode one element after the other: a whole array as Python objects can take twenty times its bytes."""
+    """Decode one element at a time: a whole array as Python objects can take twenty times its size in bytes."""
     place = text.index("[") + 1
     number = 0
     while True:
@@ -113,7 +113,7 @@ def _array_rows(text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _element(text: str, place: int) -> tuple[Any, int]:
-    """Decode the element that begins at a place, looking no farther ahead than a row may reach."""
+    """Decode the element at position `place`, with a bounded look-ahead."""
     window = _FIRST_WINDOW
     while True:
         try:
@@ -134,13 +134,13 @@ def _parquet_rows(data: bytes) -> Iterator[tuple[int, Any]]:
         raise DataError("the file is Parquet, and pyarrow is not installed", hint=_INSTALL) from error
     number = 0
     try:
-        # Small batches: columns unpack to far more than they take in the file.
+        # Small batches, because columns unpack to far more bytes than in the file.
         for batch in parquet.ParquetFile(pyarrow.BufferReader(data)).iter_batches(batch_size=_BATCH):
             if batch.nbytes > _BATCH * MAX_ROW_BYTES:
                 raise DataError(f"row {number + 1} or one of the next is longer than {MAX_ROW_BYTES >> 20} MiB")
             for value in batch.to_pylist():
                 number += 1
                 yield number, value
-    # pyarrow raises its own errors, and OSError, ValueError or UnicodeDecodeError for what damaged bytes make of it.
+    # For damaged files, pyarrow raises its own errors, OSError, ValueError or UnicodeDecodeError.
     except (pyarrow.ArrowException, OSError, ValueError, NotImplementedError, OverflowError) as error:
         raise DataError(f"the Parquet file cannot be read: {error}", hint=_INSTALL) from error

@@ -1,7 +1,7 @@
-"""Render chats with a chat template that nobody vouches for.
+"""Render chats with an untrusted chat template.
 
-Run as a script by `adapter_template.py`, with the template and the chats as standard input and the texts as standard
-output, both as JSON.
+`adapter_template.py` runs this as a script, with the template and chats as JSON on standard input and the texts as JSON
+on standard output.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ NO_MEMORY = 13
 
 
 def main(memory: int, seconds: int, paths: str) -> int:
-    """Render the chats of standard input to standard output; return the exit status."""
-    # Started with -I, which leaves out where packages may be if they are not in the interpreter's own folder.
+    """Render the chats from standard input to standard output; return the exit status."""
+    # The -I flag omits package folders outside the interpreter's own.
     sys.path.extend(path for path in paths.split(os.pathsep) if path not in sys.path)
-    from transformers.utils import chat_template_utils  # noqa: F401  before the limits: it takes more than they allow
+    from transformers.utils import chat_template_utils  # noqa: F401  before the limits, which it would exceed
 
     from icmlora.base_models.examples.chat_template import ChatTemplate
     from icmlora.base_models.examples.chats import Chat

@@ -1,1 +1,1 @@
-"""Where a base model is on this machine, and which one it is."""
+"""Locate and identify base models on this machine."""

@@ -1,11 +1,11 @@
-"""The fingerprint of a base model: which weights, in which architecture. Never imports torch.
+"""The fingerprint of a base model: its weights and its architecture. Never imports torch.
 
     sha256( sorted digests of the weight files + architecture in config.json )
 
-A base model with a loader has no configuration that says what it is: the digests of all its files are its fingerprint.
-Two folders with the same weight files and the same architecture are the same base model, wherever they are and whatever
-the shards are called. A GGUF file and the folder made from it are different files and have different fingerprints. The
-tokenizer is not part of it: it does not decide whether an adapter fits.
+A base model with a loader has no `config.json`, so its fingerprint covers the digests of all its files. Two folders
+with the same weight files and the same architecture are the same base model, regardless of location and shard names. A
+GGUF file and the folder converted from it are different files and have different fingerprints. The tokenizer is
+excluded, because it does not affect whether an adapter fits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from icmlora.base_models.finding.lookup import FoundBase, read_config
 
-# What saving tools rewrite, or what concerns generation only: it changes between copies of one model.
+# Keys that differ between copies of one model: rewritten by saving tools, or relevant only to generation.
 _VOLATILE = frozenset(
     (
         "transformers_version",
@@ -33,7 +33,7 @@ _VOLATILE = frozenset(
 
 
 def fingerprint_base(found: FoundBase) -> str:
-    """Hash the weights and architecture of a base model on disk; reads every weight file once."""
+    """Hash the weights and architecture of a base model on disk; read every weight file once."""
     total = hashlib.sha256()
     for digest in sorted(_digest(path) for path in found.weights):
         total.update(bytes.fromhex(digest))
@@ -45,7 +45,7 @@ def fingerprint_base(found: FoundBase) -> str:
 def is_same_model(
     left: FoundBase, right: FoundBase, fingerprint: Callable[[FoundBase], str] = fingerprint_base
 ) -> bool:
-    """Say whether two copies have equal fingerprints; weights are read only where their sizes do not tell."""
+    """Return whether two copies have equal fingerprints; read the weights only if cheaper checks are inconclusive."""
     if left.stamp() == right.stamp():
         return True
     if (left.is_gguf, left.loader) != (right.is_gguf, right.loader) or _sizes(left) != _sizes(right):

@@ -1,11 +1,11 @@
-"""What a base model is called: the label, revision and folder of an adapter as one name that means one model.
+"""Names of base models: an adapter's label, revision and folder combined into one unambiguous name.
 
     "org/name"                            org/name
     "org/name", revision "abc123"         org/name@abc123
     "/models/llama"                       /models/llama
-    "./llama" of /loras/poems             /loras/llama: the first folder above the adapter where there is such a model
+    "./llama" of /loras/poems             /loras/llama: in the first folder above the adapter that has such a model
 
-A hub name has no `@`, so the two parts can be told apart again. Never imports torch, never asks the network.
+A hub name has no `@`, so the two parts can be split again. Never imports torch, never uses the network.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 _MAIN = (None, "", "main")
-_LEVELS = 4  # the adapter's folder and three above it: a trainer writes to `outputs/run/checkpoint-N`
+_LEVELS = 4  # the adapter's folder and three above it, because trainers write to `outputs/run/checkpoint-N`
 
 
 def full_label(label: str | None, revision: str | None, place: Path, task_folder: Path) -> str | None:
     """Return the name of an adapter's base model, or None if the adapter names none.
 
     Args:
-        label: As the adapter gives it: a hub name, or a path on the machine where it was trained.
-        revision: As the adapter gives it; null and "main" are the same. A folder has no revision.
+        label: From the adapter: a hub name, or a path on the machine where it was trained.
+        revision: From the adapter; null and "main" are the same. A folder has no revision.
         place: The adapter's folder.
-        task_folder: The folder of its training run; a path that leads nowhere is kept as one beside this folder.
+        task_folder: The folder of its training run; a path that does not exist is resolved next to this folder.
     """
     if not label:
         return None
@@ -37,15 +37,15 @@ def full_label(label: str | None, revision: str | None, place: Path, task_folder
 
 
 def typed_label(label: str) -> str:
-    """Return the name of a base model that a user typed: a path is one from the current directory."""
+    """Return the name of a base model that a user typed; make a path absolute from the current directory."""
     is_path = label.startswith("~") or os.path.isabs(label) or _must_be_path(label)
     return str(Path(label).expanduser().absolute()) if is_path else label
 
 
 def named_by(label: str, known: Sequence[str]) -> list[str]:
-    """Return which of some names of base models a relative path that a user typed may mean: an adapter's own ends so.
+    """Return the known names that end with a relative path that a user typed.
 
-    In the configuration it may be relative; it was made absolute when the adapter was ingested.
+    An adapter's configuration may have that relative path; ingestion made it absolute.
     """
     if not _must_be_path(label) or os.path.isabs(label) or label.startswith("~"):
         return []
@@ -54,7 +54,7 @@ def named_by(label: str, known: Sequence[str]) -> list[str]:
 
 
 def lookalikes(labels: Iterable[str]) -> list[list[str]]:
-    r"""Group labels that may mean one model: the same last part, apart from case, punctuation and revision.
+    r"""Group labels that may mean the same model: equal last parts, ignoring case, punctuation and revision.
 
     `google/gemma-3-270m-it`, `gemma3-270m-it`, `/models/gemma-3-270m-it` and `C:\models\gemma-3-270m-it` are alike.
     """
@@ -68,13 +68,13 @@ def lookalikes(labels: Iterable[str]) -> list[list[str]]:
 
 
 def _resolved(label: str, place: Path, task_folder: Path) -> str | None:
-    """Return the absolute path that a label means, or None if it is a hub name."""
+    """Return a label as an absolute path, or None if it is a hub name."""
     from icmlora.base_models.finding.lookup import inspect_base
     from icmlora.errors import BaseModelNotFound
 
     if os.path.isabs(label):
         return label
-    # The trainer read `label` in its current directory, which is mostly some folder above what it wrote.
+    # The trainer resolved `label` in its current directory, usually some folder above its output.
     place = place.absolute()
     for folder in (place, *place.parents)[:_LEVELS]:
         try:
@@ -85,5 +85,5 @@ def _resolved(label: str, place: Path, task_folder: Path) -> str | None:
 
 
 def _must_be_path(label: str) -> bool:
-    """Say whether a label cannot be a hub name, which is `name` or `owner/name`."""
+    """Return whether a label is neither `name` nor `owner/name` and so not a hub name."""
     return label.startswith(".") or label.endswith(("/", ".gguf")) or label.count("/") > 1

@@ -1,12 +1,12 @@
-"""Where base models are on this machine: a setting of its user, the same for every store. Never imports torch.
+"""Locations of base models on this machine: a per-user setting, shared by all stores. Never imports torch.
 
-    ~/.config/icm/base_models.yaml        next to config.toml; `icm base add` and `icm base rm` write it
+    ~/.config/icm/base_models.yaml        next to config.toml; written by `icm base add` and `icm base rm`
 
         meta-llama/Llama-3.1-8B:
           load_in: nf4
           path: /models/llama-8b
 
-A base model is found by the location of any of its names.
+A base model is located by any of its names.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _HEADER = "# Where base models are on this machine, written by `icm base add` an
 
 @dataclass(frozen=True)
 class Location:
-    """Where a base model is and how it is loaded."""
+    """The path of a base model and how to load it."""
 
     path: Path
     loader: str | None = None  # MODULE:FUNCTION that loads it, if transformers does not
-    load_in: LoadIn | None = None  # the few bits in which its weights are loaded; None for what suits the device
+    load_in: LoadIn | None = None  # quantised format for loading the weights; None for the device's default
 
 
 def locations_file() -> Path | None:
-    """Return the path of the file with all locations, which may not exist; None for a user without a home folder."""
+    """Return the path of the locations file, which may not exist; None for a user without a home folder."""
     if named := os.environ.get("ICM_CONFIG"):
         return Path(named).with_name(_FILE)
     folder = Path(os.environ.get("XDG_CONFIG_HOME", ""))
@@ -48,30 +48,30 @@ def locations_file() -> Path | None:
 
 
 def locations() -> Mapping[str, Location]:
-    """Return name -> location; raise `DataError` if the file cannot be used."""
+    """Return name -> location; raise `DataError` if the file is invalid."""
     file = locations_file()
     return {} if file is None else _read(file)
 
 
 def set_location(name: str, location: Location | None) -> None:
-    """Record where a base model is; None forgets it. Other processes may do the same at the same time."""
+    """Record the location of a base model; None removes it. Safe across concurrent processes."""
     file = locations_file()
     if file is None:
         hint = "set HOME or XDG_CONFIG_HOME or ICM_CONFIG"
         raise DataError("this user has no home folder, and HOME is not set", hint=hint)
-    file = file.resolve()  # a link to a file elsewhere stays
+    file = file.resolve()  # keep a symlink to a file elsewhere
     with fs.store_errors(file), _locked(file):
         known = {label: place for label, place in _read(file).items() if label != name}
         _write(file, known if location is None else known | {name: location})
 
 
 def location_of(names: Sequence[str], known: Mapping[str, Location]) -> Location | None:
-    """Return the location of a base model with these names, if one of them has one."""
+    """Return the location of a base model with these names, or None."""
     return next((known[name] for name in _in_order(names, known) if name in known), None)
 
 
 def find_located(names: Sequence[str]) -> FoundBase:
-    """Find a base model by any of its names; raise `BaseModelNotFound` if there is no copy under any."""
+    """Find a base model by any of its names; raise `BaseModelNotFound` if no name has a copy."""
     known = locations()
     chosen, first = location_of(names, known), None
     for name in _in_order(names, known):
@@ -87,7 +87,7 @@ def find_located(names: Sequence[str]) -> FoundBase:
 
 
 def _in_order(names: Sequence[str], known: Mapping[str, Location]) -> list[str]:
-    """Return names with a location before others, and quantised mirrors last: adapters are measured on the original."""
+    """Sort names with a location first and quantised mirrors last, because adapters are measured on the original."""
     return sorted(names, key=lambda name: (original_of(name).is_quantised, name not in known))
 
 
@@ -134,7 +134,7 @@ def _write(file: Path, known: Mapping[str, Location]) -> None:
     }
     text = _HEADER + (yaml.safe_dump(entries, allow_unicode=True) if entries else "")
     new = file.with_name(f"{_FILE}.new")
-    fs.unlink(new)  # left by a killed process
+    fs.unlink(new)  # left over from a killed process
     fs.write_file(new, text.encode())
     fs.replace(new, file)
     fs.fsync_dir(file.parent)
@@ -142,9 +142,9 @@ def _write(file: Path, known: Mapping[str, Location]) -> None:
 
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Keep other processes from writing the file for a block."""
+    """Hold the exclusive lock for writing the file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    # A file of its own: the one with the locations is replaced, and a lock would stay with the old one.
+    # A separate file, because the locations file is replaced and its lock would stay on the old inode.
     descriptor = fs.open_file(file.with_name(f"{_FILE}.lock"), os.O_CREAT | os.O_RDWR)
     try:
         fs.lock(descriptor, "alone", wait=True)

@@ -1,10 +1,10 @@
-"""Find a base model on this machine by the name that adapters give it. Never asks the network, never imports torch.
+"""Find a base model on this machine by the name in its adapters. Never uses the network, never imports torch.
 
-    name -> path of the caller -> absolute path -> Hugging Face cache, by revision -> BaseModelNotFound
+    name -> path from the caller -> absolute path -> Hugging Face cache, by revision -> BaseModelNotFound
 
-Only safetensors and GGUF weights count: a pickled checkpoint is recognised, named in the error and never opened. A base
-model with a loader may be any file or folder; only its loader reads it. A folder with a `model_index.json` is a
-diffusers pipeline: the base model of image adapters, which is only run to draw pictures (`pipeline.py`).
+Only safetensors and GGUF weights are accepted: a pickled checkpoint is recognised and reported, but never opened. A
+base model with a loader may be any file or folder; only its loader reads it. A folder with a `model_index.json` is a
+diffusers pipeline: the base model of image adapters, run only to generate images (`pipeline.py`).
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 class FoundBase:
     """A base model on disk, not loaded yet."""
 
-    label: str  # the name the adapters use
-    path: Path  # a folder in Hugging Face form, that of a diffusers pipeline, or a `.gguf` file
+    label: str  # the name that adapters use
+    path: Path  # a Hugging Face model folder, a diffusers pipeline folder, or a `.gguf` file
     weights: tuple[Path, ...]  # the weight files, sorted by name; all files of a base model with a loader
-    loader: str | None = None  # MODULE:FUNCTION of what loads it, where transformers does not
-    task_type: str | None = None  # PEFT's, of its adapters: "SEQ_CLS" puts a classifier's head on a language model
-    is_pipeline: bool = False  # of diffusers, whose networks are in folders of their own
-    load_in: LoadIn | None = None  # the few bits that its weights are to be loaded in; None for what the device suits
+    loader: str | None = None  # MODULE:FUNCTION that loads it, if transformers does not
+    task_type: str | None = None  # PEFT's task type of its adapters: "SEQ_CLS" adds a classification head
+    is_pipeline: bool = False  # a diffusers pipeline, with each network in its own folder
+    load_in: LoadIn | None = None  # quantised format for loading the weights; None for the device's default
 
     @property
     def is_gguf(self) -> bool:
-        """Whether the model is a GGUF file, which has to be dequantised to be used."""
+        """Whether the model is a GGUF file, which must be dequantised before use."""
         return self.path.suffix == ".gguf" and self.loader is None
 
     @property
     def has_config(self) -> bool:
-        """Whether it is a Hugging Face folder, whose `config.json` says what the model is."""
+        """Whether it is a Hugging Face folder with a `config.json` that describes the model."""
         return not self.is_gguf and self.loader is None and not self.is_pipeline
 
     def refuse_pipeline(self) -> None:
-        """Raise `BaseModelUnsuited` if it is a diffusers pipeline, for everything that runs one network on examples."""
+        """Raise `BaseModelUnsuited` if it is a diffusers pipeline, which cannot run examples through one network."""
         if self.is_pipeline:
             fact = f"base model {self.label!r} is a diffusers pipeline, which icm uses only to generate images"
             raise BaseModelUnsuited(fact, hint="run `icm report -o FILE --outputs TASK` to generate them")
 
     def stamp(self) -> str:
-        """Identify the files cheaply (path, size, mtime), as the key under which a caller may cache the fingerprint."""
+        """Hash path, size and mtime of the files: a cheap cache key for the fingerprint."""
         described = [PIPELINE] if self.is_pipeline else ["config.json"] if self.has_config else []
         files = (*self.weights, *(self.path / name for name in described))
         parts: list[Any] = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
@@ -70,14 +70,14 @@ def find_base_model(
     cache_dir: Path | None = None,
     loader: str | None = None,
 ) -> FoundBase:
-    """Find the local copy of the base model `label`, or of its alias; raise `BaseModelNotFound` if there is none."""
-    # A label is opaque: it may be a hub name or a path. A revision of None stands for `main`.
+    """Find the local copy of base model `label`, or of its alias; raise `BaseModelNotFound` if there is none."""
+    # A label is opaque: it may be a hub name or a path. A revision of None means `main`.
     name, revision = split_label(label)
     alias = (aliases or {}).get(label)
     if alias is not None:
         return inspect_base(label, Path(alias), loader)
     reason = "no local copy of the base model was found"
-    # A local path comes before the cache: it is what the trainer loaded on this machine.
+    # A local path takes precedence over the cache, because the trainer loaded that path on this machine.
     for path in (_local(label), _cached(name, cache_dir, revision)):
         if path is None:
             continue
@@ -89,13 +89,13 @@ def find_base_model(
 
 
 def inspect_base(label: str, path: Path, loader: str | None = None) -> FoundBase:
-    """Check that a base model can be loaded, without loading it; raise `BaseModelNotFound` if `path` holds none."""
+    """Check that a base model is loadable, without loading it; raise `BaseModelNotFound` if `path` has none."""
     if loader is not None:
         return FoundBase(label, path, _all_files(label, path), loader)
     if (path / PIPELINE).is_file():
         return FoundBase(label, path, _pipeline_weights(label, path), is_pipeline=True)
     if path.is_dir():
-        # A folder with one GGUF file and nothing else is that file; several are ambiguous.
+        # A folder without config.json and with one GGUF file means that file; several are ambiguous.
         lone = sorted(path.glob("*.gguf"))
         if not (path / "config.json").is_file() and len(lone) == 1:
             return _gguf(label, lone[0])
@@ -134,7 +134,7 @@ def _folder_weights(label: str, path: Path) -> tuple[Path, ...]:
 
 
 def _pipeline_weights(label: str, path: Path) -> tuple[Path, ...]:
-    """Return the weights of all parts of a pipeline; the pipeline without those of one part is no base model."""
+    """Return the weights of all parts of a pipeline; raise `BaseModelNotFound` if a part has only pickled weights."""
     _json_object(path / PIPELINE, hint=_add_hint(label))
     weights: list[Path] = []
     for part in sorted(folder for folder in path.iterdir() if folder.is_dir()):
@@ -183,8 +183,8 @@ def _json_object(file: Path, *, hint: str) -> dict[str, object]:
 
 
 def _local(label: str) -> Path | None:
-    # A label comes out of a file from anywhere: an unusable one (NUL, too long) is just not a path here. A relative
-    # one was resolved beside its adapter (see `labels.py`); in the current directory it could be another model.
+    # Labels come from untrusted files: an unusable one (NUL, too long) is just not a path here. A relative label was
+    # already resolved from its adapter (see `labels.py`); in the current directory it could be another model.
     try:
         path = Path(label)
         return path if path.is_absolute() and path.exists() else None

@@ -1,7 +1,7 @@
-"""Base models that are on the hub under several names: copies, quantised copies, renamed repositories.
+"""Base models with several names on the hub: copies, quantised copies, renamed repositories.
 
-A known mirror has the weights of its original, or the same weights quantised, and the same module names. Repositories
-whose copy has other modules are left out on purpose: Unsloth's copies of Phi-3, Phi-4 and gpt-oss.
+A known mirror has the weights of its original, possibly quantised, and the same module names. Copies with different
+modules are omitted on purpose: Unsloth's Phi-3, Phi-4 and gpt-oss.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Mirror(NamedTuple):
-    """What a mirror is a copy of."""
+    """The original of a copy, and whether the copy is quantised."""
 
     original: str
     is_quantised: bool
@@ -20,7 +20,7 @@ class Mirror(NamedTuple):
 _UNSLOTH = "unsloth/"
 _QUANTISED = re.compile(r"(-unsloth)?-bnb-4bit$", re.IGNORECASE)
 
-# Unsloth keeps the name of the original: owner -> names, without case.
+# Repositories for which Unsloth keeps the original name: owner -> pattern, case-insensitive.
 _SAME_NAME = {
     "Qwen": r"qwen(1\.5|2|2\.5|3)(-coder|-math|-vl)?-[\d.]+b(-a[\d.]+b)?(-base|-instruct|-thinking)?(-2507)?",
     "meta-llama": r"(meta-)?llama-3\.[123]-\d+b(-vision)?(-instruct)?",
@@ -30,7 +30,7 @@ _SAME_NAME = {
     "deepseek-ai": r"deepseek-r1-distill-(qwen|llama)-[\d.]+b",
 }
 
-# Unsloth's own names, and repositories that were renamed or copied; in lower case -> original.
+# Unsloth's own names, and renamed or copied repositories: lower-case name -> original.
 _RENAMED = {
     "unsloth/llama-3-8b": "meta-llama/Meta-Llama-3-8B",
     "unsloth/llama-3-8b-instruct": "meta-llama/Meta-Llama-3-8B-Instruct",
@@ -69,7 +69,7 @@ _RENAMED = {
 
 
 def original_of(label: str) -> Mirror:
-    """Return what a label is a copy of; the label itself where no copy is known. One with a revision is never one."""
+    """Return the original of a label, or the label itself if it is not a known copy or has a revision."""
     name = _QUANTISED.sub("", label) if label.lower().startswith(_UNSLOTH) else label
     return Mirror(_full_precision(name), name != label)
 

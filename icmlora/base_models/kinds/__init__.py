@@ -1,1 +1,1 @@
-"""One file for each kind of base model."""
+"""One module per kind of base model."""

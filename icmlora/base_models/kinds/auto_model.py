@@ -1,9 +1,9 @@
-"""Base models that one of transformers' Auto classes loads, where one pass gives every prediction of an example.
+"""Base models loaded by transformers' Auto classes that make all predictions of an example in one pass.
 
-    example --inputs--> tensors, wanted classes --model--> a row of logits for each prediction --cross entropy--> loss
+    example --inputs--> tensors, target classes --model--> a row of logits for each prediction --cross entropy--> loss
 
-A modality of this kind says how an example becomes tensors, and which hidden states stand for it. Nothing is padded:
-examples of equal shapes run together, others one after the other.
+A modality of this kind defines how to convert an example to tensors, and which hidden states represent it. Nothing is
+padded: consecutive examples of equal shapes are batched, others run one at a time.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Inputs:
 
     Attributes:
         tensors: Arguments of the model's `forward`, with a batch of one as their first dimension.
-        targets: The wanted class of each prediction; `IGNORED` where it is not scored.
-        text: The text that is scored; empty where there is none.
-        size: How many tokens are read; 1 for what is never cut.
+        targets: The target class of each prediction; `IGNORED` if it is not scored.
+        text: The scored text; empty if there is none.
+        size: Number of tokens read; 1 for inputs that are never truncated.
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -45,26 +45,26 @@ class Inputs:
 
     @property
     def count(self) -> int:
-        """How many predictions are scored."""
+        """Number of scored predictions."""
         return sum(target != IGNORED for target in self.targets)
 
     @property
     def shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        """What has to be equal in examples that run together."""
+        """Name and shape of each tensor; equal for all examples in a batch."""
         return tuple((name, tuple(value.shape)) for name, value in self.tensors.items())
 
 
 class AutoModality(Modality[Any, Inputs]):
-    """What these modalities share; a subclass sets the names and defines `example` and `inputs`."""
+    """Base class of these modalities; a subclass sets the names and defines `example` and `inputs`."""
 
     name = ""
     metric = Metric("nats per token", higher_is_better=False)
     auto_class = ""  # of transformers, such as "AutoModelForMaskedLM"
     processor_class = "AutoTokenizer"
-    batch = 8  # most examples of equal shapes that run together
+    batch = 8  # maximum examples of equal shapes per batch
 
     def suits(self, found: FoundBase) -> bool:
-        """Judge by `config.json`: it names a class that the Auto class would load."""
+        """Return whether `config.json` names a class that the Auto class would load."""
         return not found.is_gguf and names_a_class_of(self.auto_class, read_config(found.path))
 
     def load(
@@ -82,19 +82,19 @@ class AutoModality(Modality[Any, Inputs]):
         return base_of(found, self, network, device, dtype, fingerprint)
 
     def at_once(self, base: BaseModel) -> int:
-        """Return how many examples of equal shapes may run together at most."""
+        """Return the maximum number of examples of equal shapes per batch."""
         return self.batch
 
     def inputs(self, base: BaseModel, example: Any, limit: int) -> Inputs:
-        """Turn an example into what the model reads; raise `DataError`, with a fact about the row, if that fails."""
+        """Convert an example to model inputs; raise `DataError`, with a fact about the row, if that fails."""
         raise NotImplementedError
 
     def pooled(self, outputs: Any) -> torch.Tensor:
-        """Return the hidden state that stands for each example of a batch, (examples, d): the mean over its tokens."""
+        """Return one hidden state per example of a batch, (examples, d): the mean over its tokens."""
         return outputs.hidden_states[-1].mean(dim=1)  # type: ignore[no-any-return]
 
     def readable(self, base: BaseModel, examples: Sequence[Any], template: Templates | None = None) -> Examples:
-        """Leave out what cannot be read, such as a damaged image or a label that the model does not have."""
+        """Skip unreadable examples, such as a damaged image or an unknown label."""
         kept: list[Any] = []
         skipped, reason = 0, None
         for example in examples:
@@ -108,7 +108,7 @@ class AutoModality(Modality[Any, Inputs]):
         return Examples(tuple(kept), skipped, reason)
 
     def prepare(self, base: BaseModel, examples: Sequence[Any], limit: int, *, whole: bool = False) -> list[Inputs]:
-        """Turn examples into tensors, without those that have nothing to score; raise `DataError` if none is left."""
+        """Convert examples to tensors, skipping any without a scored prediction; raise `DataError` if none is left."""
         found = [self.inputs(base, example, base.within(limit)) for example in examples]
         scored = [item for item in found if item.count]
         if not scored:
@@ -116,7 +116,7 @@ class AutoModality(Modality[Any, Inputs]):
         return scored
 
     def states(self, base: BaseModel, examples: Sequence[Any], limit: int) -> torch.Tensor:
-        """Return the state of each example in the last layer, (examples, d) in float32."""
+        """Return the last-layer state of each example, (examples, d) in float32."""
         import torch
 
         items = [self.inputs(base, example, base.within(limit)) for example in examples]
@@ -126,7 +126,7 @@ class AutoModality(Modality[Any, Inputs]):
         return torch.cat(found)
 
     def logits(self, base: BaseModel, items: Sequence[Inputs], *, from_leaf: bool = False) -> list[torch.Tensor]:
-        """Return one row of logits for each prediction of an example: (predictions, classes) each."""
+        """Return the logits of each example, (predictions, classes)."""
         rows: list[torch.Tensor] = []
         with ExitStack() as stack:
             if from_leaf:
@@ -140,11 +140,11 @@ class AutoModality(Modality[Any, Inputs]):
         return rows
 
     def wanted(self, item: Inputs) -> Sequence[int] | None:
-        """Return its targets: some models put an image in front of the text, whose predictions come first."""
+        """Return the targets of the last predictions; some models put predictions for an image before the text's."""
         return item.targets
 
     def measure(self, base: BaseModel, examples: Sequence[Any], limit: int) -> Score:
-        """Return the loss in nats for each prediction."""
+        """Return the loss in nats per prediction."""
         import torch
 
         from icmlora.base_models.log_probabilities import cross_entropy
@@ -158,13 +158,13 @@ class AutoModality(Modality[Any, Inputs]):
 
 
 def names_a_class_of(auto_class: str, config: Mapping[str, object]) -> bool:
-    """Return whether a configuration names a class that one of transformers' Auto classes loads."""
+    """Return whether a configuration names a class that a transformers Auto class loads."""
     named = config.get("architectures")
     return bool(classes_of(auto_class, config).intersection(named if isinstance(named, list) else []))
 
 
 def classes_of(auto_class: str, config: Mapping[str, object]) -> set[str]:
-    """Return the classes that an Auto class would load a configuration with."""
+    """Return the model classes that an Auto class may use for a configuration."""
     from transformers.models.auto import modeling_auto
 
     table = getattr(modeling_auto, auto_class)._model_mapping._model_mapping  # model type -> name or names of classes
@@ -174,16 +174,16 @@ def classes_of(auto_class: str, config: Mapping[str, object]) -> set[str]:
 
 
 def seen(base: BaseModel, made: Mapping[str, Any], what: str) -> dict[str, torch.Tensor]:
-    """Return what a processor made of `what`, such as an image: the tensors that the model reads, by name.
+    """Return the tensors that the model reads from the output of a processor, by name; `what` is for messages.
 
     Raises:
-        BaseModelUnsuited: Nothing of it would reach the model, so that it would be run without.
+        BaseModelUnsuited: The model would ignore the processed input.
     """
     import inspect
 
     import torch
 
-    # Some processors make labels too, of the prompt alone; icm scores the answer itself.
+    # Some processors also create labels, from the prompt alone; icm scores the answer itself.
     read = inspect.signature(type(base.model).forward).parameters.keys() - {"labels"}
     tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor) and name in read}
     if not any(value.is_floating_point() for value in tensors.values()):
@@ -195,7 +195,7 @@ def seen(base: BaseModel, made: Mapping[str, Any], what: str) -> dict[str, torch
 
 
 def _batches(items: Sequence[Inputs], most: int) -> Iterator[Sequence[Inputs]]:
-    """Divide examples, in their order, into runs of equal shapes."""
+    """Yield batches of consecutive examples of equal shapes."""
     for _, run in itertools.groupby(items, key=lambda item: item.shapes):
         same = list(run)
         for first in range(0, len(same), most):
@@ -208,7 +208,7 @@ def _run(base: BaseModel, items: Sequence[Inputs], *, from_leaf: bool = False, *
     tensors = {}
     for name in items[0].tensors:
         value = torch.cat([item.tensors[name] for item in items]).to(base.device)
-        if value.is_floating_point():  # pixels and sound; token ids get their gradients at the embeddings
+        if value.is_floating_point():  # pixels and audio; for token ids, gradients start at the embeddings
             value = value.to(base.input_dtype).requires_grad_(from_leaf)
         tensors[name] = value
     return base.model(**tensors, **options)

@@ -1,4 +1,4 @@
-"""Causal language models, which continue text token by token. Torch is imported only when it is needed."""
+"""Causal language models, which continue text token by token. Torch is imported only when needed."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from icmlora.base_models.kinds.likelihood import Scored
 
 _ENDINGS = ("ForCausalLM", "LMHeadModel")
-# It predicts tokens in any order, from both sides, and is in no table of masked models.
+# Predicts tokens in any order, from both sides, but is not in transformers' table of masked models.
 _BOTH_SIDES = frozenset({"xlnet"})
-# For tasks that bring no samples of their own: short pieces in several genres and languages, written for this project.
-# They say nothing about any task: only the adapted view reads them, where the adapter itself makes the difference.
+# For tasks without samples: short texts in several genres and languages, written for this project.
+# They carry no task information: only the adapted view reads them, where the adapter itself makes the difference.
 PROBES: tuple[str, ...] = (
     "The river runs slowly past the old mill before it turns north towards the town. In spring the water rises, "
     "and the children count the stones that are still dry.",
@@ -50,7 +50,7 @@ PROBES: tuple[str, ...] = (
 
 
 class CausalLM(Modality[Any, "Scored"]):
-    """What `transformers.AutoModelForCausalLM` loads; measured by the loss of the next token."""
+    """Models that `transformers.AutoModelForCausalLM` loads; measured by next-token loss."""
 
     name = "causal language model"
     metric = Metric(NLL, higher_is_better=False)
@@ -58,7 +58,7 @@ class CausalLM(Modality[Any, "Scored"]):
     probes: Sequence[Example] = plain(PROBES)
 
     def suits(self, found: FoundBase) -> bool:
-        """Judge by `config.json`: a language model that reads from left to right."""
+        """Return whether `config.json` describes a left-to-right language model."""
         return found.is_gguf or _is_causal(read_config(found.path))
 
     def load(
@@ -81,22 +81,22 @@ class CausalLM(Modality[Any, "Scored"]):
     def readable(
         self, base: BaseModel, examples: Sequence[Example | Chat], template: Templates | None = None
     ) -> Examples:
-        """Render chats with the base model's chat template, or the adapter's own; those that it refuses are left out.
+        """Render chats with the adapter's own chat template or the base model's; skip chats that it rejects.
 
         Raises:
-            DataError: The adapter's own template takes too much memory or time.
+            DataError: The adapter's own template needs too much memory or time.
         """
         if not any(isinstance(example, Chat) for example in examples):
             return Examples(tuple(examples))
         of_base = ChatTemplate.of(base.tokenizer)
         chosen = of_base if template is None else ChatTemplate.of(base.tokenizer, template)
         found = [
-            # Where there is no template for a chat, its plain form is read.
+            # Without a chat template, use the plain form.
             Example(*example.plain) if isinstance(example, Chat) and example.plain and not chosen.is_own else example
             for example in examples
         ]
         chats = [example for example in found if isinstance(example, Chat)]
-        # The base model's own template is trusted as its weights are.
+        # The base model's own template is as trusted as its weights.
         is_trusted = chosen.templates == of_base.templates
         rendered = iter(chosen.render_all(chats) if is_trusted else render_in_child(chosen, chats))
         read = [next(rendered) if isinstance(example, Chat) else example for example in found]
@@ -111,19 +111,19 @@ class CausalLM(Modality[Any, "Scored"]):
     def prepare(
         self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int, *, whole: bool = False
     ) -> list[Scored]:
-        """Return token ids; of an example with a prompt only the completion is scored, unless it is read as a whole."""
+        """Return token ids; score only the completion if there is a prompt, unless `whole` is set."""
         from icmlora.base_models.kinds.likelihood import tokenized
 
         return tokenized(base.tokenizer, examples, base.within(limit), whole=whole, positions=base.positions)
 
     def pieces(self, base: BaseModel, item: Scored, limit: int) -> list[Scored]:
-        """Return the pieces of a text, each of which begins as all texts do."""
+        """Split a text into pieces, each with the tokenizer's start token if it has one."""
         from icmlora.base_models.kinds.likelihood import pieces
 
         return pieces(base.tokenizer, item, base.within(limit))
 
     def joined(self, base: BaseModel, items: Sequence[Scored], limit: int) -> list[Scored]:
-        """Put texts one after the other, chats as their template wrote them."""
+        """Concatenate texts, with chats as rendered by their template."""
         from icmlora.base_models.kinds.likelihood import joined
 
         return joined(base.tokenizer, items, base.within(limit))
@@ -135,39 +135,39 @@ class CausalLM(Modality[Any, "Scored"]):
         return last_positions(base, _texts(examples), base.within(limit))
 
     def context_state(self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int) -> torch.Tensor:
-        """Return the mean of the last layer over one context of all texts, one after the other: (d,) in float32."""
+        """Return the mean of the last layer over one context with all texts concatenated, (d,) in float32."""
         from icmlora.base_models.kinds.hidden_states import mean_over_context
 
         return mean_over_context(base, _texts(examples), base.within(limit))
 
     def logits(self, base: BaseModel, items: Sequence[Scored], *, from_leaf: bool = False) -> list[torch.Tensor]:
-        """Return next-token logits at every token, (T, vocabulary) for each text."""
+        """Return next-token logits at every token, (T, vocabulary) per text."""
         from icmlora.base_models.kinds.likelihood import next_token_logits
 
         return next_token_logits(base, items, from_leaf=from_leaf)
 
     def wanted(self, item: Scored) -> list[int]:
-        """Return the scored tokens; what is predicted after the last one is not scored."""
+        """Return the target tokens; the prediction after the last token is not scored."""
         return [*item.targets, IGNORED]
 
     def answers(self, item: Scored) -> list[bool] | None:
-        """Return which predictions are of an answer's tokens; None of a text without a prompt."""
+        """Return a mask of the predictions of answer tokens; None for a text without a prompt."""
         return [place + 1 in item.answers for place in range(item.size)] if item.answers else None
 
     def written(self, base: BaseModel, items: Sequence[Scored], count: int, limit: int, *, seed: int) -> list[Scored]:
-        """Return texts that the model continues token by token from the first ones of each item."""
+        """Return texts that the model samples, starting from the first tokens of the items."""
         from icmlora.base_models.kinds.continuations import continuations
 
         return continuations(base, items, count, limit, seed=seed)
 
     def answer(self, base: BaseModel, prompt: Prompt, most: int) -> str:
-        """Return how the model continues a prompt, token by token."""
+        """Return the model's continuation of a prompt."""
         from icmlora.base_models.kinds.continuations import answer
 
         return answer(base, prompt, most)
 
     def counted(self, base: BaseModel, items: Sequence[Scored]) -> torch.Tensor:
-        """Return which tokens are not padding, (texts, T)."""
+        """Return a mask of the tokens that are not padding, (texts, T)."""
         from icmlora.base_models.kinds.likelihood import padded
 
         return padded([item.ids for item in items], base.device)[1].bool()
@@ -189,13 +189,13 @@ class CausalLM(Modality[Any, "Scored"]):
 
 
 def _is_causal(config: Mapping[str, object]) -> bool:
-    """Return whether the loss of the next token makes sense for a model; True where only loading it can tell."""
+    """Return whether next-token loss makes sense for a model; True if only loading it can decide."""
     from transformers.models.auto import modeling_auto as tables
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        return True  # transformers does not know it, and says so when it is loaded
+        return True  # unknown to transformers, which raises an error on loading
     causal = tables.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
     if causal is None or kind in _BOTH_SIDES:
         return False
@@ -206,7 +206,7 @@ def _is_causal(config: Mapping[str, object]) -> bool:
     if config.get("is_encoder_decoder") is True and not is_named:
         return False
     if kind in tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        # A class of causal language models loads these too, and lets every token see the next ones.
+        # A causal language model class loads these too, but lets every token attend to later ones.
         return config.get("is_decoder") is True
     return is_named or not architectures
 

@@ -1,12 +1,12 @@
-"""Base models that transformers does not load: the user's own function does. Importing this needs no torch.
+"""Base models loaded by the user's own function instead of transformers. Importing this module needs no torch.
 
     @icmlora.base_model_loader
     def load(path, device, dtype) -> icmlora.CustomModel: ...
 
     icm base add NAME PATH --loader my_module:load
 
-The name of the function is kept in the store, and a store may come from somebody else. So a function is called only
-if it is marked as a loader; its module is imported from where Python finds modules.
+The store contains the name of the function, and a store may come from another user. For this reason, only functions
+marked as loaders are called; their modules are imported from Python's module path.
 """
 
 from __future__ import annotations
@@ -37,29 +37,29 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _MARK = "_icm_base_model_loader"
-_BATCH = 8  # most examples whose states are asked for at once
+_BATCH = 8  # maximum examples per call of `states`
 Loader = TypeVar("Loader", bound="Callable[[Path, torch.device, torch.dtype], CustomModel]")
 
 
 def base_model_loader(function: Loader) -> Loader:
-    """Mark a function as a loader of base models, so that `icm base add --loader` may name it; return it.
+    """Mark a function as a base model loader for `icm base add --loader`; return the function.
 
-    It is called with the path of the base model, the device and the precision, and returns a `CustomModel`.
+    It takes the path of the base model, the device and the precision, and returns a `CustomModel`.
     """
     setattr(function, _MARK, True)
     return function
 
 
 class CustomModel(ABC):
-    """What icm needs to know of a base model that transformers does not load.
+    """The interface of a base model that transformers does not load.
 
-    Examples are what `example` makes of the rows of `samples.jsonl` and `eval.jsonl`. All methods run `model` as it is
-    at that moment: an adapter that was put on it takes part.
+    `example` converts the rows of `samples.jsonl` and `eval.jsonl` to examples. All methods run `model` in its current
+    state, including any attached adapter.
 
     Attributes:
-        model: The network, on the device and in evaluation mode. Adapters name its modules.
-        metric: What `measure` returns.
-        hidden_size: Size of one hidden state, which is the size of a task vector.
+        model: The network, on the device and in evaluation mode. Adapters refer to its modules by name.
+        metric: The metric that `measure` returns.
+        hidden_size: Size of a hidden state and so of a task vector.
     """
 
     model: nn.Module
@@ -67,12 +67,12 @@ class CustomModel(ABC):
     hidden_size: int
 
     def example(self, row: Mapping[str, Any]) -> Any:
-        """Turn a row into an example; raise any exception if it is not one. By default a row is an example."""
+        """Convert a row to an example; raise any exception if it is invalid. By default, return the row."""
         return row
 
     @abstractmethod
     def states(self, examples: Sequence[Any]) -> torch.Tensor:
-        """Return one hidden state for each example, of shape (examples, hidden size)."""
+        """Return one hidden state per example, shape (examples, hidden size)."""
 
     @abstractmethod
     def loss(self, examples: Sequence[Any]) -> torch.Tensor:
@@ -80,15 +80,15 @@ class CustomModel(ABC):
 
     @abstractmethod
     def measure(self, examples: Sequence[Any]) -> tuple[float, Mapping[str, float]]:
-        """Return the metric on held-out examples, and further figures by name."""
+        """Return the metric on held-out examples, and additional figures by name."""
 
     def predictions(self, examples: Sequence[Any]) -> list[torch.Tensor]:
-        """Return logits for each example, (predictions, classes), to refine by; by default `BaseModelUnsuited`."""
+        """Return logits per example, (predictions, classes), for refinement; by default, raise `BaseModelUnsuited`."""
         raise BaseModelUnsuited("its loader gives no predictions, so its codes cannot be refined")
 
 
 def find_loader(label: str, name: str) -> Callable[[Path, torch.device, torch.dtype], CustomModel]:
-    """Import the loader of a base model; raise `BaseModelNotFound` if there is none, or it is not marked as one."""
+    """Import the loader of a base model; raise `BaseModelNotFound` if it is missing or not marked as a loader."""
     if not _NAME.fullmatch(name):
         raise BaseModelNotFound(f"the loader {name!r} of base model {label!r} is not MODULE:FUNCTION")
     module, _, function = name.partition(":")
@@ -105,7 +105,7 @@ def find_loader(label: str, name: str) -> Callable[[Path, torch.device, torch.dt
 
 @dataclass(frozen=True, eq=False)
 class CustomItem:
-    """An example; only the user's code knows what is in it."""
+    """An example whose content is opaque to icm."""
 
     example: Any
     count: int = 1
@@ -113,7 +113,7 @@ class CustomItem:
 
 
 class CustomModality(Modality[Any, CustomItem]):
-    """Lets a `CustomModel` be used as a modality; it is complete only when the base model is loaded."""
+    """Adapt a `CustomModel` to the modality protocol; complete only once the base model is loaded."""
 
     name = "base model with a loader"
     reads = MEDIA_KEYS
@@ -123,17 +123,17 @@ class CustomModality(Modality[Any, CustomItem]):
 
     @property
     def custom(self) -> CustomModel:
-        """What the loader returned."""
+        """The object that the loader returned."""
         assert self._custom is not None, "the base model is not loaded"
         return self._custom
 
     @property
     def metric(self) -> Metric:
-        """What the loader says."""
+        """The loader's metric."""
         return self.custom.metric
 
     def suits(self, found: FoundBase) -> bool:
-        """Judge by the loader."""
+        """Return whether the base model has the same loader."""
         return found.loader == self._loader
 
     def load(
@@ -144,7 +144,7 @@ class CustomModality(Modality[Any, CustomItem]):
         dtype: torch.dtype | None = None,
         fingerprint: str | None = None,
     ) -> BaseModel:
-        """Call the loader; raise `BaseModelNotFound` if it fails, or returns something else than a `CustomModel`."""
+        """Call the loader; raise `BaseModelNotFound` if it fails or does not return a complete `CustomModel`."""
         from icmlora.io.devices import inference_dtype
 
         function = find_loader(found.label, self._loader)
@@ -171,7 +171,7 @@ class CustomModality(Modality[Any, CustomItem]):
         )
 
     def example(self, row: Mapping[str, Any]) -> Any:
-        """Let the user's code read a row; raise `DataError` if it refuses it."""
+        """Read a row with the user's code; raise `DataError` if that code rejects it."""
         try:
             return self.custom.example(row)
         except IcmError:
@@ -180,15 +180,15 @@ class CustomModality(Modality[Any, CustomItem]):
             raise DataError(f"is not an example of the base model: {_reason(error)}") from error
 
     def readable(self, base: BaseModel, examples: Sequence[Any], template: Templates | None = None) -> Examples:
-        """Return the examples: there is nothing to render."""
+        """Return the examples unchanged."""
         return Examples(tuple(examples))
 
     def prepare(self, base: BaseModel, examples: Sequence[Any], limit: int, *, whole: bool = False) -> list[CustomItem]:
-        """Return the examples: nothing is cut."""
+        """Wrap the examples, without truncation."""
         return [CustomItem(example) for example in examples]
 
     def states(self, base: BaseModel, examples: Sequence[Any], limit: int) -> torch.Tensor:
-        """Return the states, (examples, d) in float32; raise `BaseModelMismatch` if they are not of that shape."""
+        """Return the states, (examples, d) in float32; raise `BaseModelMismatch` if the shape is wrong."""
         import torch
 
         batches = [examples[first : first + _BATCH] for first in range(0, len(examples), _BATCH)]
@@ -201,7 +201,7 @@ class CustomModality(Modality[Any, CustomItem]):
         return found
 
     def logits(self, base: BaseModel, items: Sequence[CustomItem], *, from_leaf: bool = False) -> list[torch.Tensor]:
-        """Return the predictions, (predictions, classes) for each example."""
+        """Return the predictions, (predictions, classes) per example."""
         from icmlora.base_models.kinds.gradients import gradients_from_inputs
 
         with self._running("predictions"), gradients_from_inputs(base.model) if from_leaf else nullcontext():
@@ -215,7 +215,7 @@ class CustomModality(Modality[Any, CustomItem]):
             return self.custom.loss([item.example for item in items])
 
     def wanted(self, item: CustomItem) -> None:
-        """Return None: only the loader knows how a loss follows from predictions."""
+        """Return None: only the loader can compute the loss from predictions."""
 
     def measure(self, base: BaseModel, examples: Sequence[Any], limit: int) -> Score:
         """Return the metric; raise `DataError` if there is nothing to measure."""
@@ -229,7 +229,7 @@ class CustomModality(Modality[Any, CustomItem]):
 
     @contextmanager
     def _running(self, method: str) -> Iterator[None]:
-        """Turn what the user's code raises into one error that says where."""
+        """Convert exceptions from the user's code to a `BaseModelMismatch` that names the method."""
         try:
             yield
         except IcmError:

@@ -1,4 +1,4 @@
-"""Let gradients flow through a base model of which no parameter takes any."""
+"""Enable gradients through a base model with frozen parameters."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import nn
 
 @contextmanager
 def gradients_from_inputs(model: nn.Module) -> Iterator[None]:
-    """Let gradients flow back to the inputs of every layer, and to what every embedding returns, inside the block."""
+    """Enable gradients for the inputs of every layer and the outputs of every embedding, inside the block."""
 
     def as_leaf(value: Any) -> Any:
         if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.requires_grad:
-            return value.detach().requires_grad_().clone()  # a leaf itself could not be changed in place
+            return value.detach().requires_grad_().clone()  # a leaf itself cannot be modified in place
         return value
 
     layers = [module for module in model.modules() if next(module.children(), None) is None]

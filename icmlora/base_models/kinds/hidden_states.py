@@ -1,4 +1,4 @@
-"""The last layer of a causal language model: what its output head reads, after the final norm. The head is not run."""
+"""The last layer of a causal language model, after the final norm; the output head is not run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SEPARATOR = "\n\n"
 
 def last_positions(base: BaseModel, texts: Sequence[str | Rendered], limit: int) -> torch.Tensor:
     """Return the last layer at the last real token of each text, (texts, d) in float32."""
-    # A chat is read up to the end of its last answer: what closes a turn is the same for every task.
+    # A chat is read up to the end of its last answer, because the end-of-turn tokens are the same for every task.
     rows = [
         _tokens(base.tokenizer, text.text[: text.stop], limit, special=False)
         if isinstance(text, Rendered)
@@ -27,25 +27,25 @@ def last_positions(base: BaseModel, texts: Sequence[str | Rendered], limit: int)
         for text in texts
     ]
     hidden = _last_layer(base, *padded(rows, base.device))  # (texts, T, d)
-    # Padding is on the right, so the last real token of a row is at its length minus one.
+    # Padding is on the right, so a row's last real token is at its length minus one.
     last = uploaded([len(row) - 1 for row in rows], hidden.device)
     return hidden[torch.arange(len(rows), device=hidden.device), last].float()
 
 
 def mean_over_context(base: BaseModel, texts: Sequence[str | Rendered], limit: int) -> torch.Tensor:
-    """Return the mean of the last layer over one context that holds the beginning of every text, (d,) in float32."""
-    # A demonstration gets few tokens, and what a template writes before a chat is the same for every task.
+    """Return the mean of the last layer over one context with the beginning of every text, (d,) in float32."""
+    # A demonstration gets few tokens, and a template's text before a chat is the same for every task.
     plain = [text.text[text.start : text.stop] if isinstance(text, Rendered) else text for text in texts]
     ids = uploaded([_demonstrations(base.tokenizer, plain, limit)], base.device)  # (1, T)
     return _last_layer(base, ids, torch.ones_like(ids))[0].float().mean(dim=0)
 
 
 def _demonstrations(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int) -> list[int]:
-    """Pack the beginnings of all texts into one context; the share of each includes a separator."""
+    """Pack the beginnings of all texts into one context; each share includes a separator."""
     separator = list(tokenizer(_SEPARATOR, add_special_tokens=False)["input_ids"])
     share = max(1, limit // len(texts) - len(separator))
     packed = _tokens(tokenizer, texts[0], share)
-    # Only the first text may begin with special tokens: another one would look like a new document.
+    # Only the first text may begin with special tokens: later ones would look like a new document.
     for text in texts[1:]:
         packed += separator + _tokens(tokenizer, text, share, special=False)
     return packed[:limit]
@@ -69,7 +69,7 @@ def _last_layer(base: BaseModel, ids: torch.Tensor, mask: torch.Tensor) -> torch
 def _trunk(base: BaseModel) -> Any:
     """Return the model without its head: logits over the whole vocabulary would cost as much as several layers."""
     model = base.model
-    # Llama 4's text model has its trunk under another name than its class says.
+    # Llama 4's text model stores its trunk under a different attribute than its class declares.
     for found in (model.base_model, model.get_decoder(), getattr(model, "model", None)):
         if found is not None and found is not model:
             return found

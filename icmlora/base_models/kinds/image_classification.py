@@ -1,4 +1,4 @@
-"""Classifiers of images, such as ViT, DINOv2 and ResNet; measured by accuracy."""
+"""Image classifiers such as ViT, DINOv2 and ResNet; measured by accuracy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ImageClassification(Classification):
-    """What `transformers.AutoModelForImageClassification` loads."""
+    """Models that `transformers.AutoModelForImageClassification` loads."""
 
     name = "image classifier"
     reads = ("image",)
@@ -26,7 +26,7 @@ class ImageClassification(Classification):
     processor_class = "AutoImageProcessor"
 
     def suits(self, found: FoundBase) -> bool:
-        """Judge by `config.json`: a classifier, or a model of images without a head, which adapters bring."""
+        """Return whether `config.json` describes a classifier, or an image model whose adapters add the head."""
         if super().suits(found):
             return True
         config = {} if found.is_gguf else read_config(found.path)
@@ -37,12 +37,12 @@ class ImageClassification(Classification):
         return Labelled(image_of(row), label_of(row))
 
     def inputs(self, base: BaseModel, example: Labelled[Media], limit: int) -> Inputs:
-        """Turn the image into pixels and the label into its number."""
+        """Convert the image to pixels and the label to its number."""
         label = label_number(base, example.label)
         made = base.processor(images=open_image(example.shown), return_tensors="pt")
         return Inputs(seen(base, made, "an image"), (label,))
 
     def pooled(self, outputs: Any) -> torch.Tensor:
-        """Return the mean over the places of an image, of states (images, places, d) or (images, d, height, width)."""
+        """Return the spatial mean of states (images, places, d) or (images, d, height, width)."""
         states: torch.Tensor = outputs.hidden_states[-1]
         return states.mean(dim=1) if states.dim() == 3 else states.flatten(2).mean(dim=2)

@@ -1,6 +1,6 @@
-"""Models that answer with text to an image and text, such as Florence-2, SmolVLM and Qwen2-VL.
+"""Models that answer an image and a prompt with text, such as Florence-2, SmolVLM and Qwen2-VL.
 
-Measured by the loss of the answer's tokens.
+Measured by the loss of the answer tokens.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from icmlora.base_models.finding.lookup import FoundBase
 
 
-_OF_TOKENS = ("token_type_ids", "mm_token_type_ids")
-# Language models that also see: most of their adapters were trained on text alone, so they are run on that.
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+# Multimodal language models whose adapters were mostly trained on text alone, so they are run on text alone.
 _MAINLY_TEXT = frozenset({"gemma3", "gemma3n", "gemma4", "gemma4_unified"})
-# Models whose tokens of kind 0 see each other both ways: an answer of that kind would be read before it is predicted.
+# Models whose type-0 tokens attend in both directions: an answer of that type would be read before it is predicted.
 _PREFIXED = frozenset({"paligemma"})
 
 
@@ -41,32 +41,32 @@ class ImagePrompt:
 
 
 class ImageTextToText(AutoModality):
-    """What `transformers.AutoModelForImageTextToText` loads."""
+    """Models that `transformers.AutoModelForImageTextToText` loads."""
 
     name = "image-and-text model"
     reads = ("image",)
     auto_class = "AutoModelForImageTextToText"
     processor_class = "AutoProcessor"
-    batch = 1  # some of them number the pieces of all images in one row
+    batch = 1  # some of them number the patches of all images consecutively
 
     def suits(self, found: FoundBase) -> bool:
-        """Judge by `config.json`; language models that also see, such as Gemma 3, are run as language models."""
+        """Return whether `config.json` names such a model; models like Gemma 3 are run as language models instead."""
         if not super().suits(found):
             return False
         config = read_config(found.path)
         return not (config.get("model_type") in _MAINLY_TEXT and names_a_class_of("AutoModelForCausalLM", config))
 
     def example(self, row: Mapping[str, Any]) -> ImagePrompt:
-        """Read an image, a prompt and a completion; raise `DataError` if it has none."""
+        """Read an image, a prompt and a completion; raise `DataError` if one is missing or invalid."""
         prompt, completion = row.get("prompt", ""), row.get("completion")
         if not isinstance(prompt, str) or not isinstance(completion, str) or not completion.strip():
             raise DataError("has no prompt and completion for its image")
         return ImagePrompt(image_of(row), prompt, completion)
 
     def inputs(self, base: BaseModel, example: ImagePrompt, limit: int) -> Inputs:
-        """Place the image in the prompt, score the completion; raise `BaseModelUnsuited` if there are no tokens."""
+        """Put the image into the prompt and score the completion; raise `BaseModelUnsuited` if there are no tokens."""
         image = open_image(example.image)
-        # The decoders of TrOCR and Donut read no text beside the image; they only continue what they wrote.
+        # TrOCR and Donut take no prompt as input; their decoders only continue their own output.
         if "input_ids" not in inspect.signature(type(base.model).forward).parameters:
             return _written_after(base, example, image, limit)
         made = base.processor(text=_prompt(base, example.prompt), images=image, return_tensors="pt")
@@ -82,7 +82,7 @@ class ImageTextToText(AutoModality):
 
 
 def _written_after(base: BaseModel, example: ImagePrompt, image: Image, limit: int) -> Inputs:
-    """Give the image to the encoder, and the prompt to the decoder as what it wrote before the answer."""
+    """Build inputs with the image for the encoder, and the prompt and answer for the decoder."""
     pixels = seen(base, base.processor(images=image, return_tensors="pt"), "an image")
     asked = base.processor.tokenizer(example.prompt, add_special_tokens=False)["input_ids"] if example.prompt else []
     answer = base.processor.tokenizer(example.completion, truncation=True, max_length=limit)["input_ids"]
@@ -92,14 +92,14 @@ def _written_after(base: BaseModel, example: ImagePrompt, image: Image, limit: i
 
 
 def _translated(base: BaseModel, example: ImagePrompt, prompt: dict[str, torch.Tensor], limit: int) -> Inputs:
-    """Give image and prompt to the encoder and the answer, moved by one token, to the decoder."""
+    """Build inputs with image and prompt for the encoder, and the answer, shifted by one token, for the decoder."""
     answer = base.processor.tokenizer(example.completion, truncation=True, max_length=limit)["input_ids"]
     tensors = prompt | {"decoder_input_ids": moved(base, answer)}
     return Inputs(tensors, tuple(answer), example.completion, prompt["input_ids"].shape[1] + len(answer))
 
 
 def _continued(base: BaseModel, example: ImagePrompt, prompt: dict[str, torch.Tensor], limit: int) -> Inputs:
-    """Let the model read image, prompt and answer one after the other."""
+    """Build inputs with image, prompt and answer in sequence."""
     import torch
     from torch.nn.functional import pad
 
@@ -108,24 +108,24 @@ def _continued(base: BaseModel, example: ImagePrompt, prompt: dict[str, torch.Te
     answer = tokenizer(example.completion, **options)["input_ids"]
     asked = prompt["input_ids"]
     if tokenizer.sep_token_id is not None and int(asked[0, -1]) == tokenizer.sep_token_id:
-        asked = asked[:, :-1]  # BERT's tokenizer, which GIT has, ends every text
+        asked = asked[:, :-1]  # GIT uses BERT's tokenizer, which ends every text with a separator
     ids = torch.cat([asked, answer], dim=1)
     # The logits at a token predict the next one.
     targets = (*[IGNORED] * (asked.shape[1] - 1), *answer[0].tolist(), IGNORED)
-    # What says of each token what kind it is, (1, T), goes on with that of an answer.
+    # Extend the token type ids, (1, T), with the type of an answer.
     kind = 1 if base.model.config.model_type in _PREFIXED else 0
-    given = {name: prompt[name] for name in _OF_TOKENS if name in prompt}
+    given = {name: prompt[name] for name in _TOKEN_TYPES if name in prompt}
     kinds = {name: pad(value, (0, ids.shape[1] - value.shape[1]), value=kind) for name, value in given.items()}
     tensors = prompt | kinds | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return Inputs(tensors, targets, example.completion, ids.shape[1])
 
 
 def _prompt(base: BaseModel, prompt: str) -> str:
-    """Write a prompt as the model's processor expects it: with its chat template, or with the token for an image."""
+    """Format a prompt for the model's processor, with its chat template or with the image token."""
     processor = base.processor
     if getattr(processor, "chat_template", None):
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
         return str(processor.apply_chat_template([message], add_generation_prompt=True))
-    if base.model.config.is_encoder_decoder:  # Florence-2's processor puts the image first by itself
+    if base.model.config.is_encoder_decoder:  # Florence-2's processor inserts the image itself
         return prompt
     return f"{getattr(processor, 'image_token', '')}{prompt}"

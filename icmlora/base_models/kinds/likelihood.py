@@ -1,8 +1,8 @@
-"""How well a causal language model predicts text.
+"""Measure how well a causal language model predicts text.
 
     text -> tokens t0 t1 ... tn -> sum of -log p(t_i | t_0 .. t_i-1) over the scored tokens = nats
 
-Losses are sums over predicted tokens, so that texts of different length count by their length.
+Losses are summed over predicted tokens, so each text is weighted by its length.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from icmlora.errors import DataError
 from icmlora.io.devices import round_length, uploaded
 
 _SPECIAL = {"add_special_tokens": False}
-_FEWEST = 2  # tokens of a text: one is predicted from the other
-_PLAIN_ATTENTION = 128  # tokens; of longer texts plain attention takes longer, and memory with their square
-_CACHES = ("cache", "past_key_values")  # what a model calls what it keeps of earlier tokens; transformers renamed it
+_MIN_TOKENS = 2  # per text, to predict one token from the other
+_PLAIN_ATTENTION = 128  # tokens; for longer texts plain attention is slower, and its memory grows quadratically
+_CACHES = ("cache", "past_key_values")  # names of the KV cache argument; transformers renamed it
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Scored:
 
     Attributes:
         ids: The tokens.
-        first: Index of the first that is scored, at least 1.
-        unscored: Indices after it of tokens that are not: the user's turns of a longer chat.
-        answers: Indices of the tokens that answer a prompt, of an example that is scored as a whole.
-        context: How many tokens at the beginning are of the context that stands before the example.
-        is_chat: Whether a chat template wrote it.
+        first: Index of the first scored token, at least 1.
+        unscored: Later indices that are not scored: the user's turns of a longer chat.
+        answers: Indices of the answer tokens, for an example with a prompt that is scored as a whole.
+        context: Number of leading tokens that belong to the prepended context.
+        is_chat: Whether it was rendered by a chat template.
     """
 
     ids: list[int]
@@ -57,18 +57,18 @@ class Scored:
 
     @property
     def count(self) -> int:
-        """How many tokens are scored."""
+        """Number of scored tokens."""
         return len(self.ids) - self.first - len(self.unscored)
 
     @property
     def targets(self) -> list[int]:
-        """What is to be predicted from the first scored token on; torch's loss passes over the others."""
+        """Target tokens from the first scored one on; `IGNORED` for unscored ones, which torch's loss skips."""
         rest = self.ids[self.first :]
         return [IGNORED if place in self.unscored else token for place, token in enumerate(rest, self.first)]
 
     @property
     def size(self) -> int:
-        """How many tokens are read."""
+        """Number of tokens."""
         return len(self.ids)
 
 
@@ -82,24 +82,24 @@ def nll(
     device: torch.device | None = None,
     positions: int | None = None,
 ) -> Score:
-    """Score examples by teacher forcing; only completions and the assistant's turns, where there are such."""
-    # Of a prompt the last tokens that fit are read. A batch size above 1 pays on accelerators only. `device` is where
-    # inputs go, if weights are elsewhere too; `positions` is how much the model can read.
+    """Score examples by teacher forcing; if present, only completions and assistant turns are scored."""
+    # Prompts are truncated on the left. A batch size above 1 helps only on accelerators. `device` is the input device
+    # if the weights are spread over several; `positions` is the model's maximum length.
     scored = tokenized(tokenizer, examples, max_tokens, positions=positions)
-    # Summed in input order, whatever the batches were.
+    # Summed in input order, independent of the batches.
     starts = range(0, len(scored), batch_size)
     reader = _Reader(model, device or model.device)
     batches = (scored[start : start + batch_size] for start in starts)
     nats = [value for batch in batches for value in reader.nats(batch)]
     spelled = (tokenizer.decode(run, clean_up_tokenization_spaces=False) for item in scored for run in _runs(item))
-    # A character that a limit cuts counts as three bytes.
+    # A truncated character counts as three bytes.
     count, utf8_bytes = sum(item.count for item in scored), sum(len(str(text).encode()) for text in spelled)
     of_each = tuple(value / item.count for value, item in zip(nats, scored, strict=True))
     return Score(math.fsum(nats) / count, count, max(1, utf8_bytes), of_each=of_each)
 
 
 def _runs(item: Scored) -> list[list[int]]:
-    """Return the scored tokens, each run of them together."""
+    """Return the scored tokens, grouped into contiguous runs."""
     runs: list[list[int]] = [[]]
     for token in item.targets:
         if token != IGNORED:
@@ -117,11 +117,11 @@ def tokenized(
     whole: bool = False,
     positions: int | None = None,
 ) -> list[Scored]:
-    """Turn examples into at most `limit` token ids each, without empty ones; raise `DataError` if none is left.
+    """Convert examples to at most `limit` token ids each, skipping empty ones; raise `DataError` if none is left.
 
-    A context that stands before an example is read in addition to them, if all that fits into so many positions.
+    A context is added on top of `limit`, as long as the total fits into `positions`.
     """
-    contexts = cache(lambda text: list(tokenizer(text)["input_ids"]) if text else [])  # most are the same
+    contexts = cache(lambda text: list(tokenizer(text)["input_ids"]) if text else [])  # usually all the same
     scored: list[Scored] = []
     for example in examples:
         if isinstance(example, Rendered):
@@ -139,16 +139,16 @@ def tokenized(
 
 
 def _room(limit: int, context: list[int], positions: int | None) -> int:
-    """Return how many tokens may be read beside a context."""
+    """Return how many tokens may follow a context."""
     room = limit if positions is None else min(limit, positions - len(context))
-    if context and room < _FEWEST:
+    if context and room < _MIN_TOKENS:
         fact = f"the context has {len(context)} tokens, but the base model reads only {positions}"
         raise DataError(fact, hint="run `icm context` to make a shorter one")
     return room
 
 
 def _after(tokenizer: PreTrainedTokenizerBase, context: list[int], item: Scored) -> Scored:
-    """Put a context before an item, which begins no text of its own then."""
+    """Prepend a context to an item and drop the item's own start token."""
     own = item.ids[len(_start(tokenizer, item.ids)) :]
     shift = len(context) + len(own) - len(item.ids)
     unscored, answers = (frozenset(place + shift for place in some) for some in (item.unscored, item.answers))
@@ -166,10 +166,10 @@ def _tokenize(
         return _whole(tokenizer, ids, range(len(prompt), len(ids)), limit)
     else:
         prompt = list(tokenizer(example.prompt)["input_ids"])
-        # Without special tokens, or the tokenizer would start a second text between prompt and completion.
+        # No special tokens, or the tokenizer would start a second text between prompt and completion.
         options = {"add_special_tokens": False, "truncation": True, "max_length": limit - 1}
         answer = list(tokenizer(example.completion, **options)["input_ids"])
-        # Cut the prompt at its beginning: the tokens next to the answer say most about it.
+        # Truncate the prompt on the left: the tokens next to the answer matter most.
         prompt = prompt[-(limit - len(answer)) :]
         ids, first = prompt + answer, max(1, len(prompt))
     return Scored(ids, first) if len(ids) > first else None
@@ -184,7 +184,7 @@ def _chat_tokens(
         return _whole(tokenizer, ids, places, limit)
     if not places:
         return None
-    # As for a prompt: what is far from the first answer is cut, at most to the token before it.
+    # Truncate on the left, as for a prompt, but keep the token before the first answer.
     end = min(places[-1] + 1, max(limit, places[0] + limit - 1))
     start = max(0, min(end - limit, places[0] - 1))
     kept = marks[start:end]
@@ -194,9 +194,9 @@ def _chat_tokens(
 
 
 def joined(tokenizer: PreTrainedTokenizerBase, items: Sequence[Scored], limit: int) -> list[Scored]:
-    """Put items one after the other, as samples stand in a context; of each the same tokens are scored as before.
+    """Concatenate items like the samples of a context; the scored tokens of each stay the same.
 
-    They come back as a few texts of at most `limit` tokens, about as many items in each, if none is longer itself.
+    Returns a few texts with about equal numbers of items and at most `limit` tokens, unless an item itself is longer.
     """
     between = list(tokenizer(SEPARATOR, **_SPECIAL)["input_ids"])
     longest = max(item.size for item in items) + len(between)
@@ -218,9 +218,9 @@ def _one_text(tokenizer: PreTrainedTokenizerBase, items: Sequence[Scored], betwe
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, item: Scored, limit: int) -> list[Scored]:
-    """Return an example that is scored as a whole in pieces of at most `limit` tokens, all about as long.
+    """Split an example that is scored as a whole into pieces of about equal length, at most `limit` tokens.
 
-    Of one with an answer only the piece around its beginning is returned.
+    For an example with an answer, return only the piece around the start of the answer.
     """
     if item.answers:
         around = _whole(tokenizer, item.ids, item.answers, limit)
@@ -234,9 +234,9 @@ def pieces(tokenizer: PreTrainedTokenizerBase, item: Scored, limit: int) -> list
 
 
 def _whole(tokenizer: PreTrainedTokenizerBase, ids: list[int], answers: Collection[int], limit: int) -> Scored | None:
-    """Return an example that is scored as a whole; of a longer one, what is on either side of where its answer begins.
+    """Return an example that is scored as a whole; truncate a longer one around the start of its answer.
 
-    Half of that at most are the prompt's, unless the answer is short.
+    The prompt gets at most half of the limit, unless the answer is short.
     """
     begin = min(answers, default=0)
     start = _start(tokenizer, ids) if len(ids) > limit else []
@@ -251,13 +251,13 @@ def _whole(tokenizer: PreTrainedTokenizerBase, ids: list[int], answers: Collecti
 
 
 def _start(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Return the token that begins every text, if there is one: all later ones attend to it."""
+    """Return the begin-of-text token if `ids` has one; all later tokens attend to it."""
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
 @dataclass(frozen=True)
 class _Marked:
-    """The tokens of a chat, which of them are scored, and how many at the beginning are of the context."""
+    """The tokens of a chat, the mask of scored tokens, and the number of leading context tokens."""
 
     ids: list[int]
     marks: list[bool]
@@ -265,7 +265,7 @@ class _Marked:
 
 
 def _marked_tokens(tokenizer: PreTrainedTokenizerBase, chat: Rendered) -> _Marked:
-    """Return the tokens of a chat; its special tokens are spelled in its text already."""
+    """Tokenise a chat; its text already contains the special tokens."""
     if tokenizer.is_fast:
         tokens = tokenizer(chat.text, return_offsets_mapping=True, **_SPECIAL)
         offsets = tokens["offset_mapping"]
@@ -283,26 +283,26 @@ def _marked_tokens(tokenizer: PreTrainedTokenizerBase, chat: Rendered) -> _Marke
 
 
 class _Reader:
-    """Reads batches of texts with a model; a context that all of them have is read once."""
+    """Score batches of texts with a model; a context shared by a batch is read once and cached."""
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model, self._device = model, device
         self._takes = inspect.signature(model.forward).parameters
         self._context: list[int] = []
-        self._cache: Any = None  # keys and values of all its tokens but the last
+        self._cache: Any = None  # keys and values of all context tokens but the last
 
     @torch.inference_mode()
     def nats(self, batch: Sequence[Scored]) -> list[float]:
         """Return the loss of each text, summed over its scored tokens."""
         logits, start = self._logits(batch)
         losses = [_row_losses(row, item, start) for row, item in zip(logits, batch, strict=True)]
-        # float64: a sum over thousands of tokens would lose digits that a retained gain needs. On the CPU, as Apple's
-        # devices have none; and in one copy, as a card has to be waited for.
+        # float64: a float32 sum over thousands of tokens would lose digits that a retained gain needs. On the CPU,
+        # because Apple's devices have no float64; in one copy, because each copy waits for the GPU.
         parts = torch.split(torch.cat(losses).cpu().double(), [len(part) for part in losses])
         return [float(part.sum()) for part in parts]
 
     def _logits(self, batch: Sequence[Scored]) -> tuple[torch.Tensor, int]:
-        """Return next-token logits (texts, T, vocabulary) from one token of each text on, and which that is."""
+        """Return next-token logits (texts, T, vocabulary), and the index of their first token in each text."""
         context = batch[0].ids[: batch[0].context]
         is_shared = len(context) > 1 and all(item.ids[: item.context] == context for item in batch)
         known = self._read(context) if is_shared else None
@@ -316,11 +316,11 @@ class _Reader:
         return self._model(input_ids=ids, attention_mask=mask, use_cache=True, **{name: known}).logits, start
 
     def _read(self, context: list[int]) -> Any:
-        """Return a copy of what a model keeps of a context, which reading on changes; None if it keeps nothing."""
+        """Return a copy of the KV cache of a context, since later passes modify it; None if there is no cache."""
         from transformers.cache_utils import DynamicCache
 
         if context != self._context and not self._takes.keys().isdisjoint(_CACHES):
-            # Its logits, a row of the vocabulary's size for each token, are not needed.
+            # The logits, (T, vocabulary), are not needed.
             fewer = {"logits_to_keep": 1} if "logits_to_keep" in self._takes else {}
             answer = self._model(input_ids=uploaded([context[:-1]], self._device), use_cache=True, **fewer)
             self._context = context
@@ -329,8 +329,8 @@ class _Reader:
 
 
 def _row_losses(logits: torch.Tensor, item: Scored, start: int) -> torch.Tensor:
-    """Return the loss of each scored token; `logits` (T, vocabulary) are those from the token `start` on."""
-    # One row at a time in float32: a whole batch of vocabulary-wide rows would double the peak memory.
+    """Return the loss of each scored token; `logits` (T, vocabulary) start at token `start`."""
+    # float32 for one text at a time: for a whole batch it would double the peak memory.
     predicted = logits[item.first - 1 - start : len(item.ids) - 1 - start].float()
     return functional.cross_entropy(predicted, uploaded(item.targets, logits.device), reduction="none")
 
@@ -338,8 +338,8 @@ def _row_losses(logits: torch.Tensor, item: Scored, start: int) -> torch.Tensor:
 def padded(
     rows: Sequence[Sequence[int]], device: torch.device, length: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids and attention mask, both int64 of shape (rows, T); T is that of the longest row, or `length`."""
-    # Padding is on the right and masked: in a causal model no real token sees it.
+    """Return token ids and attention mask, int64 of shape (rows, T); T is `length` or the longest row's length."""
+    # Padding is on the right and masked: in a causal model no real token attends to it.
     length = length or max(map(len, rows))
     ids = uploaded([[*row, *[0] * (length - len(row))] for row in rows], device)
     return ids, uploaded([[1] * len(row) + [0] * (length - len(row)) for row in rows], device)
@@ -348,15 +348,15 @@ def padded(
 def next_token_logits(base: BaseModel, items: Sequence[Scored], *, from_leaf: bool = False) -> list[torch.Tensor]:
     """Return the next-token logits of each text, (T, vocabulary) without its padding."""
     rows, length = [item.ids for item in items], max(item.size for item in items)
-    if not from_leaf:  # then hooks may count what they see, which must not be padding
+    if not from_leaf:  # with from_leaf, hooks may count their inputs, which must not include padding
         length = max(length, base.within(round_length(length, base.device, base.input_dtype)))
     ids, mask = padded(rows, base.device, length)
     inputs = {"input_ids": ids}
     if from_leaf:
-        # Autograd only runs from a leaf that takes gradients, and every parameter of the base model is frozen.
+        # Autograd needs a leaf that requires gradients, and every parameter of the base model is frozen.
         embedded: torch.Tensor = base.model.get_input_embeddings()(ids)  # (texts, T, d)
         inputs = {"inputs_embeds": embedded.detach().requires_grad_()}
-    # Without padding and without a mask, attention may use its fastest kernel.
+    # Without padding and a mask, attention may use its fastest kernel.
     if any(item.size < length for item in items):
         inputs["attention_mask"] = mask
     with _attention(base, length):
@@ -365,8 +365,8 @@ def next_token_logits(base: BaseModel, items: Sequence[Scored], *, from_leaf: bo
 
 
 def _attention(base: BaseModel, length: int) -> AbstractContextManager[None]:
-    """Return what chooses the kernel of attention for texts of so many tokens."""
-    # In bfloat16 on a processor the gradient of the fused kernel takes ten times as long as the kernel itself, and its
-    # order slows what follows: without it a step of refinement takes a quarter less (docs/results/LOG.md).
+    """Return a context manager that selects the attention kernel for texts of `length` tokens."""
+    # In bfloat16 on a CPU, the gradient of the fused kernel takes ten times as long as the kernel itself, and its order
+    # slows later operations: without it, a refinement step takes a quarter less time (docs/results/LOG.md).
     is_slow = base.device.type == "cpu" and base.input_dtype == torch.bfloat16 and torch.is_grad_enabled()
     return sdpa_kernel(SDPBackend.MATH) if is_slow and length <= _PLAIN_ATTENTION else nullcontext()

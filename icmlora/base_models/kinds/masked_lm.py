@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from icmlora.base_models.examples.chats import Chat
 
 _MASKED = 0.15
-"""Share of a text's tokens that are hidden, as in BERT (Devlin et al., arXiv 1810.04805); at least one."""
+"""Share of a text's tokens to mask, as in BERT (Devlin et al., arXiv 1810.04805); at least one token."""
 
 
 class MaskedLM(AutoModality):
-    """What `transformers.AutoModelForMaskedLM` loads."""
+    """Models that `transformers.AutoModelForMaskedLM` loads."""
 
     name = "masked language model"
     metric = Metric("nats per masked token", higher_is_better=False)
@@ -32,7 +32,7 @@ class MaskedLM(AutoModality):
         return as_text(text_example(row))
 
     def inputs(self, base: BaseModel, example: Example, limit: int) -> Inputs:
-        """Hide some tokens: the same ones of a text each time, or two measurements could not be compared."""
+        """Mask some tokens, always the same ones per text, so that measurements are comparable."""
         import torch
 
         tokenizer = base.tokenizer
@@ -51,7 +51,7 @@ class MaskedLM(AutoModality):
 
 
 def as_text(example: Example | Chat) -> Example:
-    """Return an example that is not a chat; raise `DataError` if it is one."""
+    """Return an example as text; raise `DataError` if it is a chat without a plain form."""
     if not isinstance(example, Example):
         if example.plain is None:
             raise DataError("is a chat, which masked language models do not read")

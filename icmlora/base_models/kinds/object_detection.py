@@ -1,7 +1,7 @@
-"""Object detectors such as DETR, YOLOS and RT-DETR; measured by mean average precision at an overlap of a half.
+"""Object detectors such as DETR, YOLOS and RT-DETR; measured by mean average precision at 0.5 IoU.
 
-Boxes are those of COCO (Lin et al., arXiv 1405.0312): [x, y, width, height] in pixels of the image, x to the right and
-y down from the upper left corner.
+Boxes use COCO's format (Lin et al., arXiv 1405.0312): [x, y, width, height] in image pixels, x to the right and y down
+from the upper left corner.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 Box = tuple[float, float, float, float]
-_SLACK = 1.0  # pixels by which a box may leave its image: annotations are rounded
+_SLACK = 1.0  # pixels that a box may extend beyond its image, because annotations are rounded
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Detection(Inputs):
 
     Attributes:
         wanted: `class_labels` (boxes,) and `boxes` (boxes, 4): centre and size as shares of the image.
-        height: Of the image, in pixels.
-        width: Of the image, in pixels.
+        height: Image height in pixels.
+        width: Image width in pixels.
     """
 
     wanted: Mapping[str, torch.Tensor] | None = None
@@ -56,7 +56,7 @@ class Detection(Inputs):
 
 
 class ObjectDetection(AutoModality):
-    """What `transformers.AutoModelForObjectDetection` loads."""
+    """Models that `transformers.AutoModelForObjectDetection` loads."""
 
     name = "object detector"
     reads = ("image",)
@@ -65,11 +65,11 @@ class ObjectDetection(AutoModality):
     processor_class = "AutoImageProcessor"
 
     def example(self, row: Mapping[str, Any]) -> Scene:
-        """Read an image with boxes and labels; an image without objects is an example too."""
+        """Read an image with boxes and labels; an image without objects is valid too."""
         return scene_of(row)
 
     def inputs(self, base: BaseModel, example: Scene, limit: int) -> Detection:
-        """Turn the image into pixels and the boxes into shares of it."""
+        """Convert the image to pixels and the boxes to shares of the image size."""
         import torch
 
         image = open_image(example.image)
@@ -83,7 +83,7 @@ class ObjectDetection(AutoModality):
         return Detection({"pixel_values": pixels}, (), wanted=wanted, height=image.height, width=image.width)
 
     def pooled(self, outputs: Any) -> torch.Tensor:
-        """Return the mean over the places where the model looks for objects, (images, d)."""
+        """Return the mean of the last hidden states of each image, (images, d)."""
         return outputs.last_hidden_state.mean(dim=1)  # type: ignore[no-any-return]
 
     def loss(self, base: BaseModel, items: Sequence[Inputs]) -> torch.Tensor:
@@ -101,10 +101,10 @@ class ObjectDetection(AutoModality):
         return torch.stack(losses).sum()
 
     def wanted(self, item: Inputs) -> None:
-        """Return None: the loss takes boxes too."""
+        """Return None: the loss needs boxes too."""
 
     def measure(self, base: BaseModel, examples: Sequence[Scene], limit: int) -> Score:
-        """Return mAP50, with mAP75 beside it."""
+        """Return mAP50, and mAP75 as an additional figure."""
         import torch
 
         found = []
@@ -122,7 +122,7 @@ class ObjectDetection(AutoModality):
 
 @contextmanager
 def _loss_in_float32(model: Any) -> Iterator[None]:
-    """Let a detector compute its training loss in float32 in the block: torch has no distances in bfloat16."""
+    """Compute a detector's training loss in float32 inside the block: torch has no distances in bfloat16."""
     usual = model.loss_function
 
     def loss(*arguments: Any, **named: Any) -> Any:
@@ -142,7 +142,7 @@ def _wide(value: Any) -> Any:
 
 
 def scene_of(row: Mapping[str, Any]) -> Scene:
-    """Turn a row into a scene; raise `DataError` if it is not an image with boxes in it and as many labels."""
+    """Convert a row to a scene; raise `DataError` if it is not an image with valid boxes and one label per box."""
     boxes, labels = row.get("boxes"), row.get("labels")
     if not isinstance(boxes, list) or not isinstance(labels, list):
         raise DataError("has no list of boxes and labels")
@@ -166,7 +166,7 @@ def _box(value: Any) -> Box:
 
 
 def check_boxes(scene: Scene, width: int, height: int) -> None:
-    """Check that all boxes lie in the image; raise `DataError` if one does not."""
+    """Raise `DataError` if a box extends beyond the image."""
     for x, y, across, down in scene.boxes:
         if min(x, y) < -_SLACK or x + across > width + _SLACK or y + down > height + _SLACK:
             box = [round(side, 1) for side in (x, y, across, down)]
@@ -175,7 +175,7 @@ def check_boxes(scene: Scene, width: int, height: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """The objects that a model sees in one image: boxes (n, 4) as corners in pixels, scores (n,) and classes (n,)."""
+    """The objects detected in one image: boxes (n, 4) as corners in pixels, scores (n,) and classes (n,)."""
 
     boxes: torch.Tensor
     scores: torch.Tensor
@@ -183,9 +183,9 @@ class Seen:
 
 
 def mean_average_precision(scenes: Sequence[Scene], labels: Sequence[Sequence[int]], found: Sequence[Seen]) -> Score:
-    """Return COCO's mAP50, with mAP75 beside it, of what is `found` in each image; the hundred best of it count.
+    """Return COCO's mAP50, and mAP75 as an additional figure, for the hundred best detections per image.
 
-    The scenes have the boxes that are really there, and `labels` the numbers of their classes.
+    `scenes` contain the ground-truth boxes, and `labels` their class numbers.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -206,7 +206,7 @@ def mean_average_precision(scenes: Sequence[Scene], labels: Sequence[Sequence[in
         boxes[:, 2:] -= boxes[:, :2]
         for box, score, label in zip(boxes.tolist(), one.scores.tolist(), one.labels.tolist(), strict=True):
             seen.append(_annotation(number, box, label) | {"score": score})
-    with redirect_stdout(io.StringIO()):  # it prints its progress
+    with redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         for table, rows in ((truth, there), (guesses, seen)):
             rows = [row | {"id": place} for place, row in enumerate(rows, start=1)]
             table.dataset = {"images": images, "categories": categories, "annotations": rows}

@@ -1,4 +1,4 @@
-"""Sequence-to-sequence language models such as T5, BART and NLLB; measured by the loss of the next token."""
+"""Sequence-to-sequence language models such as T5, BART and NLLB; measured by next-token loss."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ if TYPE_CHECKING:
 
 
 class Seq2SeqLM(AutoModality):
-    """What `transformers.AutoModelForSeq2SeqLM` loads: the encoder reads the prompt, the decoder writes the rest."""
+    """Models that `transformers.AutoModelForSeq2SeqLM` loads: the encoder reads the prompt, the decoder the rest."""
 
     name = "sequence-to-sequence language model"
     auto_class = "AutoModelForSeq2SeqLM"
 
     def example(self, row: Mapping[str, Any]) -> Example:
-        """Read prompt and completion; of plain text everything is completion."""
+        """Read prompt and completion; plain text is all completion."""
         return as_text(text_example(row))
 
     def inputs(self, base: BaseModel, example: Example, limit: int) -> Inputs:
-        """Give the prompt to the encoder and the completion, moved by one token, to the decoder."""
+        """Build inputs with the prompt for the encoder and the completion, shifted by one token, for the decoder."""
         import torch
 
         prompt = base.tokenizer(example.prompt, truncation=True, max_length=limit, return_tensors="pt")["input_ids"]
-        if not prompt.shape[1]:  # tokenizers that add nothing make nothing of an empty prompt
+        if not prompt.shape[1]:  # an empty prompt, and the tokenizer adds no special tokens
             prompt = torch.tensor([[decoder_start(base)]])
         labels = base.tokenizer(text_target=example.completion, truncation=True, max_length=limit)["input_ids"]
         tensors = {"input_ids": prompt, "decoder_input_ids": moved(base, labels)}
         return Inputs(tensors, tuple(labels), example.completion, prompt.shape[1] + len(labels))
 
     def answer(self, base: BaseModel, prompt: Prompt, most: int) -> str:
-        """Return what the decoder writes for a prompt."""
+        """Return the decoder's output for a prompt."""
         from icmlora.base_models.kinds.continuations import answer
 
         return answer(base, prompt, most)
@@ -50,14 +50,14 @@ class Seq2SeqLM(AutoModality):
 
 
 def moved(base: BaseModel, labels: list[int]) -> torch.Tensor:
-    """Return what the decoder reads to predict T tokens, (1, T): the token that starts it, then all but the last."""
+    """Return the decoder inputs to predict T tokens, (1, T): the start token, then all but the last."""
     import torch
 
     return torch.tensor([[decoder_start(base), *labels[:-1]]])
 
 
 def decoder_start(base: BaseModel) -> int:
-    """Return the token that a decoder begins with; raise `BaseModelUnsuited` if the configuration does not say it."""
+    """Return a decoder's start token; raise `BaseModelUnsuited` if the configuration does not define it."""
     config = base.model.config
     for place in (config, config.get_text_config(decoder=True), getattr(base.model, "generation_config", None)):
         start = getattr(place, "decoder_start_token_id", None)

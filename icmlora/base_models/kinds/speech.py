@@ -1,4 +1,4 @@
-"""Models that write down speech, such as Whisper and Moonshine; measured by the loss of the next token."""
+"""Speech recognisers such as Whisper and Moonshine; measured by next-token loss."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Utterance:
-    """A recording and what is said in it."""
+    """A recording and its transcript."""
 
     audio: Media
     text: str
 
 
 class Speech(AutoModality):
-    """What `transformers.AutoModelForSpeechSeq2Seq` loads."""
+    """Models that `transformers.AutoModelForSpeechSeq2Seq` loads."""
 
     name = "speech recogniser"
     reads = ("audio",)
@@ -33,14 +33,14 @@ class Speech(AutoModality):
     processor_class = "AutoProcessor"
 
     def example(self, row: Mapping[str, Any]) -> Utterance:
-        """Read a recording and its text; raise `DataError` if it has none."""
+        """Read a recording and its transcript; raise `DataError` if one is missing."""
         text = row.get("text")
         if not isinstance(text, str) or not text.strip():
             raise DataError("has no text for its recording")
         return Utterance(media_of(row, "audio"), text)
 
     def inputs(self, base: BaseModel, example: Utterance, limit: int) -> Inputs:
-        """Turn the recording into features and the text into tokens; raise `BaseModelUnsuited` for a language model."""
+        """Convert the recording to features and the text to tokens; raise `BaseModelUnsuited` for a language model."""
         if not base.model.config.is_encoder_decoder:
             fact = f"base model {base.label!r} is an audio language model, which icm cannot run"
             raise BaseModelUnsuited(fact, hint="use an encoder-decoder speech recogniser such as Whisper")

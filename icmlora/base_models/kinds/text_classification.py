@@ -1,4 +1,4 @@
-"""Classifiers of text, such as BERT and Llama with a classification head; measured by accuracy."""
+"""Text classifiers such as BERT and Llama with a classification head; measured by accuracy."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Labelled(Generic[Shown]):
 
 
 class Classification(AutoModality):
-    """What classifiers of text and of images share."""
+    """Base class of text and image classifiers."""
 
     metric = Metric("accuracy", higher_is_better=True)
 
     def measure(self, base: BaseModel, examples: Sequence[Any], limit: int) -> Score:
-        """Return the accuracy, and beside it the mean cross entropy in nats."""
+        """Return the accuracy, and the mean cross entropy in nats as an additional figure."""
         import torch
 
         from icmlora.base_models.log_probabilities import cross_entropy
@@ -47,19 +47,19 @@ class Classification(AutoModality):
         wanted = torch.tensor([item.targets[0] for item in items])
         accuracy = (logits.argmax(dim=1) == wanted).double().mean()
         others = {}
-        if int(wanted.max()) < logits.shape[1]:  # a head that is made up may have fewer classes than the task
+        if int(wanted.max()) < logits.shape[1]:  # a zero-filled head may have fewer classes than the task
             others["nats"] = float(cross_entropy(logits, wanted.tolist())) / len(items)
         return Score(float(accuracy), len(items), others=others)
 
 
 class TextClassification(Classification):
-    """What `transformers.AutoModelForSequenceClassification` loads."""
+    """Models that `transformers.AutoModelForSequenceClassification` loads."""
 
     name = "text classifier"
     auto_class = "AutoModelForSequenceClassification"
 
     def suits(self, found: FoundBase) -> bool:
-        """Judge by `config.json`, or by the adapters: they bring the head for a base model without one."""
+        """Return whether `config.json` names a classifier, or the adapters add a classification head."""
         if found.task_type == "SEQ_CLS" and not found.is_gguf:
             return bool(classes_of(self.auto_class, read_config(found.path)))
         return super().suits(found)
@@ -72,7 +72,7 @@ class TextClassification(Classification):
         return Labelled(example.text, label)
 
     def inputs(self, base: BaseModel, example: Labelled[str], limit: int) -> Inputs:
-        """Turn the text into tokens and the label into its number."""
+        """Convert the text to tokens and the label to its number."""
         import torch
 
         ids = torch.tensor([base.tokenizer(example.shown, truncation=True, max_length=limit)["input_ids"]])  # (1, T)
@@ -80,12 +80,12 @@ class TextClassification(Classification):
         return Inputs(tensors, (label_number(base, example.label),), example.shown, ids.shape[1])
 
     def at_once(self, base: BaseModel) -> int:
-        """Return 1 for models without a padding token, as most reward models are: they refuse to read several texts."""
+        """Return 1 for models without a padding token, such as most reward models: they reject batches of texts."""
         return self.batch if base.model.config.get_text_config().pad_token_id is not None else 1
 
 
 def label_of(row: Mapping[str, Any]) -> Label:
-    """Return the label of a row; raise `DataError` if it has none that is a name or a number."""
+    """Return the label of a row; raise `DataError` if it is missing or neither a name nor a number."""
     label = row.get("label")
     if isinstance(label, bool) or not isinstance(label, str | int):
         raise DataError("has no label" if label is None else "has a label that is neither a name nor a number")
@@ -93,15 +93,15 @@ def label_of(row: Mapping[str, Any]) -> Label:
 
 
 def label_number(base: BaseModel, label: Label) -> int:
-    """Return the number of a class of the base model; raise `DataError` if it has no such class."""
+    """Return the class number of a label; raise `DataError` if the base model has no such class."""
     config = base.model.config
     if isinstance(label, str):
-        # `label2id` may be missing where `id2label` is there.
+        # `label2id` may be missing even if `id2label` exists.
         named = next((number for number, name in (config.id2label or {}).items() if name == label), None)
         if named is None:
             raise DataError(f"has the label {label!r}, which is not a class of the base model")
         return int(named)
-    # An adapter may bring a head with more classes than the one that was made up for its base model.
+    # An adapter's head may have more classes than the zero-filled head of its base model.
     if label < 0 or (not base.made_up and label >= config.num_labels):
         raise DataError(f"has the label {label}, but the base model has {config.num_labels} classes")
     return label

@@ -1,1 +1,1 @@
-"""A base model with an adapter on it."""
+"""Run a base model with an adapter."""

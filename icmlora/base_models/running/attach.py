@@ -1,11 +1,11 @@
-"""Lend the base model to one adapter and get it back as it was.
+"""Attach one adapter to the base model temporarily, and restore the model afterwards.
 
     with adapted(base, adapter) as model:   base.model + adapter, through PeftModel.from_pretrained
-        ...                                 on leaving: everything is taken off, the base's own tensors never changed
+        ...                                 on exit: the adapter is removed; the base model's own tensors never change
 
-The adapter is never merged: merging and subtracting again does not give the same bits back. Whole parameters that an
-adapter brings, such as heads and biases, take the place of the base model's until it is taken off. PEFT is imported
-when the first adapter is put on, which takes seconds.
+The adapter is never merged, because merging and subtracting does not restore the same bits. Whole parameters of an
+adapter, such as heads and biases, replace the base model's while it is attached. PEFT is imported with the first
+adapter, which takes seconds.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ WEIGHTS = "adapter_model.safetensors"
 
 @contextmanager
 def adapted(base: BaseModel, adapter: RunnableAdapter | Path) -> Iterator[PeftModel]:
-    """Put an adapter on the base model inside the block; yields it in evaluation mode.
+    """Attach an adapter to the base model inside the block; yield the model in evaluation mode.
 
-    It is what a format read, or a folder that this package wrote: PEFT runs patterns of its configuration.
+    Pass an adapter read by a format, or a folder written by this package, never an untrusted one: PEFT evaluates
+    patterns in its configuration.
 
     Raises:
-        BaseModelMismatch: The adapter does not fit. The base model is as it was.
+        BaseModelMismatch: The adapter does not fit. The base model is unchanged.
     """
     with ExitStack() as stack:
         folder = adapter if isinstance(adapter, Path) else None
@@ -65,11 +66,11 @@ def _attach(base: BaseModel, folder: Path) -> PeftModel:
 
     try:
         with warnings.catch_warnings():
-            # What goes wrong becomes an error in `_check_every_tensor_landed`; the rest is between the two libraries.
+            # `_check_every_tensor_landed` raises errors for real problems; other warnings concern only the libraries.
             warnings.simplefilter("ignore")
             return PeftModel.from_pretrained(base.model, folder, local_files_only=True).eval()
     except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
-        # The library may have put its layers in before it failed.
+        # The library may have inserted its layers before it failed.
         _take_out(base)
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise BaseModelMismatch(f"the adapter cannot be applied to base model {base.label!r}: {reason}") from error
@@ -91,14 +92,14 @@ def _check_every_tensor_landed(model: PeftModel, base: BaseModel, folder: Path) 
     from peft import LoraConfig, get_peft_model_state_dict
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
-    # A key that matches nothing is dropped by the library, and the adapter would silently be the base model.
+    # The library drops unmatched keys, so the adapter could silently equal the base model.
     tensors = load_file(folder / WEIGHTS)
     stored = {name.replace(".default.", ".") for name in tensors}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about biases of factors
         # save_embedding_layers: the default "auto" asks the hub for the base model's vocabulary size.
         present = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if stored != present:  # names of an earlier transformers
+    if stored != present:  # names from an earlier transformers
         stored = set(convert_peft_adapter_state_dict_for_transformers(base.model, LoraConfig(), tensors))
     stray = sorted(stored ^ present)
     if stray:
@@ -110,7 +111,7 @@ def _check_every_tensor_landed(model: PeftModel, base: BaseModel, folder: Path) 
 
 @contextmanager
 def _restored_attention(base: BaseModel, adapter: RunnableAdapter) -> Iterator[None]:
-    """Restore torch's attentions after the block: PEFT merges and subtracts there, which changes the last bits."""
+    """Restore torch's attention modules after the block: PEFT merges and subtracts there, changing the last bits."""
     names = {module.name for module in adapter.adapter.modules}
     attentions = [module for name, module in base.model.named_modules() if name in names and is_attention(module)]
     before = [{name: value.clone() for name, value in module.state_dict().items()} for module in attentions]
@@ -123,7 +124,7 @@ def _restored_attention(base: BaseModel, adapter: RunnableAdapter) -> Iterator[N
 
 @contextmanager
 def _replaced(base: BaseModel, adapter: RunnableAdapter) -> Iterator[None]:
-    """Put an adapter's own tensors in the places of the base model's inside the block."""
+    """Replace the base model's tensors with the adapter's own inside the block."""
     before: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     try:
         for name, value in adapter.values.items():
@@ -153,7 +154,7 @@ def _replaced(base: BaseModel, adapter: RunnableAdapter) -> Iterator[None]:
             new = old.detach().clone()
             new[list(numbers)] = rows.to(old)
             new = nn.Parameter(new, requires_grad=False)
-            # A head that shares the embedding's weight gets the new rows too.
+            # A head tied to the embedding gets the new rows too.
             for owner in list(base.model.modules()):
                 if owner._parameters.get("weight") is old:
                     before.append((owner._parameters, "weight", old))
@@ -165,7 +166,7 @@ def _replaced(base: BaseModel, adapter: RunnableAdapter) -> Iterator[None]:
 
 
 def _tensor(base: BaseModel, name: str) -> tuple[nn.Module, str, torch.Tensor]:
-    """Find a parameter or buffer: its module, its name there, and its value."""
+    """Return the module, local name and value of a parameter or buffer."""
     place, _, child = name.rpartition(".")
     try:
         owner = base.model.get_submodule(place)
@@ -178,7 +179,7 @@ def _tensor(base: BaseModel, name: str) -> tuple[nn.Module, str, torch.Tensor]:
 
 
 def _ends(base: BaseModel) -> list[nn.Module]:
-    """Return the layers of a row for each token, of which a larger vocabulary has more; some models have none."""
+    """Return the input and output embeddings, whose row count depends on the vocabulary; some models have none."""
     found = []
     for name in ("get_input_embeddings", "get_output_embeddings"):
         with suppress(NotImplementedError, AttributeError):

@@ -1,9 +1,9 @@
-"""What goes into a base model's modules and how the loss reacts behind them, channel by channel.
+"""Per-channel statistics of a base model's modules: their inputs, and the loss gradients of their outputs.
 
     example --base model--> inputs x of each module --mean squares--> (in,)
        `--- labels drawn from its own predictions --loss--> gradients g of their outputs --mean squares--> (out,)
 
-Labels are drawn, not read: then the mean of g g^T belongs to the Fisher information
+Labels are sampled, not read from the data, so that the mean of g g^T belongs to the Fisher information
 (Kunstner et al., arXiv 1905.12558).
 """
 
@@ -22,17 +22,17 @@ from icmlora.base_models.running.modules import matrix_shape
 from icmlora.errors import DataError
 
 _TOKENS_PER_EXAMPLE = 192
-_FEWEST_EXAMPLES = 8
+_MIN_EXAMPLES = 8
 _SEED = 0
 
 
 def channel_statistics(
     base: BaseModel, examples: Sequence[Any], modules: Iterable[str], *, max_tokens: int
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Return by module the mean squares of inputs (in,) and of output gradients (out,), float32 on the CPU."""
-    # Examples are read in turn, the first 192 tokens of each, until there are `max_tokens` and 8 examples: an image may
-    # have thousands of predictions. Modules that the model does not have are left out, and so are all but linear layers
-    # and plain convolutions.
+    """Return the mean squares of inputs (in,) and output gradients (out,) by module, float32 on the CPU."""
+    # Reads the first 192 tokens of each example until there are at least `max_tokens` predictions and 8 examples,
+    # because an image may have thousands of predictions. Skips modules that the model lacks, or that are neither
+    # linear layers nor plain convolutions.
     named = {name: module for name, module in base.model.named_modules() if matrix_shape(module) is not None}
     sums: dict[str, list[torch.Tensor]] = {}
     handles = [named[name].register_forward_hook(_adder(name, sums)) for name in modules if name in named]
@@ -40,9 +40,9 @@ def channel_statistics(
     tokens = 0
     try:
         for number, example in enumerate(examples):
-            if tokens >= max_tokens and number >= _FEWEST_EXAMPLES:
+            if tokens >= max_tokens and number >= _MIN_EXAMPLES:
                 break
-            with suppress(DataError):  # too short to predict anything of it
+            with suppress(DataError):  # too short to score
                 items = base.modality.prepare(base, [example], _TOKENS_PER_EXAMPLE, whole=True)
                 tokens += _backward(base, items, draw)
     finally:
@@ -52,7 +52,7 @@ def channel_statistics(
 
 
 def _backward(base: BaseModel, items: Sequence[Any], draw: torch.Generator) -> int:
-    """Run one example forward and backward and return its predictions; nothing gathers gradients but the hooks."""
+    """Run one example forward and backward and return its prediction count; only the hooks collect gradients."""
     with torch.enable_grad():
         (logits,) = base.modality.logits(base, items, from_leaf=True)
         logits = logits.float()  # (predictions, classes)

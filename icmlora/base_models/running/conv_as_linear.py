@@ -1,9 +1,9 @@
-"""Convolutions as linear layers of patches, so that what works on rows of inputs works on them too.
+"""Treat convolutions as linear layers over patches, so that row-based code handles them too.
 
     linear layer    inputs (..., in)            rows (n, in)
-    convolution     inputs (n, c, h, w)         rows (n * places, c * kernel): what the kernel sees at each place
+    convolution     inputs (n, c, h, w)         rows (n * places, c * kernel): the patch at each place
 
-An adapter's A of a convolution is stored flat, (r, c * kernel), and its B as (out, r).
+For a convolution, an adapter's A is stored flat, (r, c * kernel), and its B as (out, r).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from icmlora.base_models.running.modules import kernel_shape
 
 
 def input_rows(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    """Return what a layer multiplies by its weights, (rows, in)."""
+    """Return the input rows of a layer's matrix product, (rows, in)."""
     if (kernel := kernel_shape(module)) is None:
         return inputs.reshape(-1, inputs.shape[-1])
     steps = {"stride": module.stride, "padding": module.padding, "dilation": module.dilation}
@@ -25,13 +25,13 @@ def input_rows(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def output_rows(module: nn.Module, outputs: torch.Tensor) -> torch.Tensor:
-    """Return a layer's outputs, or gradients of them, in the order of `input_rows`, (rows, out)."""
+    """Return a layer's outputs or their gradients in the order of `input_rows`, (rows, out)."""
     last = outputs if kernel_shape(module) is None else outputs.movedim(1, -1)
     return last.reshape(-1, last.shape[-1])
 
 
 def low_rank(module: nn.Module, inputs: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return what dW = B A adds to a layer's outputs; A (r, in), B (out, r)."""
+    """Return the output change of a layer for dW = B A, with A (r, in) and B (out, r)."""
     if (kernel := kernel_shape(module)) is None:
         return (inputs @ a.T) @ b.T
     down = a.reshape(len(a), -1, *kernel)

@@ -1,9 +1,9 @@
-"""Low-rank factors added to a base model's modules for a while, with gradients to the factors.
+"""Add low-rank factors to a base model's modules temporarily, with gradients to the factors.
 
     module(x)  +  B (A x)         A (r, in), B (out, r)         `added`: one adapter for the whole batch
     module(x)  +  B_t (A_t x_t)   x_t: the t-th share of x      `added_by_rows`: several tasks, each with its own rows
 
-Unlike `icmlora.base_models.running.attach`, this needs no adapter folder and no PEFT, and training can pass through it.
+Unlike `icmlora.base_models.running.attach`, this needs no adapter folder and no PEFT, and it supports training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from icmlora.base_models.running.conv_as_linear import low_rank
 from icmlora.base_models.running.modules import kernel_shape
 from icmlora.errors import BaseModelUnsuited
 
-# By dotted module name: A (r, in) and B (out, r); dW = B A, scale folded in. Empty stands for the bare base model.
+# Dotted module name -> A (r, in) and B (out, r); dW = B A, scale folded in. Empty means the bare base model.
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -31,7 +31,7 @@ def factors_of(adapter: Adapter) -> Factors:
 
 @contextmanager
 def added(model: nn.Module, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
-    """Add dW = B A, A (r, in) and B (out, r), to modules inside the block, with gradients to the factors."""
+    """Add dW = B A, with A (r, in) and B (out, r), to modules inside the block, with gradients to the factors."""
 
     def adder(a: torch.Tensor, b: torch.Tensor) -> _Hook:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
@@ -40,25 +40,25 @@ def added(model: nn.Module, factors: Mapping[str, tuple[torch.Tensor, torch.Tens
 
         return hook
 
-    # Put where the modules are once, not in every pass: a model that writes a text makes one for each token.
-    with _hooked(model, {name: adder(*_beside(model, name, pair)) for name, pair in factors.items()}):
+    # Move factors to the modules' devices once, not in every pass: text generation takes one pass per token.
+    with _hooked(model, {name: adder(*_moved(model, name, pair)) for name, pair in factors.items()}):
         yield
 
 
-def _beside(model: nn.Module, name: str, pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put factors on the device of their module; where accelerate has put its weights away, there is none yet."""
+def _moved(model: nn.Module, name: str, pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move factors to their module's device; if accelerate has offloaded its weights, leave them where they are."""
     device = next(model.get_submodule(name).parameters()).device
     return pair if device.type == "meta" else (pair[0].to(device), pair[1].to(device))
 
 
 @contextmanager
 def added_by_rows(model: nn.Module, several: Sequence[Factors], rows: int) -> Iterator[None]:
-    """Add the factors of T tasks to linear layers inside the block: each task has the same number of rows of a batch.
+    """Add the factors of T tasks to linear layers inside the block; a batch has an equal number of rows per task.
 
-    Factors are A (r, in) and B (out, r) by module; the `rows` of one task come after the other's.
+    Factors are A (r, in) and B (out, r) by module. `rows` is the size of a batch, sorted by task.
 
     Raises:
-        BaseModelUnsuited: Inside the block, by a module that does not compute row by row: a convolution, an expert.
+        BaseModelUnsuited: Inside the block, if a module does not compute row by row: a convolution, an expert.
     """
 
     def adder(a: torch.Tensor, b: torch.Tensor) -> _Hook:
@@ -80,7 +80,7 @@ _Hook = Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch.Tens
 
 
 def _stacked(pairs: Sequence[tuple[torch.Tensor, torch.Tensor] | None]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stack factors as (T, in, r) and (T, r, out), filled up with zeros where a task has a lower rank or none."""
+    """Stack factors as (T, in, r) and (T, r, out), zero-padded for tasks with a lower rank or no factors."""
     a, b = next(pair for pair in pairs if pair is not None)
     rank = max(len(pair[0]) for pair in pairs if pair is not None)
     found = [(a.new_zeros(0, a.shape[1]), b.new_zeros(len(b), 0)) if pair is None else pair for pair in pairs]

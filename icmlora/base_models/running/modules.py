@@ -1,4 +1,4 @@
-"""Which modules a base model has, and whether an adapter fits them."""
+"""Find the modules of a base model, and check whether an adapter fits them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from registry.names import escape
 if TYPE_CHECKING:
     from torch import nn
 
-_WRAPPED = ".base_layer"  # PEFT puts this into the name of a module inside one that it wrapped, such as an attention
+_WRAPPED = ".base_layer"  # part of PEFT's name for a module inside a wrapped one, such as an attention
 
 
 def check_fits(base: BaseModel, layout: Sequence[tuple[str, int, int, int]]) -> None:
-    """Check that the base model has every module of an adapter, of its sizes; raise `BaseModelMismatch` if not."""
+    """Raise `BaseModelMismatch` unless the base model has every module of an adapter in the same size."""
     # layout: name, rank, input size and output size of each module.
     modules = dict(base.model.named_modules())
     places = places_of(base, [entry[0] for entry in layout])
@@ -36,7 +36,7 @@ def check_fits(base: BaseModel, layout: Sequence[tuple[str, int, int, int]]) -> 
         if shape is not None and (groups := groups_of(modules[place])) > 1 and place != name:
             shape = shape[0] // groups, shape[1]
         if shape is None and is_fused(modules[place]):
-            continue  # PEFT fuses the factors of single experts when it loads them
+            continue  # PEFT fuses the factors of single experts on loading
         if shape is None:
             fact = f"module {name!r} of the adapter is not a layer of base model {base.label!r} that supports LoRA"
             raise BaseModelMismatch(fact, hint=hint)
@@ -49,9 +49,9 @@ def check_fits(base: BaseModel, layout: Sequence[tuple[str, int, int, int]]) -> 
 
 
 def places_of(base: BaseModel, names: Sequence[str]) -> dict[str, str]:
-    """Return by name in an adapter what the base model calls that module; modules that it does not have are left out.
+    """Map module names in an adapter to names in the base model; omit modules that the base model lacks.
 
-    An adapter that was trained with an earlier transformers may use names of that time.
+    An adapter trained with an earlier transformers may use that version's names.
     """
     modules = dict(base.model.named_modules())
     places = {name: plain for name in names if (plain := name.replace(_WRAPPED, "")) in modules}
@@ -65,7 +65,7 @@ def places_of(base: BaseModel, names: Sequence[str]) -> dict[str, str]:
 
 
 class ParameterPlace(NamedTuple):
-    """Where a LoRA acts on a parameter that is not the weight of a layer: PEFT's `target_parameters`."""
+    """The target of a LoRA on a parameter that is not a layer's weight: PEFT's `target_parameters`."""
 
     module: str
     parameter: str
@@ -73,7 +73,7 @@ class ParameterPlace(NamedTuple):
 
 
 def parameter_of(modules: Mapping[str, nn.Module], name: str) -> ParameterPlace | None:
-    """Return which parameter, or which expert of one, an adapter's name stands for; None if it is that of a module."""
+    """Return the parameter, or the expert of one, that an adapter's name refers to; None if it names a module."""
     head, _, last = name.rpartition(".")
     owner, _, parameter = head.rpartition(".")
     for place in (
@@ -93,14 +93,14 @@ def parameter_of(modules: Mapping[str, nn.Module], name: str) -> ParameterPlace 
 
 
 class GroupPlace(NamedTuple):
-    """One group of a convolution: a LoRA has factors of its own for each, which read all inputs."""
+    """One group of a convolution; a LoRA has separate factors per group, each over all inputs."""
 
     module: str
     number: int
 
 
 def group_of(modules: Mapping[str, nn.Module], name: str) -> GroupPlace | None:
-    """Return which group of a convolution an adapter's name stands for; None if it is that of a module."""
+    """Return the convolution group that an adapter's name refers to; None if it names a module."""
     owner, _, last = name.rpartition(".")
     number = int(last) if last.isdecimal() and len(last) < 6 else None
     if name in modules or number is None or number >= (groups_of(modules.get(owner)) if owner in modules else 0):
@@ -114,18 +114,18 @@ def groups_of(module: nn.Module | None) -> int:
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether the weights of several modules of earlier versions are parameters of this one, as of experts."""
+    """Return whether a module fuses weights that were separate modules in earlier versions, such as experts."""
     return layer_shape(module) is None and any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
 
 
 def layer_shape(module: nn.Module | None) -> tuple[int, int] | None:
-    """Return (out, in) of a layer that LoRA fits, as an adapter's layout counts them; None for any other module."""
+    """Return (out, in) of a layer that supports LoRA, as in an adapter's layout; None for any other module."""
     if (shape := linear_shape(module)) is not None:
         return shape
     if module is None:
         return None
     if hasattr(module, "num_embeddings") and hasattr(module, "embedding_dim"):
-        rows, dim = module.weight.shape  # type: ignore[misc]  # the weight may have more rows than the module was made with
+        rows, dim = module.weight.shape  # type: ignore[misc]  # may have more rows than `num_embeddings`
         return int(dim), int(rows)
     if (kernel := kernel_shape(module)) is not None:
         return int(module.out_channels), int(module.in_channels) * prod(kernel)  # type: ignore[arg-type]
@@ -135,7 +135,7 @@ def layer_shape(module: nn.Module | None) -> tuple[int, int] | None:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether it is torch's own attention, with one weight for queries, keys and values."""
+    """Return whether a module is torch's own attention, with one weight for queries, keys and values."""
     return hasattr(module, "in_proj_weight") and hasattr(module, "embed_dim")
 
 
@@ -148,8 +148,8 @@ def kernel_shape(module: nn.Module | None) -> tuple[int, ...] | None:
 
 
 def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
-    """Return (out, in) of a linear layer; quantised layers and GPT-2's Conv1D have the sizes in attributes."""
-    # A quantised weight is packed, so its shape says nothing; GPT-2's Conv1D stores it transposed.
+    """Return (out, in) of a linear layer from its attributes; None for any other module."""
+    # The weight's shape is no use: a quantised weight is packed, and GPT-2's Conv1D stores it transposed.
     for outputs, inputs in (("out_features", "in_features"), ("nf", "nx")):
         if module is not None and hasattr(module, outputs) and hasattr(module, inputs):
             return int(getattr(module, outputs)), int(getattr(module, inputs))
@@ -157,13 +157,13 @@ def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
 
 
 def matrix_shape(module: nn.Module | None) -> tuple[int, int] | None:
-    """Return (out, in) of a linear layer or of a plain convolution, whose inputs are patches; None for any other."""
+    """Return (out, in) of a linear layer, or of a plain convolution over patches; None for any other module."""
     shape = linear_shape(module)
     return layer_shape(module) if shape is None and _is_plain_convolution(module) else shape
 
 
 def not_matrix(base: BaseModel, layout: Iterable[tuple[str, int, int, int]]) -> str | None:
-    """Return the first module of an adapter that is neither a linear layer nor a plain convolution of this size."""
+    """Return the first module of an adapter that is neither a linear layer nor a plain convolution of its size."""
     # layout: name, rank, input size and output size of each module.
     modules = dict(base.model.named_modules())
     fit = ((name, matrix_shape(modules.get(name)) == (outputs, inputs)) for name, _, inputs, outputs in layout)
@@ -171,7 +171,7 @@ def not_matrix(base: BaseModel, layout: Iterable[tuple[str, int, int, int]]) -> 
 
 
 def _is_plain_convolution(module: nn.Module | None) -> bool:
-    """Whether it is a convolution over images without groups, padded with a set number of zeros."""
+    """Return whether a module is a 2D convolution without groups and with explicit zero padding."""
     kernel = kernel_shape(module)
     if module is None or kernel is None or len(kernel) != 2:
         return False
@@ -180,7 +180,7 @@ def _is_plain_convolution(module: nn.Module | None) -> bool:
 
 
 def _renamed(model: nn.Module, names: Sequence[str]) -> Mapping[str, str]:
-    """Translate names of modules with the tables by which PEFT loads adapters of earlier versions of transformers."""
+    """Rename modules with PEFT's tables for adapters of earlier transformers versions."""
     import torch
 
     import icmlora.io.quiet_bitsandbytes  # noqa: F401  # isort: skip
@@ -188,11 +188,11 @@ def _renamed(model: nn.Module, names: Sequence[str]) -> Mapping[str, str]:
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
     prefix, suffix = "base_model.model.", ".lora_A.weight"
-    # Each tensor holds its own number, so that it is found again, alone or stacked with others, under a new name.
+    # Each tensor contains its own number, to identify it under its new name, alone or stacked with others.
     tensors = {f"{prefix}{name}{suffix}": torch.tensor([[float(number)]]) for number, name in enumerate(names)}
     try:
         found = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), tensors)
-    except (RuntimeError, ValueError, KeyError):  # not all experts of a module are there
+    except (RuntimeError, ValueError, KeyError):  # experts of a module are missing
         return {}
     places: dict[str, str] = {}
     for key, numbers in found.items():

@@ -1,9 +1,9 @@
-"""Write an adapter as a folder that PEFT can load onto one base model, with nothing in it that PEFT would interpret.
+"""Write an adapter as a PEFT folder for one base model, without anything that PEFT would interpret.
 
     RunnableAdapter, BaseModel --> adapter_config.json     literal module names, one rank, alpha == rank
                                    adapter_model.safetensors   float32, shaped for the base model's layers
 
-Values and rows, which replace tensors of the base model, are not part of it: see `icmlora.base_models.running.attach`.
+It excludes values and rows that replace tensors of the base model: see `icmlora.base_models.running.attach`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _WRAPPED = ".base_layer"
 
 
 def write_running_copy(base: BaseModel, runnable: RunnableAdapter, folder: Path) -> None:
-    """Write the folder, which must exist; raise `BaseModelMismatch` if the adapter does not fit the base model."""
+    """Write into an existing folder; raise `BaseModelMismatch` if the adapter does not fit the base model."""
     adapter = runnable.adapter
     check_fits(base, adapter.layout)
     modules = dict(base.model.named_modules())
@@ -60,7 +60,7 @@ def write_running_copy(base: BaseModel, runnable: RunnableAdapter, folder: Path)
             continue
         place = places[module.name]
         fused = is_fused(modules[place])
-        # PEFT renames and fuses the factors of single experts itself, and its names for what it wrapped stay too.
+        # PEFT renames and fuses the factors of single experts itself; its names for wrapped modules stay as well.
         name = module.name if fused or _WRAPPED in module.name else place
         a, b = _padded(module, rank)
         tensors |= {f"{_PREFIX}{name}.{half}": factor for half, factor in _halves(modules[place], a, b).items()}
@@ -88,7 +88,7 @@ def write_running_copy(base: BaseModel, runnable: RunnableAdapter, folder: Path)
 def _of_groups(
     base: BaseModel, modules: Mapping[str, nn.Module], runnable: RunnableAdapter
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """Return the factors of convolutions with groups under PEFT's names, and the rank of each by its name."""
+    """Return the factors of grouped convolutions under PEFT's names, and their ranks by module name."""
     parts: defaultdict[str, dict[int, LoraModule]] = defaultdict(dict)
     for module in runnable.adapter.modules:
         if (place := group_of(modules, module.name)) is not None:
@@ -110,14 +110,14 @@ def _of_groups(
 def _of_parameters(
     modules: Mapping[str, nn.Module], adapter: Adapter, places: Mapping[str, ParameterPlace], rank: int
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Return the factors of parameters under PEFT's names, and the parameters that its configuration has to list."""
+    """Return the factors of parameters under PEFT's names, and the parameters for its configuration."""
     parts: defaultdict[str, defaultdict[str, list[tuple[int, LoraModule]]]] = defaultdict(lambda: defaultdict(list))
     for module in adapter.modules:
         if (place := places.get(module.name)) is not None:
             parts[place.module][place.parameter].append((place.expert or 0, module))
     tensors: dict[str, torch.Tensor] = {}
     for owner, found in parts.items():
-        # PEFT wraps a module once for each of its parameters, the first of them innermost.
+        # PEFT wraps a module once per parameter; the first wrapper is the innermost.
         declared = [name for name, _ in modules[owner].named_parameters(recurse=False) if name in found]
         for depth, parameter in enumerate(reversed(declared)):
             experts = [_padded(module, rank) for _, module in sorted(found[parameter], key=itemgetter(0))]
@@ -133,7 +133,7 @@ def _padded(module: LoraModule, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _halves(module: nn.Module, a: torch.Tensor, b: torch.Tensor) -> Mapping[str, torch.Tensor]:
-    """Name both factors as PEFT does for this layer, and give them the layer's shape."""
+    """Return both factors under PEFT's names and in PEFT's shapes for this layer."""
     if hasattr(module, "num_embeddings"):
         return {"lora_embedding_A": a, "lora_embedding_B": b}
     if (kernel := kernel_shape(module)) is not None:
@@ -143,7 +143,7 @@ def _halves(module: nn.Module, a: torch.Tensor, b: torch.Tensor) -> Mapping[str,
 
 
 def _targets(targets: Collection[str], modules: Mapping[str, Any]) -> list[str] | str:
-    """Return the names, or an expression of names alone where a name in the list would stand for other modules too."""
+    """Return the names as a list, or as a regular expression if a list would match other modules too."""
     endings = tuple(f".{name}" for name in targets)
     if any(name.endswith(endings) for name in modules if name not in targets):
         return "|".join(re.escape(name) for name in sorted(targets))

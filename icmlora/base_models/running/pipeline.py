@@ -1,10 +1,10 @@
-"""Draw pictures with a diffusers pipeline: alone, or with the file of an adapter loaded into it.
+"""Generate images with a diffusers pipeline, with or without an adapter file.
 
-    model_index.json ──only classes of diffusers and transformers──▶ pipeline ──prompt, seed──▶ picture
+    model_index.json ──only classes of diffusers and transformers──▶ pipeline ──prompt, seed──▶ image
     NAME.safetensors ──load_lora_weights──────────────────────────────▲
 
-Offline, from safetensors alone, and without code from the folder. Noise comes from the CPU's generator, so that the
-same seed means the same noise on every device.
+Works offline, from safetensors only, and runs no code from the folder. Noise comes from the CPU generator, so a seed
+gives the same noise on every device.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from icmlora.errors import BaseModelUnsuited, DataError
 from icmlora.io.devices import inference_dtype
 
 Pixels = NDArray[np.uint8]
-"""A picture: height, width, and red, green and blue from 0 to 255."""
+"""An image: height, width, and RGB from 0 to 255."""
 
 _LIBRARIES = ("diffusers", "transformers")
 _SLOT = "icm"
@@ -38,12 +38,12 @@ _SLOT = "icm"
 
 @dataclass(frozen=True)
 class Drawing:
-    """How pictures are drawn.
+    """Settings for image generation.
 
     Attributes:
-        steps: Steps of denoising.
-        seeds: Pictures of each prompt; their seeds count from 0.
-        size: Width and height in pixels; None for what the pipeline draws by default.
+        steps: Denoising steps.
+        seeds: Images per prompt; seeds count from 0.
+        size: Width and height in pixels; None for the pipeline's default.
     """
 
     steps: int = 20
@@ -55,12 +55,12 @@ class Pipeline:
     """A diffusers pipeline in memory.
 
     Args:
-        found: Where it is.
-        device: Where it runs.
+        found: The pipeline on disk.
+        device: Target device.
 
     Raises:
-        BaseModelNotFound: It cannot be loaded.
-        BaseModelUnsuited: It is no diffusers pipeline, or needs code of its own.
+        BaseModelNotFound: It cannot be loaded, or it needs code from other packages.
+        BaseModelUnsuited: It is not a diffusers pipeline.
         DataError: diffusers is not installed.
     """
 
@@ -85,10 +85,10 @@ class Pipeline:
             self._pipe.to(device)
 
     def draw(self, prompt: str, seed: int, how: Drawing) -> Pixels:
-        """Draw one picture, uint8 of shape (height, width, 3).
+        """Generate one image, uint8 of shape (height, width, 3).
 
         Raises:
-            DataError: The pipeline makes something else, such as a video, or its safety checker took the picture away.
+            DataError: The output is not an image (a video, for example), or the safety checker removed it.
         """
         size = {} if how.size is None else {"height": how.size, "width": how.size}
         noise = torch.Generator("cpu").manual_seed(seed)
@@ -105,13 +105,13 @@ class Pipeline:
 
     @contextmanager
     def adapted(self, file: Path) -> Iterator[float]:
-        """Load an adapter into the pipeline for a while.
+        """Load an adapter into the pipeline inside the block.
 
         Yields:
-            The norm of what it adds to the weights: less than that of the adapter where diffusers passes over a part.
+            The norm of the loaded dW: smaller than the adapter's norm if diffusers skips parts of it.
 
         Raises:
-            DataError: diffusers cannot load it, or finds nothing in it.
+            DataError: diffusers cannot load it, or finds nothing to load.
         """
         try:
             try:
@@ -124,7 +124,7 @@ class Pipeline:
                         local_files_only=True,
                     )
             except Exception as error:
-                # Deliberately broad: for a file that it does not know, it raises whatever its converters run into.
+                # Deliberately broad: for an unknown file, the converters may raise any exception.
                 first = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise DataError(f"diffusers cannot load it: {first}") from error
             norm = self._loaded_norm()
@@ -135,7 +135,7 @@ class Pipeline:
             self._pipe.unload_lora_weights()
 
     def _loaded_norm(self) -> float:
-        """Return the norm of dW over all modules of the adapter that is loaded."""
+        """Return the norm of dW over all modules of the loaded adapter."""
         from peft.tuners.lora import LoraLayer
 
         modules: list[LoraModule] = []
@@ -151,7 +151,7 @@ class Pipeline:
 
 
 def rmse(one: Pixels, other: Pixels) -> float:
-    """Return how far two pictures (height, width, 3) are apart: the root of the mean square, with values in 0 to 1."""
+    """Return the root mean square difference of two images (height, width, 3), with values scaled to 0 to 1."""
     difference = (one.astype(np.float64) - other) / 255
     return float(np.sqrt(np.mean(difference**2)))
 
@@ -169,7 +169,7 @@ def _diffusers() -> Any:
 
 
 def _check_classes(found: FoundBase, diffusers: Any) -> None:
-    """Refuse a pipeline that names code outside of diffusers and transformers: loading it would run that code."""
+    """Raise `ValueError` if a pipeline names code outside diffusers and transformers, which loading would run."""
     index = json.loads((found.path / PIPELINE).read_bytes())
     made = getattr(diffusers, str(index.get("_class_name")), None)
     if not (isinstance(made, type) and issubclass(made, diffusers.DiffusionPipeline)):
@@ -178,7 +178,7 @@ def _check_classes(found: FoundBase, diffusers: Any) -> None:
         library = named[0] if isinstance(named, list) and named else None
         if library is None or library in _LIBRARIES:
             continue
-        # Some classes are those of a pipeline's own module, such as the safety checker in `stable_diffusion`.
+        # Some classes belong to a pipeline's own module, such as the safety checker in `stable_diffusion`.
         is_own = isinstance(library, str) and hasattr(diffusers.pipelines, library)
         if not is_own or (found.path / part / f"{library}.py").exists():
             raise ValueError(
@@ -187,7 +187,7 @@ def _check_classes(found: FoundBase, diffusers: Any) -> None:
 
 
 def _variant(found: FoundBase) -> str | None:
-    """Return "fp16" where a part has only weights of that variant."""
+    """Return "fp16" if a part has only weights of that variant."""
     parts = {file.parent for file in found.weights}
     is_only = (all(".fp16" in file.name for file in found.weights if file.parent == part) for part in parts)
     return "fp16" if any(is_only) else None
@@ -195,7 +195,7 @@ def _variant(found: FoundBase) -> str | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep diffusers and transformers from writing to stderr in the block: what matters of it is checked here."""
+    """Silence diffusers and transformers inside the block; this module checks for relevant problems itself."""
     libraries = (_diffusers().utils.logging, transformers_logging)
     levels = [logging.get_verbosity() for logging in libraries]
     bars = [logging for logging in libraries if logging.is_progress_bar_enabled()]
@@ -204,7 +204,7 @@ def _quiet() -> Iterator[None]:
         logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            # Names of arguments differ between the versions of diffusers that icm works with.
+            # Argument names differ between the supported versions of diffusers, which warn about old ones.
             warnings.simplefilter("ignore")
             yield
     finally:

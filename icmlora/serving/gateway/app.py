@@ -45,9 +45,9 @@ _OWN = frozenset({"/healthz", "/readyz", "/metrics", "/v1/models"})
 _RESPONSE = re.compile(r"/v1/responses/[A-Za-z0-9_-]{1,128}(/cancel)?")
 _OPEN = frozenset({"/healthz", "/readyz"})
 """Routes without a token, for health checks. They reveal only whether the server works."""
-_MODELS_AGE = 5.0  # seconds for which the list of models is not made again
-_READY_AGE = 1.0  # seconds
-_COUNTS_TIMEOUT = 1.0  # seconds that the figures wait for those of the engine
+_MODELS_AGE = 5.0  # seconds for which the list of models is cached
+_READY_AGE = 1.0  # seconds for which readiness is cached
+_COUNTS_TIMEOUT = 1.0  # seconds to wait for the engine's metrics
 
 _log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class GatewayApp:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
-            return  # there are no websockets
+            return  # websockets are not supported
         answer = Answer(send)
         try:
             await self._answer(scope, receive, answer)
@@ -87,10 +87,10 @@ class GatewayApp:
             self._metrics.problems.labels(problem.code).inc()
             await answer.tell(problem)
         except ClientGone:
-            answer.status = 499  # as nginx counts them, also if the answer had begun
+            answer.status = 499  # as in nginx, even if the response had begun
         except CutShort as cut:
             self._metrics.problems.labels(str(cut)).inc()
-        except asyncio.CancelledError:  # the server stops, and has waited long enough
+        except asyncio.CancelledError:  # the server is stopping, and the drain timeout has passed
             await answer.tell(HttpProblem(503, "The gateway is stopping.", "stopping"))
         except Exception:
             _log.exception("unexpected error")
@@ -144,7 +144,7 @@ class GatewayApp:
             return
         kind, _, token = headers.get(b"authorization", b"").partition(b" ")
         given = token if kind.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-        # Digests have one length, so that comparing them takes the same time for all.
+        # Digests have equal length, so the comparison takes constant time.
         if not compare_digest(sha256(given.strip()).digest(), self._token):
             raise HttpProblem(401, "The request has no valid token (Authorization: Bearer TOKEN).", "invalid_api_key")
 
@@ -154,7 +154,7 @@ class _OwnRoutes:
 
     def __init__(self, connection: Connection, residency: Residency, metrics: Metrics) -> None:
         self._connection, self._residency, self._metrics = connection, residency, metrics
-        self._names: list[str] | None = None  # of tasks, as they were seen last
+        self._names: list[str] | None = None  # last known task names
         self._models: tuple[float, Mapping[str, Card], bytes] | None = None
         self._making = asyncio.Lock()
         self._started = int(time.time())
@@ -178,7 +178,7 @@ class _OwnRoutes:
         return JSONResponse({"status": "ready"})
 
     async def _show_metrics(self) -> Response:
-        with suppress(HttpProblem, TimeoutError):  # an engine that is away says nothing
+        with suppress(HttpProblem, TimeoutError):  # the engine is unavailable
             async with asyncio.timeout(_COUNTS_TIMEOUT):
                 counts = await (await self._connection.engine()).prefix_tokens()
             if counts is not None:
@@ -196,7 +196,7 @@ class _OwnRoutes:
         return JSONResponse(dict(card))
 
     async def _all_models(self) -> tuple[Mapping[str, Card], bytes]:
-        """Return what the engine serves by itself, and all tasks of its base model: by name, and as JSON."""
+        """Return the engine's own models and all tasks of its base model, by name and as JSON."""
         async with self._making:
             if self._models is None or time.monotonic() - self._models[0] > _MODELS_AGE:
                 cards = await self._make_cards()
@@ -230,7 +230,7 @@ class _OwnRoutes:
 
 
 def _check_framing(headers: Mapping[bytes, bytes]) -> None:
-    """Refuse what two servers may read as different requests; what follows on the connection is not looked at."""
+    """Reject ambiguous framing, which two servers may parse differently, and close the connection."""
     if b"content-length" in headers and b"transfer-encoding" in headers:
         message = "The request has both Content-Length and Transfer-Encoding."
         raise HttpProblem(400, message, "ambiguous_length", closes=True)

@@ -79,12 +79,12 @@ class Connection:
         return await self._in_thread(lambda: self._names(model))
 
     async def check_ready(self, max_age: float) -> None:
-        """Check that the engine answers, as it did at most `max_age` seconds ago, and that it loads adapters."""
+        """Check that the engine responded within the last `max_age` seconds, and that it can load adapters."""
         await self.listing(max_age)
         await (await self.engine()).check_prepared()
 
     async def prepare(self) -> tuple[str, int, int]:
-        """Do what the first task would wait for; return the engine's model, how many tasks are of it, how many not."""
+        """Prepare the engine for the first task; return its model, and how many tasks do and do not use that model."""
         model = (await self.listing()).model
         await self._in_thread(lambda: self._base_of(model).prepare())
         await self.check_ready(float("inf"))

@@ -1,6 +1,6 @@
 """Insert a task's context into requests, on routes for text and chats.
 
-/v1/completions               prompt                 the context's text and the prompt as one
+/v1/completions               prompt                 the context's text followed by the prompt
 /v1/chat/completions          messages               the context's messages, after a system message
 /v1/messages, .../count_tokens  system, messages     the same, for clients of Anthropic's API
 /v1/responses                 instructions, input    the same, unless it continues an earlier response
@@ -18,9 +18,9 @@ from icmlora.serving.gateway.engines import Body
 from icmlora.serving.gateway.problems import HttpProblem
 
 HEADER = b"icm-context"
-"""Of a request: whether its task's context stands before it. Of an answer: whether it did."""
+"""In a request: whether to insert its task's context. In a response: the result."""
 ON, OFF, NONE, TOO_LONG, UNFIT = "on", "off", "none", "too-long", "unfit"
-_SPOKEN = frozenset({"system", "user", "assistant"})  # roles that every API has
+_SPOKEN = frozenset({"system", "user", "assistant"})  # roles common to all APIs
 
 
 def is_wanted(header: bytes, *, default: bool) -> bool:
@@ -54,7 +54,7 @@ def _chat(fields: Body, context: TaskContext) -> Body | None:
 
 
 def _anthropic(fields: Body, context: TaskContext) -> Body | None:
-    """Keep the system prompt apart from the messages, where this API has it."""
+    """Insert the context, with the system prompt in its separate field as this API requires."""
     messages, system = _messages(fields), fields.get("system")
     if messages is None:
         return None
@@ -97,7 +97,7 @@ def _messages(fields: Body) -> list[Message] | None:
 
 
 def _sent(message: Message) -> Message:
-    """Return a message as this API has it: the arguments of calls are JSON text there."""
+    """Convert a message to this API's format, with the arguments of tool calls as JSON text."""
     calls = message.get("tool_calls")
     if not isinstance(calls, list):
         return message

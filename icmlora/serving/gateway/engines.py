@@ -1,7 +1,7 @@
 """The HTTP APIs of both engines for listing, loading and unloading adapters.
 
-vLLM      POST /v1/load_lora_adapter, /v1/unload_lora_adapter; a request names the adapter as its model
-SGLang    POST /load_lora_adapter, /unload_lora_adapter; a request names BASE:ADAPTER
+vLLM      POST /v1/load_lora_adapter, /v1/unload_lora_adapter; a request's model is the adapter's name
+SGLang    POST /load_lora_adapter, /unload_lora_adapter; a request's model is BASE:ADAPTER
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from icmlora.serving.requirements import EngineName
 Body = dict[str, Any]
 Card = Mapping[str, Any]
 
-_LONGEST_REASON = 500  # characters of an engine's error that are passed on
+_MAX_REASON_LENGTH = 500  # characters of an engine's error to pass on
 _LOAD_TIMEOUT = 120.0  # seconds for an engine to load or unload an adapter
 
 
@@ -57,7 +57,7 @@ class PrefixTokens(NamedTuple):
 
 
 class Engine:
-    """An engine that is called over HTTP. Methods raise `HttpProblem` if it refuses or does not respond.
+    """An engine with an HTTP API. Methods raise `HttpProblem` if it rejects a request or does not respond.
 
     Args:
         client: A client with the engine's base URL and token, and with timeouts.
@@ -67,9 +67,9 @@ class Engine:
     forgot_status: ClassVar[int]
     """The engine's status for an unknown adapter."""
     forgot_word: ClassVar[bytes]
-    """A word in that response, in lower case."""
+    """A lower-case word in that response."""
     unloads_at_once: ClassVar[bool]
-    """Whether it unloads an adapter while requests run on it, and lets them end."""
+    """Whether it can unload an adapter with running requests, and lets them finish."""
     _prefix_counts: ClassVar[tuple[str, ...]] = ()
     _load_route: ClassVar[str]
     _unload_route: ClassVar[str]
@@ -80,7 +80,7 @@ class Engine:
         self._is_prepared = False
 
     def adapter_name(self, task: str, key: str) -> str:
-        """Return the name under which a version of a task is loaded: the task's, so that requests need no change."""
+        """Return the adapter name for a version of a task: the task's name, so that requests need no change."""
         return task
 
     def task_of(self, model: str, base: str) -> str:
@@ -88,7 +88,7 @@ class Engine:
         return model
 
     def addressed(self, body: Body, adapter: str, base: str) -> bytes | None:
-        """Return the body that asks for a loaded adapter; None if it is the body as the client sent it."""
+        """Return the request body for a loaded adapter; None if the client's body needs no change."""
         return None
 
     def takes_unknown(self, model: str) -> bool:
@@ -96,7 +96,7 @@ class Engine:
         return True
 
     async def listing(self) -> Listing:
-        """Ask what the engine serves."""
+        """Request the engine's list of models."""
         cards = await list_models(self._client)
         bases = [card for card in cards if not card.get("parent")]
         if not bases:
@@ -106,17 +106,17 @@ class Engine:
         return Listing(base, await self._model(bases[0]), tuple(cards), adapters)
 
     async def check_prepared(self) -> None:
-        """Check that the engine loads adapters while it runs; asking changes nothing."""
+        """Check, without side effects, that the engine can load adapters at runtime."""
         if not self._is_prepared:
-            # The route is for POST: one that exists answers 405.
+            # A GET request to an existing POST route returns 405.
             answer = await ask(self._client, "GET", self._load_route)
             if answer.status_code == 404:
                 raise self._not_prepared()
             self._is_prepared = True
 
     async def load(self, adapter: str, folder: Path) -> None:
-        """Have the engine load an adapter."""
-        answer = await self._tell(self._load_route, {"lora_name": adapter, "lora_path": str(folder)})
+        """Load an adapter into the engine."""
+        answer = await self._post(self._load_route, {"lora_name": adapter, "lora_path": str(folder)})
         if answer.status_code == 404 and not _reason(answer, ""):
             raise self._not_prepared()
         if answer.status_code != 200:
@@ -124,8 +124,8 @@ class Engine:
             raise HttpProblem(502, f"The engine refused to load the adapter: {reason}", "engine_refused_adapter")
 
     async def unload(self, adapter: str) -> None:
-        """Unload an adapter. It is no error if the engine does not have it."""
-        answer = await self._tell(self._unload_route, {"lora_name": adapter})
+        """Unload an adapter, if the engine has it."""
+        answer = await self._post(self._unload_route, {"lora_name": adapter})
         if answer.status_code == 200:
             return
         if adapter in (await self.listing()).adapters:
@@ -137,7 +137,7 @@ class Engine:
         answer = await ask(self._client, "GET", "/metrics")
         if answer.status_code != 200:
             return None
-        counts: defaultdict[str, float] = defaultdict(float)  # of all its parts
+        counts: defaultdict[str, float] = defaultdict(float)  # summed over all labels
         try:
             for family in text_string_to_metric_families(answer.text):
                 for sample in family.samples:
@@ -154,13 +154,13 @@ class Engine:
     def _not_prepared(self) -> HttpProblem:
         return HttpProblem(502, f"The engine has no route {self._load_route}: {self._hint}.", "engine_not_prepared")
 
-    async def _tell(self, route: str, fields: Mapping[str, object]) -> httpx.Response:
+    async def _post(self, route: str, fields: Mapping[str, object]) -> httpx.Response:
         timeout = httpx.Timeout(_LOAD_TIMEOUT, connect=self._client.timeout.connect)
         return await ask(self._client, "POST", route, json=fields, timeout=timeout)
 
 
 class VllmEngine(Engine):
-    """vLLM. An adapter that it unloads stays in its memory for the requests that run on it."""
+    """vLLM. An unloaded adapter stays in memory until its running requests finish."""
 
     name = "vllm"
     forgot_status, forgot_word = 404, b""
@@ -171,7 +171,7 @@ class VllmEngine(Engine):
 
 
 class SglangEngine(Engine):
-    """SGLang. It unloads an adapter only after the requests that run on it, so each version has a name of its own."""
+    """SGLang. It unloads an adapter only after its running requests, so each version needs its own name."""
 
     name = "sglang"
     forgot_status, forgot_word = 400, b"lora"
@@ -184,7 +184,7 @@ class SglangEngine(Engine):
         return f"{task}@{key[:12]}"
 
     def task_of(self, model: str, base: str) -> str:
-        """Return what follows the base model in BASE:TASK, else the model."""
+        """Return the task in BASE:TASK, else the model."""
         return model.removeprefix(f"{base}:")
 
     def addressed(self, body: Body, adapter: str, base: str) -> bytes | None:
@@ -192,7 +192,7 @@ class SglangEngine(Engine):
         return json.dumps(body | {"model": f"{base}:{adapter}"}).encode()
 
     def takes_unknown(self, model: str) -> bool:
-        """Return whether it is its word for the base model. To any other it answers with the base model, too."""
+        """Return whether it is SGLang's name for the base model. SGLang serves the base model for other names too."""
         return model == "default"
 
     async def _model(self, card: Card) -> str:
@@ -220,7 +220,7 @@ async def connect(client: httpx.AsyncClient, name: EngineName | None) -> Engine:
 
 
 async def list_models(client: httpx.AsyncClient) -> list[Card]:
-    """Ask an engine for its list of models; raises `HttpProblem` if it gives none."""
+    """Request an engine's list of models; raise `HttpProblem` if there is no valid list."""
     answer = await ask(client, "GET", "/v1/models")
     if answer.status_code in (401, 403):
         raise HttpProblem(502, "The engine refused the gateway's token.", "engine_refused_token")
@@ -233,7 +233,7 @@ async def list_models(client: httpx.AsyncClient) -> list[Card]:
 
 
 async def ask(client: httpx.AsyncClient, method: str, path: str, **options: Any) -> httpx.Response:
-    """Send one of the gateway's own requests to the engine; raises `HttpProblem` if no answer comes."""
+    """Send one of the gateway's own requests to the engine; raise `HttpProblem` if there is no response."""
     try:
         return await client.request(method, path, **options)
     except httpx.HTTPError as error:
@@ -241,7 +241,7 @@ async def ask(client: httpx.AsyncClient, method: str, path: str, **options: Any)
 
 
 def unreachable(error: Exception) -> HttpProblem:
-    """Describe why a request got no answer from the engine."""
+    """Return the problem for a request without a response from the engine."""
     if isinstance(error, TimeoutError | httpx.TimeoutException):
         return HttpProblem(504, "The engine did not respond in time.", "engine_timeout")
     if isinstance(error, httpx.ConnectError):
@@ -257,7 +257,7 @@ def _json(answer: httpx.Response) -> Any:
 
 
 def _reason(answer: httpx.Response, otherwise: str) -> str:
-    """Return the message of an engine's error, in any of the shapes that engines give it."""
+    """Return the message of an engine's error response, in any of the engines' formats."""
     found = _json(answer)
     fields = found if isinstance(found, dict) else {}
     inner = fields.get("error")
@@ -267,5 +267,5 @@ def _reason(answer: httpx.Response, otherwise: str) -> str:
         fields.get("error_message"),
     ]
     return next(
-        (text.strip()[:_LONGEST_REASON] for text in places if isinstance(text, str) and text.strip()), otherwise
+        (text.strip()[:_MAX_REASON_LENGTH] for text in places if isinstance(text, str) and text.strip()), otherwise
     )

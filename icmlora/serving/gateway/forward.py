@@ -1,8 +1,8 @@
-"""Pass one request on to the engine, and its answer back, as the bytes come.
+"""Forward one request to the engine and stream its response to the client.
 
-The body of a request is read whole, since its "model" decides what happens, and since it is sent again if the engine
-turns out to have forgotten the adapter. The answer is never held back: a chunk is read from the engine when the one
-before it was taken by the client. A client that leaves takes the engine's request with it.
+The body of a request is read completely, because its "model" determines the target, and because it is sent again if the
+engine has lost the adapter. The response is not buffered: the next chunk is read from the engine once the client has
+taken the previous one. If the client disconnects, the engine's request is cancelled.
 """
 
 from __future__ import annotations
@@ -34,32 +34,32 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 
-_OF_ONE_HOP = frozenset(
+_HOP_BY_HOP = frozenset(
     {
         *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection"),
         *(b"te", b"trailer", b"transfer-encoding", b"upgrade"),
     }
 )
 TOKEN_HEADERS = (b"authorization", b"x-api-key")
-"""Where clients send their token; the second is how clients of Anthropic's API (/v1/messages) do."""
-_SET_ANEW = frozenset({b"host", b"content-length", b"expect", HEADER})
-_REFUSED, _OF_LENGTH = 400, b"length"  # what engines answer to a request that is too long for the model
+"""Headers for the client's token; clients of Anthropic's API (/v1/messages) use the second."""
+_REPLACED = frozenset({b"host", b"content-length", b"expect", HEADER})
+_REFUSED, _LENGTH_WORD = 400, b"length"  # status, and a word in the body, of an engine's error for overlong requests
 _RECENT = 1.0  # seconds
-_LARGEST_ERROR = 1 << 20  # bytes of an engine's refusal that are looked at
+_MAX_ERROR_BYTES = 1 << 20  # in an engine's error response
 
 _log = logging.getLogger(__name__)
 
 
 class ClientGone(Exception):
-    """The client closed the connection, or does not read the answer."""
+    """The client closed the connection, or does not read the response."""
 
 
 class CutShort(Exception):
-    """An answer that had begun cannot be completed; the connection is to be closed."""
+    """A response that has begun cannot be completed; the connection must be closed."""
 
 
 class Answer:
-    """Sends an answer to a client, and notes its status, and whether all of it was sent."""
+    """Send a response to a client; record its status and whether it is complete."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -67,14 +67,14 @@ class Answer:
         self.is_complete = False
 
     async def __call__(self, message: Message) -> None:
-        """Send a part of the answer."""
+        """Send a part of the response."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
         self.is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
         await self._send(message)
 
     async def tell(self, problem: HttpProblem) -> None:
-        """Answer with a problem, unless the answer has begun: then the server closes the connection."""
+        """Send a problem as the response, unless one has begun: then the server closes the connection."""
         if not self.status:
             body = problem.body()
             headers = [*problem.headers(), (b"content-length", str(len(body)).encode())]
@@ -84,12 +84,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class _Target:
-    """Whom a request is for.
+    """The target of a request.
 
     Attributes:
-        base: The engine's name of its base model.
-        name: The adapter, if it is for one that the engine has itself, or for a task; else the engine decides.
-        task: The task.
+        base: The engine's name for its base model.
+        name: The task, or the engine's own adapter; None to let the engine decide.
+        task: The task, if it is for one.
     """
 
     base: str
@@ -99,15 +99,15 @@ class _Target:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request that is to be passed on, perhaps several times.
+    """A request to forward, possibly with retries.
 
     Attributes:
-        request: As the client sent it.
+        request: The client's request.
         route: The engine's route.
         fields: Its body.
-        wish: Its header about the context, empty if it has none.
-        may_forget: Whether it is sent again if the engine has forgotten the adapter.
-        is_too_long: Whether the engine found it too long behind its task's context.
+        wish: Its context header, or empty.
+        may_forget: Whether to retry if the engine has lost the adapter.
+        is_too_long: Whether the engine rejected it as too long with its task's context.
     """
 
     request: httpx.Request
@@ -119,17 +119,17 @@ class _Asked:
 
 
 class Forwarder:
-    """Passes requests on.
+    """Forward requests to the engine.
 
     Args:
-        client: What requests go through; its base URL is the engine's.
+        client: HTTP client with the engine's base URL.
         connection: The engine.
         catalogue: The tasks.
         residency: Their adapters in the engine.
         settings: Limits for a request.
         metrics: The metrics.
-        own_authorization: The `authorization` header for the engine, in place of the client's. Empty: the engine gets
-            none; None: it gets the client's.
+        own_authorization: The `authorization` header for the engine, replacing the client's. Empty to send none; None
+            to send the client's.
     """
 
     def __init__(
@@ -147,12 +147,12 @@ class Forwarder:
         self._settings, self._metrics, self._own_authorization = settings, metrics, own_authorization
 
     async def answer(self, scope: Scope, receive: Receive, answer: Answer, path: str) -> None:
-        """Answer a request with the engine's answer to `path`.
+        """Answer a request with the engine's response to `path`.
 
         Raises:
-            HttpProblem: There is none, and nothing was sent yet.
-            ClientGone: The client did not wait for it.
-            CutShort: It broke off.
+            HttpProblem: The engine did not respond, and nothing was sent yet.
+            ClientGone: The client disconnected or stopped reading.
+            CutShort: The engine's response broke off.
         """
         body = await self._body(receive)
         url = self._url(path, scope["query_string"])
@@ -161,7 +161,7 @@ class Forwarder:
         await _while_connected(receive, answer, self._respond(request, path, body, wish, answer))
 
     async def _respond(self, request: httpx.Request, route: str, body: bytes, wish: bytes, send: Send) -> None:
-        if request.method == "GET" or route.endswith("/cancel"):  # of the Responses API: no model is named
+        if request.method == "GET" or route.endswith("/cancel"):  # Responses API: the request has no model
             async with self._sent(request) as response:
                 return await self._relay(response, send)
         asked: _Asked | None = _Asked(request, route, parse_body(body), wish)
@@ -169,13 +169,13 @@ class Forwarder:
             asked = await self._attempt(asked, send)
 
     async def _attempt(self, asked: _Asked, send: Send) -> _Asked | None:
-        """Send a request for its task; return how it is to be sent again, if the engine cannot answer it like this."""
+        """Send a request for its task; return the request for a retry if the engine rejects it in this form."""
         engine = await self._connection.engine()
         target = await self._target(engine, asked.fields)
         using = nullcontext() if target.task is None else self._residency.using(target.task)
         async with using as resident:
             adapter = target.name if resident is None else resident.adapter
-            fields, context = self._behind_context(asked, target.task, resident)
+            fields, context = self._with_context(asked, target.task, resident)
             body = engine.addressed(fields, adapter, target.base) if adapter else None
             if body is None and fields is not asked.fields:
                 body = json.dumps(fields).encode()
@@ -186,17 +186,17 @@ class Forwarder:
                     await self._relay(response, send, context=context)
                     return None
                 refusal = await self._read(response)
-                if may_be_long and _OF_LENGTH in refusal.lower():
+                if may_be_long and _LENGTH_WORD in refusal.lower():
                     return replace(asked, is_too_long=True)
                 if may_forget and engine.forgot_word in refusal.lower() and await self._residency.forgot(resident):
                     return replace(asked, may_forget=False)
                 await self._relay(response, send, refusal, context)
                 return None
 
-    def _behind_context(
+    def _with_context(
         self, asked: _Asked, task: ServedTask | None, resident: Resident | None
     ) -> tuple[Body, str | None]:
-        """Put its task's context before a request that wants it; also return what the client is told of that."""
+        """Insert the task's context if the request wants it; also return the result for the response header."""
         if task is None or resident is None or not is_wanted(asked.wish, default=task.is_generated):
             return asked.fields, None
         context, behind = resident.context, None
@@ -207,7 +207,7 @@ class Forwarder:
         return behind or asked.fields, said
 
     async def _target(self, engine: Engine, fields: Body) -> _Target:
-        """Find out whom the model of a request names."""
+        """Return the target that a request's model refers to."""
         listing, model = await self._connection.listing(max_age=float("inf")), fields.get("model")
         if not isinstance(model, str) or not model or model in listing.bases:
             return _Target(listing.base)
@@ -219,7 +219,7 @@ class Forwarder:
         await self._residency.remove(name)
         if engine.takes_unknown(name):
             return _Target(listing.base)
-        if self._residency.is_own(await self._connection.listing(_RECENT), name):  # somebody has loaded it since
+        if self._residency.is_own(await self._connection.listing(_RECENT), name):  # loaded since the last listing
             return _Target(listing.base, name)
         raise HttpProblem(404, f"The model {name[:200]!r} does not exist.", "model_not_found")
 
@@ -228,13 +228,13 @@ class Forwarder:
             return await self._catalogue.find(name)
         except (IcmError, OSError) as error:
             fact = error.message if isinstance(error, IcmError) else error.strerror
-            if not isinstance(error, StoreUnavailable):  # which is said once, when it is noticed
+            if not isinstance(error, StoreUnavailable):  # already logged once
                 _log.warning("cannot look up a task: %s", fact)
             raise HttpProblem(503, f"Cannot read the tasks: {fact}", "store_unavailable", retry_after=5) from error
 
     @asynccontextmanager
     async def _sent(self, request: httpx.Request) -> AsyncIterator[httpx.Response]:
-        """Send a request, and close its answer after the block however far it was read."""
+        """Send a request; close its response after the block, read or not."""
         try:
             async with asyncio.timeout(self._settings.first_byte_timeout):
                 response = await self._client.send(request, stream=True)
@@ -254,9 +254,9 @@ class Forwarder:
     async def _relay(
         self, response: httpx.Response, send: Send, begin: bytes = b"", context: str | None = None
     ) -> None:
-        """Send an answer to the client, piece by piece, and what was done with its task's context."""
+        """Stream a response to the client, with the context result as a header."""
         is_stream = response.headers.get("content-type", "").startswith("text/event-stream")
-        dropped = _OF_ONE_HOP | _named_by_connection(response.headers.raw)
+        dropped = _HOP_BY_HOP | _named_by_connection(response.headers.raw)
         headers = [(name, value) for name, value in response.headers.raw if name.lower() not in dropped]
         if context is not None:
             headers.append((HEADER, context.encode()))
@@ -278,7 +278,7 @@ class Forwarder:
         await self._to_client(send, {"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _break_off(self, send: Send, error: Exception, *, is_stream: bool, last: bytes) -> NoReturn:
-        """End an answer that the engine did not complete: nobody must take what is there for all of it."""
+        """Mark a response that the engine did not complete as broken, so that it cannot pass for complete."""
         if isinstance(error, TimeoutError):
             problem = HttpProblem(
                 504, "The engine stopped responding before its response was complete.", "engine_timeout"
@@ -302,20 +302,20 @@ class Forwarder:
             raise ClientGone("the client does not read the response") from error
 
     async def _read(self, response: httpx.Response) -> bytes:
-        """Read a refusal to its end."""
+        """Read an error response completely."""
         data = b""
         try:
             async with asyncio.timeout(self._settings.idle_timeout):
                 async for piece in response.aiter_raw():
                     data += piece
-                    if len(data) > _LARGEST_ERROR:
+                    if len(data) > _MAX_ERROR_BYTES:
                         raise HttpProblem(502, "The engine's error response is too long.", "engine_invalid")
         except (httpx.HTTPError, TimeoutError) as error:
             raise unreachable(error) from error
         return data
 
     def _url(self, path: str, query: bytes) -> httpx.URL:
-        """Return the engine's URL of a route: never the path that the client wrote."""
+        """Return the engine's URL for a route, never built from the client's path."""
         base = self._client.base_url
         raw_path = base.raw_path.rstrip(b"/") + path.encode() + (b"?" + query if query else b"")
         try:
@@ -345,7 +345,7 @@ class Forwarder:
                 return bytes(data)
 
     def _headers(self, headers: Headers) -> Headers:
-        dropped = _OF_ONE_HOP | _SET_ANEW | _named_by_connection(headers)
+        dropped = _HOP_BY_HOP | _REPLACED | _named_by_connection(headers)
         kept = [(name, value) for name, value in headers if name.lower() not in dropped]
         if self._own_authorization is None:
             return kept
@@ -354,7 +354,7 @@ class Forwarder:
 
 
 def parse_body(body: bytes) -> Body:
-    """Read the body of a request as a JSON object; raises `HttpProblem` if it is none."""
+    """Parse a request body as a JSON object; raise `HttpProblem` if it is not one."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -366,8 +366,8 @@ def parse_body(body: bytes) -> Body:
 
 
 async def _while_connected(receive: Receive, answer: Answer, work: Awaitable[None]) -> None:
-    """Do some work unless the client leaves before it is done."""
-    # After a complete answer the server also says that the client is gone.
+    """Run `work`; cancel it if the client disconnects first."""
+    # After a complete response, the server also reports a disconnect.
     job, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -386,7 +386,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 def _addressed(request: httpx.Request, body: bytes | None) -> httpx.Request:
-    """Return a request with another body; the same if there is none."""
+    """Return a request with `body`, or the same request if that is None."""
     if body is None:
         return request
     headers = [(name, value) for name, value in request.headers.raw if name.lower() != b"content-length"]
@@ -394,6 +394,6 @@ def _addressed(request: httpx.Request, body: bytes | None) -> httpx.Request:
 
 
 def _named_by_connection(headers: Headers) -> frozenset[bytes]:
-    """Return the headers that a `connection` header keeps to one hop."""
+    """Return the headers that a `connection` header lists as hop-by-hop."""
     values = [value for name, value in headers if name.lower() == b"connection"]
     return frozenset(part.strip().lower() for value in values for part in value.split(b","))

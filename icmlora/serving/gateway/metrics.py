@@ -1,4 +1,4 @@
-"""What the gateway counts, for Prometheus. No label has a value that a client chooses."""
+"""The gateway's Prometheus metrics. Clients cannot choose the value of any label."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
 class Metrics:
-    """The figures of one gateway."""
+    """The metrics of one gateway."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
@@ -53,5 +53,5 @@ class Metrics:
         )
 
     def text(self) -> bytes:
-        """Return all figures as Prometheus reads them."""
+        """Return all metrics in Prometheus's text format."""
         return generate_latest(self._registry)

@@ -24,7 +24,7 @@ class HttpProblem(Exception):
         self.retry_after, self.closes = retry_after, closes
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Return the headers of the answer."""
+        """Return the headers of the response."""
         headers = [(b"content-type", b"application/json")]
         if self.retry_after is not None:
             headers.append((b"retry-after", str(self.retry_after).encode()))
@@ -35,11 +35,11 @@ class HttpProblem(Exception):
         return headers
 
     def body(self) -> bytes:
-        """Return the answer as JSON."""
+        """Return the response body as JSON."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         error = {"message": self.message, "type": kind, "param": None, "code": self.code}
         return json.dumps({"type": "error", "error": error}).encode()  # the outer "type" is for clients of /v1/messages
 
     def event(self) -> bytes:
-        """Return the answer as the last event of a stream."""
+        """Return the problem as the last event of a stream."""
         return b"event: error\ndata: " + self.body() + b"\n\n"

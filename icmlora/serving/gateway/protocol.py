@@ -1,7 +1,7 @@
-"""Connections of clients, as uvicorn takes them: how long a request may take to arrive, and how many an address has.
+"""Client connections under uvicorn: a deadline for requests to arrive, and a limit on connections per address.
 
-uvicorn itself waits for the rest of a request as long as a client likes, and takes as many connections as there are
-file descriptors: a few hundred halves of a request line, sent before any token, would shut everyone else out.
+uvicorn itself waits for the rest of a request indefinitely, and accepts as many connections as there are file
+descriptors: a few hundred partial request lines, sent without a token, would lock out all other clients.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from icmlora.serving.gateway.problems import HttpProblem
 from icmlora.serving.gateway.settings import GatewaySettings
 
 _DESCRIPTORS = 65_536
-_OF_ONE_ADDRESS = 3
-"""What share of the file descriptors one address gets: one third, since each request has another to the engine."""
+_ADDRESS_SHARE = 3
+"""One address gets 1/3 of the file descriptors, because each request needs a second one for the engine."""
 _AT_ONCE = 16
-"""What share of them is taken at once: one that is too many is closed two rounds of asyncio's loop after it came."""
-_SAID_AGAIN = 60.0  # seconds after which a lack of descriptors is worth another line
-_GRACE = 1.0  # seconds after which the connection is closed if the application did not answer that the body is late
+"""1/16 of them may be accepted at once: an excess connection is closed only two event loop iterations later."""
+_LOG_INTERVAL = 60.0  # seconds between log lines about a lack of descriptors
+_GRACE = 1.0  # extra seconds for the application to answer that the body is late, before the connection is closed
 
 _log = logging.getLogger(__name__)
 
 _Part = Literal["header", "body", "rest"]
-"""What a client still has to send: `rest` is a body that nobody waits for, since its answer was sent already."""
+"""The part that a client still has to send; `rest` is the remaining body of a request that was already answered."""
 
 
 class Gate:
     """State shared by all connections of a server.
 
     Args:
-        settings: How long requests may take to arrive.
-        connections: How many connections an address may have open.
+        settings: Timeouts for requests to arrive.
+        connections: Maximum number of open connections per address.
     """
 
     def __init__(self, settings: GatewaySettings, connections: int) -> None:
@@ -54,7 +54,7 @@ class Gate:
         return self._open[address] <= self._connections
 
     def leave(self, address: str) -> None:
-        """Count a connection that is closed."""
+        """Remove a closed connection from the count."""
         self._open[address] -= 1
         if not self._open[address]:
             del self._open[address]
@@ -66,14 +66,14 @@ def allowed(connections: int) -> tuple[int, int]:
     Returns:
         The possible number of connections per address, at most `connections`, and the number to accept at once.
     """
-    if sys.platform == "win32":  # there is no limit on sockets
+    if sys.platform == "win32":  # no limit on sockets
         return connections, connections
     import resource
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     descriptors = min(most, _DESCRIPTORS) if most != resource.RLIM_INFINITY else _DESCRIPTORS
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, most))
-    return min(connections, descriptors // _OF_ONE_ADDRESS), min(connections, descriptors // _AT_ONCE)
+    return min(connections, descriptors // _ADDRESS_SHARE), min(connections, descriptors // _AT_ONCE)
 
 
 class NoDescriptors:
@@ -83,15 +83,15 @@ class NoDescriptors:
     """
 
     def __init__(self) -> None:
-        self._said = -math.inf
+        self._logged = -math.inf
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Handle an error, as `loop.set_exception_handler` asks for."""
+        """Handle an error, for `loop.set_exception_handler`."""
         error = context.get("exception")
         if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
             loop.default_exception_handler(context)
-        elif loop.time() - self._said >= _SAID_AGAIN:
-            self._said = loop.time()
+        elif loop.time() - self._logged >= _LOG_INTERVAL:
+            self._logged = loop.time()
             _log.warning("out of file descriptors for new connections; raise `ulimit -n` of the gateway")
 
 
@@ -125,7 +125,7 @@ class _Guarded(H11Protocol):
         self._forget_deadline()
 
     def handle_events(self) -> None:
-        """Handle what has arrived."""
+        """Handle received data."""
         super().handle_events()
         self._watch()
 
@@ -139,7 +139,7 @@ class _Guarded(H11Protocol):
         return "" if self.client is None else self.client[0]
 
     def _watch(self) -> None:
-        """Set a time by which what is arriving has to be there; it is not put off by what arrives meanwhile."""
+        """Set a deadline for the part that is arriving; further data does not extend it."""
         arriving = self._part()
         if arriving == self._arriving:
             return
@@ -151,7 +151,7 @@ class _Guarded(H11Protocol):
             self._deadline = self.loop.call_later(seconds, self._late)
 
     def _part(self) -> tuple[_Part, object] | None:
-        """Return which part of which request the client still has to send; None between two requests."""
+        """Return the part that the client still has to send, and its request; None between two requests."""
         if self.transport.is_closing():
             return None
         if self.conn.their_state is h11.IDLE and (self.cycle is None or self._has_begun):
@@ -162,7 +162,7 @@ class _Guarded(H11Protocol):
 
     @property
     def _has_begun(self) -> bool:
-        """Whether a part of the next request is there."""
+        """Whether a part of the next request has arrived."""
         return bool(self.conn.trailing_data[0])
 
     def _forget_deadline(self) -> None:
@@ -177,7 +177,7 @@ class _Guarded(H11Protocol):
             self.transport.close()
 
     def _refuse(self, problem: HttpProblem) -> None:
-        """Answer without asking the application, and close the connection."""
+        """Answer without calling the application, and close the connection."""
         body = problem.body()
         headers = [*problem.headers(), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
         response = h11.Response(status_code=problem.status, headers=headers)

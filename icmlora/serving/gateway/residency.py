@@ -4,8 +4,8 @@
                                    |
                                    `--its task was replaced--> retired: serves requests in flight, then deleted
 
-Only one adapter at a time is loaded or unloaded, under a lock, so that the engine's list and this one stay the same.
-While a task waits for the lock, its adapter is already written if there is plenty of space.
+Adapters are loaded and unloaded one at a time, under a lock, to keep the engine's list and this one consistent. While a
+task waits for the lock, its adapter is already written if there is plenty of space.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ from registry.errors import IcmError, StoreLocked, StoreUnavailable
 from registry.files import is_full
 
 _LINGER = 5.0
-"""Seconds that an adapter counts as in use after a request that was cut short: the engine may still run it."""
+"""Seconds that an adapter counts as in use after an interrupted request, which the engine may still run."""
 _REMEMBERED = 5.0
-"""Seconds for which a failure of a task is not tried again."""
+"""Seconds before a failed task is retried."""
 _LASTING = frozenset(
     {"adapter_unavailable", "store_unavailable", "adapter_unsuited", "engine_refused_adapter", "engine_lied"}
 )
 _FETCHING = 16
-"""Tasks whose bytes are fetched over a network at once: those that hang are not in the way of others."""
+"""Concurrent downloads of tasks: several, so that one that hangs does not block the others."""
 _FETCH_TIMEOUT = 15.0
-"""Seconds that a task waits for its bytes; they may still come after that, for the next request."""
+"""Seconds that a task waits for its download, which may continue for the next request."""
 _PATIENCE = 10.0
 """Seconds that a task waits for room while all adapters are in use."""
 _AHEAD = 4
-"""Of the room for adapters, the share that has to do while some are written that wait to be loaded."""
-_LARGEST_ITEM = 8  # bytes of a float64
-_ATTEMPTS = 3  # at writing a task that is being replaced
+"""Adapters are written ahead of loading only up to 1/4 of the size limit."""
+_MAX_ITEM_BYTES = 8  # a float64
+_ATTEMPTS = 3  # to write a task that is being replaced
 
 _log = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -63,15 +63,15 @@ R = TypeVar("R")
 
 @dataclass(eq=False)
 class Resident:
-    """One version of a task that the engine has loaded.
+    """One version of a task that is loaded in the engine.
 
     Attributes:
         task: The name of the task.
         key: The key of this version.
-        adapter: The name under which the engine has it.
-        folder: Where it is.
-        uses: Requests in flight.
-        known: Whether the engine has it, as far as is known.
+        adapter: The adapter's name in the engine.
+        folder: The adapter's folder.
+        uses: Number of requests in flight.
+        known: Whether the engine has it, according to the last listing.
     """
 
     task: str
@@ -94,7 +94,7 @@ class Resident:
 
 @dataclass(eq=False)
 class _Flight:
-    """A task that is being brought in, and those who wait for it."""
+    """A task that is being loaded, and the number of waiting requests."""
 
     key: str
     job: asyncio.Task[Resident | None]
@@ -140,7 +140,7 @@ class Residency:
 
     @asynccontextmanager
     async def using(self, task: ServedTask) -> AsyncIterator[Resident | None]:
-        """Have a task loaded, and keep it so for the block; None if the engine has an adapter of this name itself.
+        """Load a task and keep it loaded for the block; yield None if the engine has its own adapter of this name.
 
         Raises:
             HttpProblem: It cannot be written or loaded, or there is no room.
@@ -167,14 +167,14 @@ class Residency:
         return is_own
 
     async def forgot(self, resident: Resident) -> bool:
-        """Ask the engine whether it lost an adapter, as after a restart."""
+        """Check whether the engine has lost an adapter, such as after a restart."""
         async with self._turn:
             await self._reconcile()
         return not resident.known or self._loaded.get(resident.task) is not resident
 
     async def remove(self, task: str) -> None:
         """Unload the adapter of a removed task, if it is loaded."""
-        if task not in self._loaded:  # without a turn: any name may be asked for
+        if task not in self._loaded:  # checked without the lock, because clients may send any name
             return
         async with self._turn:
             if (resident := self._loaded.get(task)) is not None:
@@ -206,7 +206,7 @@ class Residency:
 
     @property
     def _all(self) -> list[Resident]:
-        """Every version that the engine may have."""
+        """All versions that the engine may have."""
         return [*self._loaded.values(), *self._retired]
 
     async def _acquire(self, task: ServedTask) -> Resident | None:
@@ -246,10 +246,10 @@ class Residency:
             _log.warning("cannot unload %s: %s", resident.task, problem.message)
 
     def _take_off(self, task: ServedTask) -> _Flight:
-        """Begin to bring a task in."""
+        """Start to load a task."""
         until, problem = self._failures.get((task.name, task.key), (0.0, None))
         if problem is not None and time.monotonic() < until:
-            raise problem.with_traceback(None)  # else each raise would add to it
+            raise problem.with_traceback(None)  # otherwise the traceback grows with each raise
         if len(self._flights) >= self._max_waiting:
             message = f"{self._max_waiting} other tasks are waiting to load; try again soon."
             raise HttpProblem(503, message, "too_many_waiting", retry_after=2)
@@ -265,7 +265,7 @@ class Residency:
             async with self._turn:
                 resident = await self._bring_in(name)
                 flight = self._flights[name]
-                if resident is not None:  # from here on, each who waits is a use of it
+                if resident is not None:  # from now on, each waiting request counts as a use
                     resident.uses += flight.waiting
                     flight.landed = resident
                 return resident
@@ -273,14 +273,14 @@ class Residency:
             problem = _as_problem(name, error)
             if problem.code in _LASTING:
                 self._remember((name, key), problem)
-            if problem.code != "store_unavailable":  # which is said once, when it is noticed
+            if problem.code != "store_unavailable":  # already logged once
                 _log.warning("cannot serve %s: %s", name, problem.message)
             raise problem from None
         finally:
             del self._flights[name]
 
     async def _fetch(self, task: ServedTask) -> None:
-        """Wait for the bytes of a task without keeping others from their turn."""
+        """Download a task without holding the lock."""
         if self._tasks.is_at_hand(task):
             return
         try:
@@ -293,14 +293,14 @@ class Residency:
             raise HttpProblem(503, message, "store_unavailable", retry_after=5) from None
 
     async def _write_ahead(self, task: ServedTask) -> None:
-        """Write a task that has to wait for its turn, while the engine loads another one, if there is much room."""
+        """Write a task while the engine loads another one, if there is plenty of space."""
         if not self._turn.locked():
             return
         async with self._ahead:
-            largest = sum(shape.parameters for shape in task.layout) * _LARGEST_ITEM
+            largest = sum(shape.parameters for shape in task.layout) * _MAX_ITEM_BYTES
             if not task.layout or self._folders.size + largest > self._folders.limit // _AHEAD or self._is_full(task):
                 return
-            with suppress(Exception):  # whatever is wrong is told in its turn
+            with suppress(Exception):  # raised again under the lock
                 await self._in_thread(partial(self._folders.get, task.key, self._writer(task)))
 
     def _remember(self, version: tuple[str, str], problem: HttpProblem) -> None:
@@ -309,7 +309,7 @@ class Residency:
         self._failures[version] = now + _REMEMBERED, problem
 
     async def _bring_in(self, name: str) -> Resident | None:
-        """Write a task's adapter and have the engine load it."""
+        """Write a task's adapter and load it into the engine."""
         engine, listing = await self._connection.engine(), await self._reconcile()
         if self.is_own(listing, name):
             return None
@@ -327,7 +327,7 @@ class Residency:
         return resident
 
     def _version(self, engine: Engine, task: ServedTask, folder: Path) -> Resident:
-        """Return a version of a task, which may be there already: forgotten by the engine, or retired."""
+        """Return a version of a task, reusing one that the engine has lost or that was retired."""
         known = (one for one in self._all if (one.task, one.key) == (task.name, task.key))
         adapter = engine.adapter_name(task.name, task.key)
         return next(known, None) or Resident(task.name, task.key, adapter, folder, known=False)
@@ -346,7 +346,7 @@ class Residency:
         _log.info("loaded %s (%s) into the engine in %.2f s", resident.task, size, took)
 
     async def _write(self, name: str) -> tuple[ServedTask, Path]:
-        """Write a task as it is now."""
+        """Write the current version of a task."""
         for _ in range(_ATTEMPTS):
             task = await self._catalogue.find(name)
             if task is None:
@@ -358,11 +358,11 @@ class Residency:
         raise HttpProblem(503, f"The task {name!r} is being changed; try again soon.", "task_changes", retry_after=2)
 
     async def _written(self, task: ServedTask) -> Path:
-        """Return the folder of a task, written if it is not there."""
+        """Return the folder of a task, written if missing."""
         folders, write = self._folders, self._writer(task)
         await self._make_room(task, lambda: folders.size >= folders.limit or self._is_full(task))
         while (folder := await self._in_thread(partial(_got, folders, task.key, write))) is None:
-            # Below the limit, but others fill the disk too.
+            # Below the limit, but the disk is full, because other programs use it too.
             if not await self._dropped_one(task):
                 message = f"There is no disk space left for the adapter of {task.name!r}."
                 raise HttpProblem(503, message, "no_room", retry_after=5)
@@ -374,7 +374,7 @@ class Residency:
         return folder
 
     def _writer(self, task: ServedTask) -> Callable[[Path], None]:
-        """Return what writes a task into a folder, and counts how long that takes."""
+        """Return a function that writes a task into a folder and records the time taken."""
 
         def write(directory: Path) -> None:
             with self._metrics.materialize_seconds.time():
@@ -383,7 +383,7 @@ class Residency:
         return write
 
     async def _make_room(self, task: ServedTask, is_needed: Callable[[], bool]) -> None:
-        """Unload idle adapters, those used longest ago first; wait for a while if all are in use."""
+        """Unload idle adapters, least recently used first; wait up to `_PATIENCE` if all are in use."""
         until = asyncio.get_running_loop().time() + _PATIENCE
         while is_needed():
             if await self._dropped_one(task):
@@ -400,7 +400,7 @@ class Residency:
                 raise HttpProblem(503, message, "no_room", retry_after=1) from None
 
     async def _dropped_one(self, task: ServedTask) -> bool:
-        """Unload the idle adapter that was used longest ago, and say whether there was one."""
+        """Unload the least recently used idle adapter; return whether there was one."""
         others = (one for one in self._loaded.values() if one.task != task.name)
         if (victim := next((one for one in (*self._retired, *others) if one.uses == 0), None)) is not None:
             await self._drop(victim, "least recently used")
@@ -419,7 +419,7 @@ class Residency:
             raise HttpProblem(404, f"The engine cannot serve this task: {problem}.", "adapter_unsuited")
 
     async def _retire(self, engine: Engine, resident: Resident, why: str) -> None:
-        """Take an adapter from those that requests get; what is in flight keeps it."""
+        """Withdraw an adapter from new requests; requests in flight keep it."""
         if engine.unloads_at_once and resident.known:
             await engine.unload(resident.adapter)
             resident.known = False
@@ -429,9 +429,9 @@ class Residency:
             await self._drop(resident, why)
 
     async def _drop(self, resident: Resident, why: str) -> None:
-        """Have the engine unload an idle adapter, and only then delete its folder."""
+        """Unload an idle adapter from the engine, then delete its folder."""
         if was_loaded := self._loaded.get(resident.task) is resident:
-            del self._loaded[resident.task]  # now, so that no request begins to use it
+            del self._loaded[resident.task]  # before unloading, so that no new request uses it
         try:
             if resident.known:
                 await (await self._connection.engine()).unload(resident.adapter)
@@ -447,12 +447,12 @@ class Residency:
         _log.info("unloaded %s: %s", resident.task, why)
 
     async def _discard(self, key: str) -> None:
-        """Delete a folder, unless there is an adapter from it."""
+        """Delete a folder, unless an adapter uses it."""
         if all(one.key != key for one in self._all):
             await self._in_thread(partial(self._folders.discard, key))
 
     async def _reconcile(self) -> Listing:
-        """Compare what the engine has with what is known here, and take over what an earlier gateway left."""
+        """Update the state from the engine's list, and take over adapters loaded by an earlier gateway."""
         engine, listing = await self._connection.engine(), await self._connection.listing()
         residents = self._all
         for resident in residents:
@@ -495,14 +495,14 @@ class Residency:
     def _ended(self, job: asyncio.Task[Any]) -> None:
         self._jobs.discard(job)
         if not job.cancelled():
-            job.exception()  # those who wait have it; if nobody does any more, the log has it
+            job.exception()  # mark as retrieved; waiting requests receive it, and it is in the log
 
     async def _in_thread(self, work: Callable[[], R]) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
 
 def _got(folders: AdapterFolders, key: str, write: Callable[[Path], None]) -> Path | None:
-    """Return the folder of a key; None if there is no space left on its disk."""
+    """Return the folder of a key; None if its disk is full."""
     try:
         return folders.get(key, write)
     except OSError as error:
@@ -512,7 +512,7 @@ def _got(folders: AdapterFolders, key: str, write: Callable[[Path], None]) -> Pa
 
 
 def _as_problem(name: str, error: Exception) -> HttpProblem:
-    """Describe why a task could not be brought in."""
+    """Convert an error of loading a task to a problem."""
     if isinstance(error, HttpProblem):
         return error
     if isinstance(error, FoldersUnusable):

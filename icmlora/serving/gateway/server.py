@@ -28,13 +28,13 @@ from icmlora.serving.gateway.settings import GatewaySettings
 from icmlora.serving.tasks import ServedTasks
 
 _QUEUE = 2048
-"""Connections that the system queues until they are accepted."""
-_THREADS = 4  # for looking into the store, and as many for writing adapters
+"""Length of the system's queue of connections to accept."""
+_THREADS = 4  # for store lookups, and the same number for writing adapters
 _KEPT_ALIVE = 3.0
-"""Seconds for which an idle connection to the engine is used again: both engines close theirs after 5."""
+"""Seconds for which an idle connection to the engine is reused: both engines close theirs after 5."""
 _CONNECT_TIMEOUT = 5.0  # seconds for a connection to the engine
 _LIST_TIMEOUT = 10.0  # seconds for an engine to list its models
-_CLIENT_KEPT_ALIVE = 75  # seconds, more than load balancers keep theirs
+_CLIENT_KEPT_ALIVE = 75  # seconds, longer than load balancers keep their connections
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def serve(listening: socket.socket, tasks: ServedTasks, folders: AdapterFolders,
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket, so that its address accepts connections at once. Raises `OSError` naming it."""
+    """Return a socket that already listens; raise `OSError` with its address if that fails."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     found = socket.socket(family, kind, protocol)
     try:
@@ -71,13 +71,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 @asynccontextmanager
 async def opened(tasks: ServedTasks, folders: AdapterFolders, settings: GatewaySettings) -> AsyncIterator[GatewayApp]:
-    """Yield the application with everything that it needs."""
+    """Yield the application with all of its components."""
     token = settings.engine_token
     authorization = None if token is None else f"Bearer {token}".encode()
     control = _client(settings, httpx.Timeout(_LIST_TIMEOUT, connect=_CONNECT_TIMEOUT), authorization)
     timeout = httpx.Timeout(None, connect=_CONNECT_TIMEOUT, write=settings.idle_timeout)
     passing = _client(settings, timeout, None)
-    # A look may hang while a database is stopped; what is known is written meanwhile.
+    # Separate threads, so that lookups that hang in a stopped database do not block writing known tasks.
     threads, looking = (ThreadPoolExecutor(_THREADS, thread_name_prefix=name) for name in ("icm", "icm-look"))
     async with control, passing:
         metrics = Metrics()
@@ -85,7 +85,7 @@ async def opened(tasks: ServedTasks, folders: AdapterFolders, settings: GatewayS
         catalogue = Catalogue(tasks, looking)
         residency = Residency(connection, tasks, catalogue, folders, threads, metrics, settings)
         if settings.token is not None:
-            authorization = authorization or b""  # the client's token is not the engine's business
+            authorization = authorization or b""  # do not forward the client's token to the engine
         forwarder = Forwarder(passing, connection, catalogue, residency, settings, metrics, authorization)
         preparing = asyncio.create_task(_prepare(residency, settings.engine_url))
         try:
@@ -101,16 +101,16 @@ def _client(settings: GatewaySettings, timeout: httpx.Timeout, authorization: by
     client = httpx.AsyncClient(
         base_url=settings.engine_url,
         timeout=timeout,
-        # How many requests there may be is decided before they come here.
+        # The number of requests is already limited by the application.
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=_KEPT_ALIVE),
-        trust_env=False,  # no proxy, and no passwords from ~/.netrc
+        trust_env=False,  # no proxy, no passwords from ~/.netrc
     )
     client.headers = httpx.Headers([] if authorization is None else [(b"authorization", authorization)])
     return client
 
 
 async def _prepare(residency: Residency, url: str) -> None:
-    """Do before the first request what it would wait for."""
+    """Prepare the engine in advance, so that the first request need not wait."""
     try:
         await residency.prepare()
     except HttpProblem as problem:
@@ -120,19 +120,19 @@ async def _prepare(residency: Residency, url: str) -> None:
 
 
 def uvicorn_config(app: GatewayApp, settings: GatewaySettings) -> uvicorn.Config:
-    """Return how uvicorn is to serve the application."""
+    """Return the uvicorn configuration for the application."""
     connections, at_once = allowed(settings.max_connections)
     return uvicorn.Config(
         app,
-        http=guarded(settings, connections),  # type: ignore[arg-type]  # it is only called
-        backlog=at_once,  # asyncio takes so many before it closes those that are too many
+        http=guarded(settings, connections),  # type: ignore[arg-type]  # a factory, which uvicorn only calls
+        backlog=at_once,  # asyncio accepts this many connections before it closes excess ones
         ws="none",
         lifespan="off",
         interface="asgi3",
         log_config=None,
         access_log=settings.access_log,
         proxy_headers=False,
-        # The engine's own are passed on.
+        # The engine's headers are passed on.
         server_header=False,
         date_header=False,
         timeout_keep_alive=_CLIENT_KEPT_ALIVE,
@@ -141,7 +141,7 @@ def uvicorn_config(app: GatewayApp, settings: GatewaySettings) -> uvicorn.Config
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Leave out what uvicorn says about answers broken off on purpose, and say in our words that some were cut off."""
+    """Drop uvicorn's messages about responses broken off on purpose, and reword the one about cancelled requests."""
     if record.getMessage().startswith("Cancel ") and isinstance(record.args, tuple):
         count = counted(int(str(record.args[0])), "request")
         record.msg, record.args = f"cancelled {count} that did not finish within --drain-seconds", ()
@@ -149,10 +149,10 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 class _Server(uvicorn.Server):
-    """A server whose signals are handled by the loop: uvicorn would raise them again once it has stopped."""
+    """A server that leaves signals to the event loop: uvicorn would raise them again after stopping."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen; asyncio would have the system keep no more connections than it takes at once."""
+        """Start listening with the full queue: asyncio would limit it to the connections accepted at once."""
         await super().startup(sockets)
         for listening in sockets or ():
             listening.listen(_QUEUE)
@@ -163,7 +163,7 @@ class _Server(uvicorn.Server):
         yield
 
     def stop(self) -> None:
-        """Stop accepting and let requests end; called again, cut them off."""
+        """Stop accepting and let requests finish; a second call cancels them."""
         if self.should_exit:
             self.force_exit = True
         else:

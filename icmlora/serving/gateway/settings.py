@@ -1,4 +1,4 @@
-"""Settings of the gateway. This module imports nothing heavy, because the command line imports it."""
+"""Settings of the gateway. This module has no heavy imports, because the command line imports it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class GatewaySettings:
         base_model: The base model of the engine, if the user named it.
         token: Token that clients must send; None for open access.
         local_names: Names of this machine, if only local clients have access: the Host header must be one of them or
-            localhost, which stops web pages elsewhere from using a local browser. None: any name.
+            localhost, which keeps foreign web pages from using a local browser. None: any name.
         max_adapters: Maximum number of loaded adapters; None for as many as fit into the folders.
         max_waiting: Maximum number of tasks waiting to load.
         max_requests: Maximum number of concurrent requests.
         max_connections: Maximum number of connections per address.
         max_body: Maximum size of a request body in bytes.
-        header_timeout: Seconds until a request's headers have arrived.
-        body_timeout: Seconds until its body has.
-        first_byte_timeout: Seconds until the engine's response begins.
-        idle_timeout: Seconds between two pieces of a body, in either direction.
-        drain: Seconds for requests in flight to end when the gateway is stopped.
+        header_timeout: Seconds for a request's headers to arrive.
+        body_timeout: Seconds for its body to arrive.
+        first_byte_timeout: Seconds for the engine's response to begin.
+        idle_timeout: Seconds between two chunks of a body, in either direction.
+        drain: Seconds for requests in flight to finish when the gateway stops.
         access_log: Whether to log each request.
     """
 
