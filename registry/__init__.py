@@ -1,6 +1,6 @@
-"""Rows and bytes: what `icm` stores, in one folder that survives crashes.
+"""Storage of `icm`: rows and bytes, in one folder that survives crashes.
 
-The only door is :class:`registry.store.Store`. Everything else here is how it keeps its promises:
+The only entry point is :class:`registry.store.Store`; everything else implements its guarantees:
 
     caller ──▶ Store ──▶ blobs   content-addressed files, written first, fsync'ed, never changed
                    └──▶ engine  SQLite rows that refer to blobs, committed last

@@ -3,8 +3,8 @@
     State ──encode──▶ canonical JSON, deflated ──▶ manifests/a1/a1c7...      named by the SHA-256 of these bytes
           ◀─decode──  with the values that many tasks share from blobs/
 
-A file reference is the text `DIGEST:SIZE`. Fields with their default value are left out. Keys that this version does
-not know are kept in `more`, so that they survive when a newer icm wrote them.
+A file reference is the text `DIGEST:SIZE`. Fields with their default value are left out. Unknown keys, written by a
+newer icm, are kept in `more`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def packed(value: object) -> bytes:
 
 
 def unpacked(data: bytes, limit: int = MAX_MANIFEST_BYTES) -> Any:
-    """Return the JSON value of deflated text; raise `DamagedStore` if it is none, or longer than `limit` bytes."""
+    """Return the JSON value of deflated text; raise `DamagedStore` if it is invalid or exceeds `limit` bytes."""
     try:
         inflate = zlib.decompressobj()
         text = inflate.decompress(data, limit)
@@ -52,15 +52,15 @@ def unpacked(data: bytes, limit: int = MAX_MANIFEST_BYTES) -> Any:
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 Shared = Callable[[type["Part"], "File"], Mapping[str, Any]]
-"""Returns what `read_shared` returns for the document of a file, which has been verified."""
+"""Return the shared values of a verified document; see `read_shared`."""
 
 
 def read_shared(kind: type[Part], data: bytes) -> Mapping[str, Any]:
-    """Return the values of the fields that a document has for the parts of a kind that share it."""
+    """Return the field values that a document holds for the parts of a kind."""
     known, body = _readers(kind), unpacked(data)
     return {name: known[name](value, _nothing_shared) for name, value in body.items() if name in kind.SHARED}
 
@@ -73,9 +73,9 @@ def decode(data: bytes, shared: Shared, digest: str | None = None) -> State:
     """Read a manifest.
 
     Args:
-        data: Its bytes, which have been verified.
+        data: Its verified bytes.
         shared: Returns the values that manifests share; see `read_shared`.
-        digest: Its digest, which becomes `State.manifest`.
+        digest: Its digest, stored as `State.manifest`.
 
     Raises:
         DamagedStore: It is not a manifest of this format.
@@ -91,13 +91,13 @@ def decode(data: bytes, shared: Shared, digest: str | None = None) -> State:
 
 
 USES = ("originals", "checkpoints", "generators", "codes", "extras", "vectors", "texts", "training", "manifests")
-"""What files are for. A file with several uses counts for the first of them."""
+"""Uses of files. A file with several uses counts as the first."""
 
 
 def files_of(body: Any) -> Iterator[tuple[str, File]]:
-    """Yield use and file of all bytes that the JSON of a manifest needs; those of evicted weights are not needed.
+    """Yield use and file of all bytes that the JSON of a manifest needs, except evicted weights.
 
-    The network of a code is needed too: it has the use `generators`.
+    The network of a code is included, with the use `generators`.
     """
     kind = body["type"].split("/")[0]
     if kind == Task.KIND:
@@ -141,7 +141,7 @@ def _file(text: str) -> File:
 
 
 def _written(value: Any, documents: dict[str, bytes]) -> Any:
-    """Return a value as JSON, without the fields that have their default values."""
+    """Return a value as JSON, without fields at their default values."""
     if isinstance(value, File):
         return f"{value}:{value.size}"
     if isinstance(value, Part):
@@ -164,17 +164,17 @@ def _written(value: Any, documents: dict[str, bytes]) -> Any:
 
 
 def _as_declared(one: Any, value: Any) -> Any:
-    """Return a `File` that stands in a field for a digest as a digest."""
+    """Convert a `File` to its digest if the field is declared as a digest."""
     return str(value) if isinstance(value, File) and "File" not in one.type else value
 
 
 def written(part: Part) -> dict[str, Any]:
-    """Return a part without shared fields as JSON."""
+    """Return a part that has no shared fields as JSON."""
     return cast(dict[str, Any], _written(part, {}))
 
 
 def read(kind: type[P], body: Json) -> P:
-    """Read such a part again; raises `ValueError` or `TypeError` if the JSON does not fit."""
+    """Read a part from the JSON of `written`; raise `ValueError` or `TypeError` if it does not fit."""
     return cast(P, _read_part(kind, body, _nothing_shared))
 
 
@@ -185,7 +185,7 @@ def _sha256(data: bytes) -> str:
 
 
 def _default(one: Any) -> Any:
-    """Return the default of a field; none that depends on the time counts."""
+    """Return the default of a field, or `MISSING`; a default that depends on the time is ignored."""
     if one.default is not MISSING:
         return one.default
     if one.default_factory in (dict, tuple):
@@ -208,7 +208,7 @@ _READERS: dict[type[Part], dict[str, _Reader]] = {}
 
 
 def _readers(kind: type[Part]) -> dict[str, _Reader]:
-    """Return what reads each field of a part from JSON, and raises `ValueError` or `TypeError` if it does not fit."""
+    """Return the reader of each field of a part; readers raise `ValueError` or `TypeError` if the JSON does not fit."""
     if kind not in _READERS:
         hints = get_type_hints(kind)
         names = {one.name for one in fields(kind)} - {"more", "manifest"}
@@ -222,7 +222,7 @@ def _reader(hint: Any) -> _Reader:
         return lambda value, shared: _file(value)
     if isinstance(hint, type) and issubclass(hint, Part):
         return lambda value, shared: _read_part(hint, value, shared)
-    if origin in (Union, types.UnionType):  # of a type and None
+    if origin in (Union, types.UnionType):  # a type or None
         (inner,) = (one for one in arguments if one is not type(None))
         read = _reader(inner)
         return lambda value, shared: None if value is None else read(value, shared)

@@ -11,7 +11,7 @@ class IcmError(Exception):
 
     Attributes:
         message: The fact, in one sentence.
-        path: The file or folder it is about, or None.
+        path: The file or folder concerned, or None.
         hint: What to do next, or None.
     """
 
@@ -22,7 +22,7 @@ class IcmError(Exception):
         self.hint = hint
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickle the error as it is: the constructors of its subclasses take other arguments than `args`."""
+        """Pickle the complete state: subclass constructors do not take `args`."""
         return _unpickled, (type(self), self.args, self.__dict__)
 
 
@@ -45,7 +45,7 @@ class NotAStore(RegistryError):
 
 
 class StoreLocked(RegistryError):
-    """Another process holds the store or a job and the lock timeout passed."""
+    """Another process held the store or job lock until the lock timeout."""
 
 
 class StoreTooNew(RegistryError):
@@ -57,7 +57,7 @@ class StoreTooOld(RegistryError):
 
 
 class StoreReadOnly(RegistryError):
-    """A write to a store that was opened read-only, or that cannot be written."""
+    """A write to a store that is not writable or was opened read-only."""
 
 
 class StoreFull(RegistryError):
@@ -69,19 +69,19 @@ class StoreIOError(RegistryError):
 
 
 class StoreUnavailable(RegistryError):
-    """The database, or the place of the blobs, did not answer, or refused; unlike one bad file, this ends a command."""
+    """The database or the blob storage did not answer, or refused; unlike one bad file, this ends a command."""
 
 
 class DamagedStore(RegistryError):
-    """The database or the folder is not as it was left."""
+    """The database or a file of the store is damaged."""
 
 
 class MissingBlob(DamagedStore):
-    """A ref or a manifest refers to bytes that the store does not have."""
+    """A ref or manifest refers to bytes that the store does not have."""
 
 
 class DamagedBlob(DamagedStore):
-    """The bytes of a blob do not have the digest that names them."""
+    """The bytes of a blob do not match its digest."""
 
 
 class SourceRefused(RegistryError):
@@ -102,11 +102,11 @@ class SourceChanged(SourceRefused):
 
 
 class InvalidName(RegistryError):
-    """A task name, a tag or a note does not follow the rule."""
+    """A task name, tag or note is not valid."""
 
 
 class InvalidFilter(RegistryError):
-    """A filter or an order of tasks cannot be understood."""
+    """A filter or sort order is not valid."""
 
 
 class TaskNotFound(RegistryError):
@@ -130,7 +130,7 @@ class TaskConflict(RegistryError):
 
 
 class LostRace(RegistryError):
-    """Another process changed what was to be replaced; nothing was written, and the change can be made again."""
+    """Another process changed the state first; nothing was written, and the change can be retried."""
 
 
 class BaseModelConflict(RegistryError):
@@ -142,8 +142,8 @@ class GeneratorNotFound(RegistryError):
 
 
 class GeneratorConflict(RegistryError):
-    """The generator is not the one in use; a code can be decoded with its own generator only."""
+    """Another generator is in use; a code can be decoded only with its own generator."""
 
 
 class LastCopy(RegistryError):
-    """The request would lose the last copy of a task's adapter; nothing was changed."""
+    """The request would delete the last copy of a task's adapter; nothing was changed."""

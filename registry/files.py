@@ -1,13 +1,13 @@
-"""The seam to the operating system: durable writing, and careful reading of files that others made.
+"""Access to the operating system: durable writes, and safe reads of files from outside.
 
-Every write, sync, rename and removal of the store goes through this module, so that tests can count them, let the n-th
-one fail, or kill the process between two of them.
+Every write, sync, rename and removal of the store goes through this module, so that tests can count them, make the
+n-th fail, or kill the process between two.
 
-    writing   new file ──fsync──▶ rename ──▶ fsync of the folder       after a crash: there in full, or not at all
+    writing   new file ──fsync──▶ rename ──▶ fsync of the folder       after a crash: complete or absent
     reading   no symbolic link, regular files only, a size limit, unchanged from the first to the last byte
     locking   shared, or alone; the system drops a lock when its process dies
 
-What only POSIX has is asked for here and left out where it is missing, as on Windows.
+Features that only POSIX has are detected here, and skipped where missing, as on Windows.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from registry.errors import SourceChanged, SourceRefused, StoreFull, StoreIOErro
 
 Bytes = bytes | bytearray | memoryview
 
-# An adapter is megabytes; 8 GiB is far above the largest one and still below what would hurt a machine that can use it.
+# An adapter takes megabytes; 8 GiB is far above the largest one, and harmless to any machine that can use it.
 MAX_SOURCE_BYTES = 8 << 30
 
 LockKind = Literal["shared", "alone"]
 
 CheckFirst = Callable[[int, int], None]
-"""Looks at an open file, given its descriptor and size, and raises to refuse it before all of it is in memory."""
+"""Checks an open file, given its descriptor and size; raises to refuse it before it is read completely."""
 
 _CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
 _CANNOT_LINK = {errno.ENOSYS, errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP}
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _SPECIAL = {errno.ENXIO, errno.ENODEV}  # such as a socket
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
-# O_BINARY: without it, Windows would change line ends.
-_AS_IT_IS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-# Without it, opening a pipe that nobody writes to would wait for ever.
-_AT_ONCE = getattr(os, "O_NONBLOCK", 0)
+# O_BINARY: without it, Windows converts line endings.
+_PLAIN_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+# Without it, opening a pipe that has no writer blocks forever.
+_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
 
 
 def failpoint(name: str) -> None:
@@ -53,8 +53,8 @@ def failpoint(name: str) -> None:
 
 
 def open_file(path: Path, flags: int, mode: int = 0o666) -> int:
-    """Open a file that is no symbolic link and return its descriptor, which processes started later do not get."""
-    return os.open(path, flags | _AS_IT_IS, mode)
+    """Open a file, but no symbolic link, and return its descriptor, which child processes do not inherit."""
+    return os.open(path, flags | _PLAIN_FLAGS, mode)
 
 
 def create(path: Path, mode: int) -> int:
@@ -63,12 +63,12 @@ def create(path: Path, mode: int) -> int:
 
 
 def lock(fd: int, kind: LockKind, *, wait: bool = False) -> bool:
-    """Lock an open file, or turn its lock into another one, and return whether that went; if not, it has none."""
+    """Lock an open file, or convert its lock, and return whether that succeeded; on failure it has no lock."""
     try:
         import fcntl
     except ModuleNotFoundError:
         return _lock_on_windows(fd, kind, wait=wait)
-    # portalocker would call this too, but importing it takes as long as a seventh of a short command.
+    # portalocker calls this too, but its import takes a seventh of the time of a short command.
     flags = fcntl.LOCK_SH if kind == "shared" else fcntl.LOCK_EX
     try:
         fcntl.flock(fd, flags if wait else flags | fcntl.LOCK_NB)
@@ -80,21 +80,21 @@ def lock(fd: int, kind: LockKind, *, wait: bool = False) -> bool:
 def _lock_on_windows(fd: int, kind: LockKind, *, wait: bool) -> bool:
     import portalocker
 
-    unlock(fd)  # a lock does not turn into another one
+    unlock(fd)  # a lock cannot be converted
     flags = portalocker.LOCK_SH if kind == "shared" else portalocker.LOCK_EX
     while True:
         try:
             portalocker.lock(fd, flags if wait else flags | portalocker.LOCK_NB)
             return True
         except portalocker.AlreadyLocked:
-            if not wait:  # it waits for ten seconds at a time
+            if not wait:  # a waiting call times out after ten seconds
                 return False
         except portalocker.LockException as error:
             raise OSError(errno.ENOLCK, str(error)) from error
 
 
 def unlock(fd: int) -> None:
-    """Give up the lock of an open file."""
+    """Release the lock of an open file."""
     try:
         import fcntl
     except ModuleNotFoundError:
@@ -106,7 +106,7 @@ def unlock(fd: int) -> None:
 
 
 def write(fd: int, data: Bytes) -> None:
-    """Write all of `data`; the kernel may take a part of it at a time."""
+    """Write all of `data`; the kernel may accept only a part per call."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(fd, rest) :]
@@ -118,17 +118,17 @@ def fsync(fd: int) -> None:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Rename a file over whatever `target` was; atomic, and durable once the folder is synced."""
+    """Rename a file over `target`; atomic, and durable once the folder is synced."""
     os.replace(source, target)
 
 
 def rename_new(source: Path, target: Path) -> None:
-    """Rename a file to a name that nothing has; atomic, and durable once the folder is synced.
+    """Rename a file to an unused name; atomic, and durable once the folder is synced.
 
-    Where the file system has no hard links, such as FAT, the name is looked at and then taken.
+    Without hard links, as on FAT, it checks the name and then renames.
 
     Raises:
-        FileExistsError: Something has the name.
+        FileExistsError: The name is in use.
     """
     try:
         os.link(source, target)
@@ -143,7 +143,7 @@ def rename_new(source: Path, target: Path) -> None:
 
 
 def exchange(first: Path, second: Path, aside: Path) -> None:
-    """Let two files, or two folders, change their names; atomic, or by a third name where the file system cannot."""
+    """Swap the names of two files or folders; atomic, or through `aside` where the file system cannot do it."""
     if _exchanged(first, second):
         return
     done: list[tuple[Path, Path]] = []
@@ -163,7 +163,7 @@ def _exchanged(first: Path, second: Path) -> bool:
     import ctypes  # needed to replace a folder only
 
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:  # of new C libraries
+    if rename is None:  # an old C library
         return False
     here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     if rename(here, os.fsencode(first), here, os.fsencode(second), swap) == 0:
@@ -175,12 +175,12 @@ def _exchanged(first: Path, second: Path) -> bool:
 
 
 def unlink(path: Path) -> None:
-    """Remove a file; do nothing if it is gone already."""
+    """Remove a file if it exists."""
     path.unlink(missing_ok=True)
 
 
 def discard(path: Path) -> None:
-    """Remove a temporary file while another error is on its way; if that fails too, prune finds the file."""
+    """Remove a temporary file while handling another error; if that fails too, prune finds the file."""
     with suppress(OSError):
         unlink(path)
 
@@ -191,7 +191,7 @@ def make_dir(path: Path) -> None:
 
 
 def fsync_dir(path: Path) -> None:
-    """Wait until the folder's entries (renames, new files) are on the device; Windows does not let one wait."""
+    """Wait until the folder's entries (renames, new files) are on the device; do nothing on Windows."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -202,8 +202,8 @@ def fsync_dir(path: Path) -> None:
 
 
 def listed(folder: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield the name of each file in a folder, in order, and its status, unless it is removed meanwhile."""
-    # From an open folder where that can be: to follow the whole path for each takes longer.
+    """Yield the name and status of each file in a folder, in order; skip files that disappear."""
+    # Relative to an open folder if possible: resolving the whole path for each file takes longer.
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY) if os.stat in os.supports_dir_fd else None
     try:
         for name in sorted(os.listdir(folder if fd is None else fd)):
@@ -229,13 +229,13 @@ def write_file(path: Path, data: Bytes, mode: int = 0o666) -> None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Say whether an exception means that no space is left on the device."""
+    """Return whether an exception means that no space is left on the device."""
     return isinstance(error, StoreFull) or (isinstance(error, OSError) and error.errno in _FULL)
 
 
 @contextmanager
 def store_errors(path: Path | str) -> Iterator[None]:
-    """Turn an OSError of the block into the store's own error about `path`."""
+    """Convert an OSError of the block to an error of the store about `path`."""
     try:
         yield
     except OSError as error:
@@ -249,9 +249,9 @@ def store_errors(path: Path | str) -> Iterator[None]:
 
 
 def open_own(path: Path | str) -> BinaryIO:
-    """Open a file of the store to read it. Anything else in its place, such as a pipe, reads as an empty file."""
+    """Open a file of the store for reading. Anything but a regular file, such as a pipe, reads as empty."""
     try:
-        fd = os.open(path, os.O_RDONLY | _AT_ONCE | getattr(os, "O_BINARY", 0))
+        fd = os.open(path, os.O_RDONLY | _NONBLOCK | getattr(os, "O_BINARY", 0))
     except OSError as error:
         if error.errno in _SPECIAL:
             return BytesIO()
@@ -269,7 +269,7 @@ def open_plain(path: Path, *, max_bytes: int = MAX_SOURCE_BYTES) -> Iterator[tup
     Read it with :func:`read_exactly`, never through a mapping: a mapped file that shrinks kills the process.
     """
     try:
-        fd = open_file(path, os.O_RDONLY | _AT_ONCE)
+        fd = open_file(path, os.O_RDONLY | _NONBLOCK)
     except OSError as error:
         raise _not_opened(path, error) from error
     try:
@@ -292,10 +292,10 @@ def open_plain(path: Path, *, max_bytes: int = MAX_SOURCE_BYTES) -> Iterator[tup
 
 
 def read_exactly(fd: int, size: int, offset: int) -> bytes:
-    """Read `size` bytes at `offset` of an open file, into memory that is taken once.
+    """Read `size` bytes at `offset` of an open file, allocating memory once.
 
     Raises:
-        SourceChanged: The file was cut.
+        SourceChanged: The file was truncated.
     """
     whole, done = BytesIO(bytes(size)), 0
     with whole.getbuffer() as view:
@@ -304,7 +304,7 @@ def read_exactly(fd: int, size: int, offset: int) -> bytes:
             if count == 0:
                 raise SourceChanged("was truncated while being read", reason="changed")
             done += count
-    return whole.getvalue()  # the same memory: nobody else has the bytes
+    return whole.getvalue()  # the same memory, without a copy
 
 
 def _read_into(view: memoryview, fd: int, offset: int) -> int:
@@ -329,7 +329,7 @@ def read_plain(path: Path, *, max_bytes: int = MAX_SOURCE_BYTES, first: CheckFir
 
 def _not_opened(path: Path, error: OSError) -> SourceRefused:
     if error.errno == errno.ELOOP:
-        return SourceRefused("is a symbolic link, and icm follows none", reason="symlink", path=path)
+        return SourceRefused("is a symbolic link, which icm does not follow", reason="symlink", path=path)
     if error.errno in _SPECIAL:
         return _special(path)
     return SourceRefused(f"cannot be read: {error.strerror}", reason="unreadable", path=path)
@@ -341,5 +341,5 @@ def _special(path: Path) -> SourceRefused:
 
 
 def identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    """Return what tells a file, as it is now, from another one and from itself after it was written to."""
+    """Return a fingerprint that changes when the file is replaced or written to."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

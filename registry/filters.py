@@ -1,7 +1,7 @@
-"""Filters and orders of tasks: `rank>=8`, `tag=prod`, `base~llama`; sorted by `size:desc`.
+"""Filters and sort orders of tasks: `rank>=8`, `tag=prod`, `base~llama`; sorted by `size:desc`.
 
-A filter is FIELD OPERATOR VALUE. Case does not matter in any text. A task without a value (no code, so no gain) passes
-no filter on it but `!=`.
+A filter is FIELD OPERATOR VALUE. Text is compared regardless of case. A task without a value (no code, so no gain)
+passes only `!=`.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class Field:
     name: str
     kind: Kind
     meaning: str
-    choices: tuple[str, ...] = ()  # all words there are; empty for any
+    choices: tuple[str, ...] = ()  # the allowed words; empty for any
 
     @property
     def operators(self) -> tuple[Operator, ...]:
-        """The operators that it can be compared with."""
+        """The operators that it supports."""
         return ("=", "!=", "~") if self.kind in ("text", "words") else ("=", "!=", ">", ">=", "<", "<=")
 
     @property
     def can_be_sorted(self) -> bool:
-        """Whether a task has a single value of it."""
+        """Whether a task has at most one value of it."""
         return self.kind != "words"
 
 
@@ -83,13 +83,13 @@ class Selection:
 
     base_model: str | None = None
     filters: Sequence[Filter] = ()  # all of them must hold
-    sort: Sort | None = None  # by name if there is none
+    sort: Sort | None = None  # None: by name
     limit: int | None = None
-    endings: Sequence[str] = ()  # if there are any, the name ends with one of these, in lower case
+    endings: Sequence[str] = ()  # if any, the name must end with one of them; in lower case
 
 
 _FILTER = re.compile(r"\s*([\w-]*)\s*(!=|>=|<=|==|=|>|<|~)(.*)", re.DOTALL)
-# At most the digits that a float holds; no float is infinite.
+# No more digits than a float holds, and never infinite.
 _NUMBER = re.compile(r"[+-]?(?:\d{1,15}(?:\.\d{0,15})?|\.\d{1,15})(?:e[+-]?\d{1,2})?", re.IGNORECASE | re.ASCII)
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([kmgtp]?)(i?)(b?)", re.IGNORECASE | re.ASCII)
 _PREFIXES = "kmgtp"
@@ -110,7 +110,7 @@ def parse_filter(text: str) -> Filter:
 
 
 def parse_sort(text: str) -> Sort:
-    """Read an order such as `size:desc`; raise `InvalidFilter` if it is none."""
+    """Read an order such as `size:desc`; raise `InvalidFilter` if it is invalid."""
     name, colon, way = text.partition(":")
     if colon and way.strip().lower() not in ("asc", "desc"):
         raise InvalidFilter(f"{escape(way, 40)!r} is not a sort order", hint="write FIELD:asc or FIELD:desc")
@@ -122,7 +122,7 @@ def parse_sort(text: str) -> Sort:
 
 
 def field_of(name: str) -> Field:
-    """Return a field by name, in any case; raise `InvalidFilter` if there is none."""
+    """Return a field by name, in any case; raise `InvalidFilter` if it does not exist."""
     field = FIELDS.get(name.lower())
     if field is None:
         close = difflib.get_close_matches(name.lower(), FIELDS, n=1)
@@ -163,10 +163,12 @@ def _check_word(field: Field, operator: Operator, value: str) -> None:
     if not value or not value.isascii() or not value.isprintable() or " " in value:
         example = field.choices[0] if field.choices else "prod"
         raise InvalidFilter(
-            f"no {field.name} is {escape(value, 40)!r}", hint=f"write a single word, such as '{field.name}={example}'"
+            f"{escape(value, 40)!r} is not a valid {field.name}",
+            hint=f"write a single word, such as '{field.name}={example}'",
         )
     if field.choices and operator != "~" and value.lower() not in field.choices:
-        raise InvalidFilter(f"no {field.name} is {escape(value, 40)!r}", hint=f"use one of {', '.join(field.choices)}")
+        hint = f"use one of {', '.join(field.choices)}"
+        raise InvalidFilter(f"{escape(value, 40)!r} is not a valid {field.name}", hint=hint)
 
 
 def _known() -> str:

@@ -1,4 +1,4 @@
-"""Turn a selection of tasks into SQL: one builder for every listing, filter and order, in both databases."""
+"""Convert a selection of tasks to SQL: one builder for all listings, filters and orders, in both databases."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ _STATUSES: Mapping[str, ColumnElement[bool]] = {
 
 
 def selected(selection: Selection, names_of: Mapping[str, Sequence[str]], *columns: ColumnElement[Any]) -> Select[Any]:
-    """Return the statement that selects columns of some tasks, in the order asked for.
+    """Return the statement that selects columns of tasks in the requested order.
 
     Args:
-        selection: Which tasks. Its base model is a name, not another label.
-        names_of: Base model -> all its names; a filter on `base` compares every one.
+        selection: The tasks. Its base model is a name, not another label.
+        names_of: Base model -> all its names; a filter on `base` compares all of them.
         columns: By default the columns of a `TaskRow`.
     """
     conditions = [_condition(one, names_of) for one in selection.filters]
@@ -61,7 +61,7 @@ def selected(selection: Selection, names_of: Mapping[str, Sequence[str]], *colum
 
 
 def _ends_with(endings: Sequence[str]) -> ColumnElement[bool]:
-    """Return the condition that a name ends with one of these; the index of names alone answers it."""
+    """Return the condition that a name ends with one of these; the index of names is sufficient."""
     key, by_length = REFS.c.key, defaultdict[int, list[str]](list)
     for ending in endings:
         by_length[len(ending)].append(ending)

@@ -30,7 +30,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def now() -> str:
-    """Return the present time as manifests store it."""
+    """Return the current time in the format of manifests."""
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
@@ -40,24 +40,24 @@ def is_digest(text: str) -> bool:
 
 
 class File(str):
-    """The digest of a blob, which also knows its size: `File("3f9a...", 1200) == "3f9a..."`."""
+    """The digest of a blob, with its size: `File("3f9a...", 1200) == "3f9a..."`."""
 
     __slots__ = ("size",)
     size: int
 
     def __new__(cls, digest: str, size: int) -> Self:
-        """Make a reference to `size` bytes with a digest."""
+        """Create a reference to a blob of `size` bytes."""
         made = super().__new__(cls, digest)
         made.size = size
         return made
 
     def __reduce__(self) -> tuple[type[Self], tuple[str, int]]:
-        """Return what pickle and copy call."""
+        """Return the constructor call for pickle and copy."""
         return type(self), (str.__str__(self), self.size)
 
 
 class WithRelativeError:
-    """Anything that holds the square of a relative error."""
+    """Mixin for records with a squared relative error."""
 
     squared_error: float | None
 
@@ -74,7 +74,7 @@ def relative_error(squared: float | None) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A part of a manifest; the fields in `SHARED` are the same for many tasks, and stored once as a blob."""
+    """A part of a manifest; the fields in `SHARED` are equal for many tasks and stored once, as a blob."""
 
     SHARED: ClassVar[tuple[str, ...]] = ()
 
@@ -109,12 +109,12 @@ class Adapter(Part):
     card: File | None = None
     initial: File | None = None  # weights it started from, if extracted from its base model (PiSSA and similar)
     extras: tuple[Extra, ...] = ()
-    step: int | None = None  # of a checkpoint; None if the name of its folder gives none
+    step: int | None = None  # of a checkpoint; None if its folder name has none
     source: str  # where it came from, as a label
     created_at: str = field(default_factory=now)
-    evicted_at: str | None = None  # when the weights were deleted; everything else stays known
+    evicted_at: str | None = None  # when the weights were deleted; everything else is kept
     is_generated: bool = False  # a generator made it from samples
-    tensors_key: str | None = None  # equal for equal tensors, whatever else their file says
+    tensors_key: str | None = None  # equal for equal tensors, even if the files differ
 
     dtype: str
     rank_max: int
@@ -124,7 +124,7 @@ class Adapter(Part):
     format: str = "peft"
     original_only: str | None = None  # why it cannot have a code
     does_nothing: bool = False  # it leaves the base model as it is, or is not finite
-    template: str = ""  # JSON: what its format needs to write a decoded adapter; empty for the usual form
+    template: str = ""  # JSON that its format needs to write a decoded adapter; empty for the usual form
 
     @property
     def is_evicted(self) -> bool:
@@ -138,12 +138,12 @@ class Adapter(Part):
 
     @property
     def can_be_read(self) -> bool:
-        """Whether its weights are in the store and are those of a LoRA."""
+        """Whether its weights are in the store and form a LoRA."""
         return not self.is_evicted and self.original_only is None
 
     @property
     def evictable(self) -> tuple[File, ...]:
-        """The files that are deleted when it is evicted."""
+        """The files that eviction deletes."""
         return (self.weights,) if self.initial is None else (self.weights, self.initial)
 
     @property
@@ -153,12 +153,12 @@ class Adapter(Part):
 
     @property
     def original_bytes(self) -> int:
-        """Bytes of weights, configuration and card, as they were ingested."""
+        """Bytes of weights, configuration and card, as ingested."""
         return self.weights.size + self.config.size + (0 if self.card is None else self.card.size)
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of its files that are in the store."""
+        """Bytes of its files in the store."""
         return self.original_bytes - (self.weights.size if self.is_evicted else 0)
 
     @property
@@ -167,7 +167,7 @@ class Adapter(Part):
         return sum(extra.blob.size for extra in self.extras)
 
     def is_same(self, other: Adapter) -> bool:
-        """Return whether two adapters have the same files: whatever was measured of one holds for the other."""
+        """Return whether two adapters have the same files, so that measurements of one hold for both."""
         return (self.weights, self.initial, self.config) == (other.weights, other.initial, other.config)
 
 
@@ -178,7 +178,7 @@ class Vector(Part):
     SHARED = ("extractor",)
 
     view: View  # the adapted model was read, or the base model in context
-    support_set: int  # which of the disjoint support sets, from 0
+    support_set: int  # index of the disjoint support set, from 0
     blob: File
     dim: int
     extractor: Json  # how it was made, with the fingerprint of the base model
@@ -188,31 +188,31 @@ class Vector(Part):
 class CodeLimits(Part):
     """The limits that a code was made for."""
 
-    min_gain: float | None = None  # least retained gain
-    max_error: float | None = None  # largest relative error
-    tolerance: float | None = None  # largest squared error of dW weighted by sensitivity
+    min_gain: float | None = None  # minimum retained gain
+    max_error: float | None = None  # maximum relative error
+    tolerance: float | None = None  # maximum squared error of dW weighted by sensitivity
     is_kept: bool = True  # whether the limits are met
-    refined: int = 0  # steps of refinement
-    max_size: int | None = None  # bytes of the code
-    keep: float | None = None  # least effect
+    refined: int = 0  # refinement steps
+    max_size: int | None = None  # maximum bytes of the code
+    keep: float | None = None  # minimum effect
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim(Part, WithRelativeError):
-    """The quality that a bundle states for a code. Nothing here has measured it, so it decides nothing."""
+    """The quality that a bundle claims for a code. It was not measured here, so no decision depends on it."""
 
     squared_error: float | None = None
     measured: Json | None = None  # in the fields of a bundle
 
     @property
     def retained_gain(self) -> float | None:
-        """The retained gain that is claimed."""
+        """The claimed retained gain."""
         gain = (self.measured or {}).get("retained_gain")
         return gain if isinstance(gain, float) else None
 
     @property
     def precision(self) -> str | None:
-        """The precision of the base model on which that was measured."""
+        """The precision of the base model in that measurement."""
         settings = (self.measured or {}).get("settings")
         precision = settings.get("dtype") if isinstance(settings, Mapping) else None
         return precision if isinstance(precision, str) else None
@@ -224,11 +224,11 @@ class Code(Part, WithRelativeError):
 
     blob: File
     generator: File  # the network that decodes it
-    squared_error: float | None = None  # of the adapter that it decodes to, if measured
-    # 1 - KL(original || code) / KL(original || base), on texts that nothing was fitted to; None if not measured.
+    squared_error: float | None = None  # of the decoded adapter, if measured
+    # 1 - KL(original || code) / KL(original || base), on texts not used for fitting; None if not measured.
     effect: float | None = None
     asked: CodeLimits | None = None
-    claim: Claim | None = None  # of the bundle that it came in, until it is measured
+    claim: Claim | None = None  # of its bundle, until the code is measured
 
     @property
     def size(self) -> int:
@@ -244,29 +244,29 @@ class Measurement(Part, WithRelativeError):
     generator: str | None = None  # digest of the network; None for `base` and `original`
     data: str  # digest of the held-out texts, which need not be in the store
     value: float  # the metric
-    count: int  # predictions that were scored: tokens, images
-    utf8_bytes: int  # length of the text that was scored
+    count: int  # scored predictions: tokens, images
+    utf8_bytes: int  # length of the scored text
     retained_gain: float | None = None
     squared_error: float | None = None
     settings: Json  # how it was measured
     metric: str = NLL
-    others: Mapping[str, float] = field(default_factory=dict)  # further figures beside the metric, by name
+    others: Mapping[str, float] = field(default_factory=dict)  # additional metrics, by name
     created_at: str = field(default_factory=now)
 
     @property
     def precision(self) -> str | None:
-        """The precision of the base model, such as "float32" or "nf4"; None if it was not noted."""
+        """The precision of the base model, such as "float32" or "nf4"; None if it was not recorded."""
         precision = self.settings.get("dtype")
         return precision if isinstance(precision, str) else None
 
     @property
     def load_in(self) -> LoadIn | None:
-        """The few bits that the base model was loaded in; None for full precision."""
+        """The quantisation that the base model was loaded in; None for full precision."""
         return next((few for few in LOAD_IN if few == self.precision), None)
 
     @property
     def subject(self) -> tuple[object, ...]:
-        """What is measured: a new measurement replaces an earlier one with the same subject."""
+        """The identity of the measurement: a new one replaces an earlier one with the same subject."""
         return self.source, self.generator, self.data, self.metric, self.load_in
 
 
@@ -274,8 +274,8 @@ class Measurement(Part, WithRelativeError):
 class State(Part):
     """A state that a ref can point to.
 
-    `manifest` is the digest of the manifest that it was read from, and the state that `Store.publish` replaces; None
-    for a new one. `seq` grows with every state of a name; it decides which one is newest if the database is lost.
+    `manifest` is the digest of the manifest that it was read from, and that `Store.publish` replaces; None for a new
+    state. `seq` grows with every state of a name; the highest is the newest if the database is lost.
     """
 
     KIND: ClassVar[str]
@@ -304,7 +304,7 @@ class Task(State):
     name: str
     version: int = 1
     base_model: str
-    label: str | None = None  # how its adapters name the base model, if differently
+    label: str | None = None  # the base model's name in its adapters, if different
     final: Adapter  # the adapter that is materialized
     checkpoints: tuple[Adapter, ...] = ()  # by step
     samples: File | None = None  # training samples (JSON lines)
@@ -335,7 +335,7 @@ class Task(State):
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
-        """All its adapters: checkpoints by step, the final one last."""
+        """All its adapters: checkpoints by step, then the final one."""
         return (*self.checkpoints, self.final)
 
     def code_under(self, generator: Generator | None) -> Code | None:
@@ -343,7 +343,7 @@ class Task(State):
         return self.code if generator is not None and self.code is not None and is_of(self.code, generator) else None
 
     def with_measured(self, *new: Measurement) -> tuple[Measurement, ...]:
-        """Return its measurements with new ones, each in place of an earlier one of the same subject."""
+        """Return its measurements; new ones replace earlier ones with the same subject."""
         replaced = {one.subject for one in new}
         return (*(one for one in self.measured if one.subject not in replaced), *new)
 
@@ -355,7 +355,7 @@ class Task(State):
 
     @property
     def quality(self) -> Measurement | None:
-        """The measurement of its code that a listing shows."""
+        """The measurement of its code that listings show."""
         return None if self.code is None else self.latest("code", self.code.generator)
 
 
@@ -405,12 +405,12 @@ class Label(Part):
     """Another name of a base model."""
 
     label: str
-    reason: JoinReason  # how it is known that it is the same model
+    reason: JoinReason  # why it is known to be the same model
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModel(State):
-    """A base model; fingerprint and shape are known once its weights have been seen."""
+    """A base model; fingerprint and shape are known once its weights have been read."""
 
     KIND = "base"
 
@@ -441,7 +441,7 @@ class Run(State):
     step: int = 0
     weights: File | None = None  # checkpoint of the network
     optimizer: File | None = None
-    codes: tuple[File, ...] = ()  # batches of codes that were made and are not published yet
+    codes: tuple[File, ...] = ()  # batches of codes, not yet published
     created_at: str = field(default_factory=now)
     updated_at: str = field(default_factory=now)
 
@@ -458,9 +458,9 @@ class Run(State):
 
 @dataclass(frozen=True, kw_only=True)
 class Removed(State):
-    """The last state of a name that was removed.
+    """The last state of a removed name.
 
-    It keeps earlier states from coming back with a lost database. `prune` deletes it after them.
+    If the database is lost, it keeps earlier states from returning. `prune` deletes it after them.
     """
 
     KIND = "removed"
@@ -470,7 +470,7 @@ class Removed(State):
 
     @property
     def ref(self) -> str:
-        """The kind and the key of the ref that was removed."""
+        """The kind and the key of the removed ref."""
         return f"{self.of}/{self.name.lower() if self.of == Task.KIND else self.name}"
 
 

@@ -1,4 +1,4 @@
-"""Names from outside: which ones may name a task, how they are shown, how module names are sorted; where a store is.
+"""Names from outside: valid task names, safe display, sort order of module names, addresses of stores.
 
 A name is data. It is never joined to a path inside the store, and it reaches a message only through `escape`.
 """
@@ -23,33 +23,33 @@ NLL = "nats per token"
 _BUNDLE = "bundle "
 UNKNOWN_BASE = "unknown"  # the base model of adapters that name none
 LoadIn = Literal["nf4", "int8"]
-"""In what few bits the weights of a base model can be loaded; their order is part of the schema."""
+"""The quantisations in which a base model can be loaded; their order is part of the schema."""
 LOAD_IN = get_args(LoadIn)
 
 MAX_NAME_BYTES = 192
-"""In UTF-8: with an ending it is still the name of a file, which may take 255 bytes."""
-# Such a name means the same on every file system, and a shell takes it as one word. Spaces are not allowed: commands
-# print lists of names for others to read, and these split at spaces.
+"""In UTF-8: with an extension it stays below the 255 bytes of a file name."""
+# Such a name is portable across file systems and a single word in a shell. Spaces are not allowed: programs that read
+# printed lists of names split at spaces.
 _ASCII_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# Letters and marks that show nothing, so that two names could look alike: joiners, fillers, variation selectors.
+# Invisible letters and marks, which make two names look alike: joiners, fillers, variation selectors.
 _UNSEEN = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 _FOLDED = {ord(letter): letter.lower() for letter in ascii_uppercase}
 _MODULE_NAME = re.compile(r"\w[\w-]*(?:\.\w[\w-]*)*", re.ASCII)
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@=+-]{0,63}")
 MAX_NOTE = 4000
-# Windows allows none of these in the name of a file, and `/` and `\\` would lead out of its folder.
+# Windows forbids these in file names, and `/` and `\\` would leave the folder.
 _NOT_IN_FILE_NAMES = frozenset('/\\:*?"<>|')
 _MAX_FILE_NAME = 255  # bytes, on most file systems
 _CHECKPOINT = re.compile(r"/checkpoint-[0-9]+$")
 _DIGITS = re.compile(r"(\d+)")
-# Windows opens a device, not a file, for these, whatever the extension.
+# Windows opens a device, not a file, for these, with any extension.
 _WINDOWS_NAMES = frozenset(
     ["con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in "123456789¹²³")]
 )
 
 
 def task_name_problem(name: str) -> str | None:
-    """Say why a name cannot be a task's, or return None if it can."""
+    """Return why a task cannot have this name; None if it can."""
     if not name:
         return "the name is empty"
     if len(name) > MAX_NAME:
@@ -70,7 +70,7 @@ def _is_one_word(name: str) -> bool:
 
 
 def is_name_character(char: str) -> bool:
-    """Say whether the name of a task may have a character: letters, marks and numbers of every script, and `._-`."""
+    """Return whether a task name may contain a character: letters, marks and numbers of every script, and `._-`."""
     return (unicodedata.category(char)[0] in "LMN" and not _UNSEEN.match(char)) or char in "._-"
 
 
@@ -90,7 +90,7 @@ def check_tag(tag: str) -> str:
 
 
 def check_note(text: str) -> str:
-    """Return a note without spaces around it; raise `InvalidName` if it is empty, too long or no text."""
+    """Return a note without spaces around it; raise `InvalidName` if it is empty, too long or not text."""
     note = text.strip()
     if not note or len(note) > MAX_NOTE:
         fact = "it is empty" if not note else f"it has {len(note)} characters, more than {MAX_NOTE}"
@@ -102,7 +102,7 @@ def check_note(text: str) -> str:
 
 
 def is_text(text: str) -> bool:
-    """Say whether UTF-8 can hold a text: arguments of a command may have bytes that are not."""
+    """Return whether a text is valid UTF-8 without NUL: command arguments may contain other bytes."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -111,7 +111,7 @@ def is_text(text: str) -> bool:
 
 
 def folded(text: str) -> str:
-    """Return a text with small ASCII letters: that of two names which every database takes for the same."""
+    """Return a text with ASCII letters in lower case: every database considers names equal if these texts are."""
     return text.translate(_FOLDED)
 
 
@@ -121,9 +121,9 @@ def is_module_name(name: str) -> bool:
 
 
 def is_file_name(name: str) -> bool:
-    """Return whether a name is that of a file in a folder: no path, nothing hidden, no control characters."""
+    """Return whether a name is a plain file name: no path, not hidden, no control characters."""
     return (
-        name.isprintable()  # which lone surrogates are not, so that it can be encoded
+        name.isprintable()  # excludes lone surrogates, which cannot be encoded
         and 0 < len(name.encode()) <= _MAX_FILE_NAME
         and name[0] not in " .-"
         and name[-1] != " "
@@ -132,27 +132,27 @@ def is_file_name(name: str) -> bool:
 
 
 def source_label(path: Path) -> str:
-    """Return a path as text that every database takes: bytes that are not UTF-8 are written out in hexadecimal."""
+    """Return a path as text that every database accepts: bytes that are not UTF-8 become hexadecimal escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def bundle_source(digest: str) -> str:
-    """Return what stands for the place of an adapter that a bundle brought."""
+    """Return the source label of an adapter from a bundle."""
     return f"{_BUNDLE}{digest}"
 
 
 def is_bundle_source(source: str) -> bool:
-    """Say whether a bundle brought an adapter, so that its weights have never been in this store."""
+    """Return whether an adapter came from a bundle, so its weights have never been in this store."""
     return source.startswith(_BUNDLE)
 
 
 def folder_of(source: str) -> str:
-    """Return the folder of a task whose final adapter came from a place, which may be one of its checkpoints."""
+    """Return a task's folder from the source of its final adapter, which may be a checkpoint."""
     return _CHECKPOINT.sub("", source)
 
 
 def split_version(name: str) -> tuple[str, str | None]:
-    """Return the name and the version, a number or an alias, of `TASK@VERSION`; no task has `@` in its name."""
+    """Return the name and the version, a number or an alias, of `TASK@VERSION`; task names contain no `@`."""
     task, _, version = name.partition("@")
     return task, version or None
 
@@ -165,7 +165,7 @@ def split_label(label: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
-@lru_cache(maxsize=4096)  # the adapters of a fleet have modules of the same names
+@lru_cache(maxsize=4096)  # the adapters of a fleet share module names
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Return a sort key that orders numbers by value: `layers.2` before `layers.10`."""
     parts = _DIGITS.split(name)
@@ -173,15 +173,15 @@ def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
 
 
 def some(items: Sequence[str], separator: str = ", ", most: int = 4) -> str:
-    """Return the first items in one line, and how many more there are."""
+    """Return the first items on one line, and the number of further ones."""
     left = [f"and {len(items) - most} more"] if len(items) > most else []
     return separator.join([*items[:most], *left])
 
 
 def escape(text: str, limit: int | None = None) -> str:
-    r"""Write out everything that could move a cursor, reorder a line or end it, as `\x1b` or `\u202e`.
+    r"""Escape characters that could move the cursor, or reorder or end a line, as `\x1b` or `\u202e`.
 
-    Names of files, tensors and tasks are hostile text until they have passed through here.
+    Names of files, tensors and tasks are hostile text until they are escaped.
     """
     shown = text if limit is None or len(text) <= limit else text[: limit - 1] + "…"
     if shown.isascii() and shown.isprintable():
@@ -196,7 +196,7 @@ def _written_out(char: str) -> str:
     return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-# As others write it: MLflow's users name SQLAlchemy's driver too, hosts of databases say `postgres`.
+# Common spellings: MLflow users add SQLAlchemy's driver, database hosts write `postgres`.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _POSTGRES = ("postgresql", "postgres", "postgresql+psycopg")
 _SECRETS = re.compile(r"[?&](user|password|sslpassword)=[^&]*")
@@ -208,10 +208,10 @@ _PASSWORD = re.compile(r"://[^/@:]*:[^/]+@|[?&](ssl)?password=.")
 class DatabaseUrl:
     """The address of a store whose rows are in PostgreSQL, such as `postgresql://HOST/DATABASE`.
 
-    As text it has neither user nor password.
+    Its text form omits user and password.
 
     Attributes:
-        secret: All of it, for whoever connects.
+        secret: The complete address, for connecting.
     """
 
     secret: str = field(repr=False)
@@ -220,11 +220,11 @@ class DatabaseUrl:
         return _without_credentials(self.secret)
 
     def check_shareable(self) -> None:
-        """Raise `RegistryError` if it has a password: what goes to another process is seen by whoever is in between."""
+        """Raise `RegistryError` if it has a password, which others could see on its way to another process."""
         if _PASSWORD.search(self.secret):
             hint = "remove it from the address, and set PGPASSWORD or write ~/.pgpass on each machine"
             raise RegistryError(
-                f"the address {self} contains a password, which icm sends to no other process", hint=hint
+                f"the address {self} contains a password, which icm does not pass to other processes", hint=hint
             )
 
     def __reduce__(self) -> tuple[type[DatabaseUrl], tuple[str]]:
@@ -234,19 +234,19 @@ class DatabaseUrl:
 
 
 Address = Path | DatabaseUrl
-"""Where a store is."""
+"""The location of a store."""
 
 
 def absolute(address: Address) -> str:
-    """Return where a store is as text that means the same from every folder, and has no credentials."""
+    """Return the location of a store as text, absolute and without credentials."""
     return source_label(address.resolve()) if isinstance(address, Path) else str(address)
 
 
 def address_of(text: str | Path | DatabaseUrl) -> Address:
-    """Read where a store is: a folder, or the address of a database.
+    """Parse the location of a store: a folder, or the address of a database.
 
     Raises:
-        NotAStore: It is the address of something else.
+        NotAStore: It is an address of another kind.
     """
     match = _SCHEME.match(text) if isinstance(text, str) else None
     if match is None:
@@ -259,6 +259,6 @@ def address_of(text: str | Path | DatabaseUrl) -> Address:
 
 
 def _without_credentials(address: str) -> str:
-    """Leave out all that may be a user or a password, also where it should have been quoted."""
+    """Remove everything that may be a user or a password, even if not quoted properly."""
     shown = _CREDENTIALS.sub("", _SECRETS.sub("", address))
     return shown if "?" in shown else shown.replace("&", "?", 1)

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 Name = tuple[str, str]
 """Kind and key of a ref."""
-_PAGE = 500  # refs that are read at a time
+_PAGE = 500  # refs per read
 _WITH_HISTORY = {Task.KIND, Generator.KIND}
 
 
 @dataclass(frozen=True)
 class Found:
-    """A manifest in manifests/, as far as its own text shows."""
+    """A manifest in manifests/, described by its own text."""
 
     info: BlobInfo
     name: Name
@@ -47,7 +47,7 @@ class Found:
 
 
 class Committed(NamedTuple):
-    """The state of a version that the database names."""
+    """The state of a version in the database."""
 
     seq: int
     parent: str | None
@@ -56,12 +56,12 @@ class Committed(NamedTuple):
 
 @dataclass
 class Walk:
-    """All manifests of a store, and what follows from them."""
+    """All manifests of a store, compared with its database."""
 
     named: set[str] = field(default_factory=set)  # manifests that the database names
     blobs: set[str] = field(default_factory=set)  # reached
-    disagreements: list[str] = field(default_factory=list)  # facts that database and manifests state differently
-    missing: dict[str, list[str]] = field(default_factory=dict)  # manifests that cannot be read -> names
+    disagreements: list[str] = field(default_factory=list)  # facts on which database and manifests differ
+    missing: dict[str, list[str]] = field(default_factory=dict)  # unreadable manifests -> names
     newer: list[Found] = field(default_factory=list)  # states that the database does not know
     garbage: list[Found] = field(default_factory=list)
     unreadable: list[BlobInfo] = field(default_factory=list)  # files in manifests/ that nothing names
@@ -72,7 +72,7 @@ class Walk:
     committed: dict[Name, dict[int, Committed]] = field(default_factory=dict)  # name -> version -> its state
 
     def check(self, place: str) -> None:
-        """Raise `DamagedStore` if anything is not as the database says, or unknown."""
+        """Raise `DamagedStore` if manifests disagree with the database or cannot be read."""
         facts = [
             *self.disagreements,
             *(f"{owners[0]}: manifest {digest} cannot be read" for digest, owners in self.missing.items()),
@@ -83,7 +83,7 @@ class Walk:
             raise DamagedStore(fact, path=place, hint=REPAIR_HINT)
 
     def reach(self, body: Any) -> None:
-        """Keep the blobs that a manifest needs."""
+        """Mark the blobs of a manifest as reached."""
         self.blobs.update(str(file) for _, file in files_of(body))
 
 
@@ -91,7 +91,7 @@ def walk(store: Store, visit: Callable[[Name, Any], None] = lambda name, body: N
     """Read all manifests of a store and compare them with its database.
 
     Args:
-        store: Held alone, unless the result is only shown.
+        store: Held exclusively, unless the result is only displayed.
         visit: Called with name and JSON of each manifest that the database names or that is newer.
     """
     found, used, generators = Walk(), set[str](), list[tuple[Name, Generator, Any]]()
@@ -132,7 +132,7 @@ def walk(store: Store, visit: Callable[[Name, Any], None] = lambda name, body: N
 
 
 def _names(store: Store) -> Iterator[tuple[Name, dict[str, Any] | None, dict[int, str], dict[str, bytes]]]:
-    """Yield each name with its row in `refs`, its versions, and the files of each, all of the same moment."""
+    """Yield each name with its row in `refs`, its versions and their files, from one snapshot."""
     last, is_complete = ("", ""), False
     while not is_complete:
         with store.parts.database.read() as connection:
@@ -167,10 +167,10 @@ def _compare(
         try:
             states[digest] = store.state(digest)
         except DamagedStore:
-            if is_named(store, name, digest):  # else another process replaced it since
+            if is_named(store, name, digest):  # else another process has replaced it
                 found.missing.setdefault(digest, []).append(what)
     if row is None:
-        return [f"{what} has versions and no ref"], states
+        return [f"{what} has versions but no ref"], states
     facts = []
     state = states.get(row["manifest"])
     if state is not None:
@@ -209,7 +209,7 @@ def _rest(store: Store, found: Walk, files: Mapping[str, BlobInfo]) -> dict[Name
         if digest not in found.named:
             try:
                 one = _found(info, _body(store, digest))
-            except MissingBlob:  # another process deleted it since
+            except MissingBlob:  # another process has deleted it
                 continue
             except (DamagedStore, KeyError, TypeError, ValueError, AttributeError):
                 found.unreadable.append(info)
@@ -244,11 +244,11 @@ def _committed(state: State) -> Committed:
 
 
 def _sort(found: Walk, rest: dict[Name, list[Found]], used: set[str], exists: Callable[[str], bool]) -> None:
-    """Sort the manifests that the database does not name into newer states and garbage."""
+    """Split the manifests that the database does not name into newer states and garbage."""
     removed = {one.name: one.seq for one in found.removals}
     for name, states in rest.items():
         committed, last = found.committed.get(name, {}), removed.get(name, -1)
-        # A removal without a ref was not committed. Nothing is garbage because of it.
+        # A removal without a ref was not committed, so it makes nothing garbage.
         removals = [one.seq for one in states if one.is_removal and one.seq > last]
         lost = set[str]()
         for one in states:
@@ -269,9 +269,9 @@ def _sort(found: Walk, rest: dict[Name, list[Found]], used: set[str], exists: Ca
 def _is_replaced(
     one: Found, committed: dict[int, Committed], lost: set[str], used: set[str], exists: Callable[[str], bool]
 ) -> bool:
-    """Return whether a state has had its turn: a later one was committed, or another one in its place.
+    """Return whether a state is superseded: a later state, or another one in its place, was committed.
 
-    If an old copy of the database was used for a while, the later one was made without knowing this one.
+    If an old copy of the database was in use, the later state was made without this one.
     """
     if not committed:
         return False
@@ -281,7 +281,7 @@ def _is_replaced(
     if is_task and one.number > newest:
         return False
     if one.number in committed and one.seq <= present.seq:
-        # Its eviction deleted the weights that the later one needs.
+        # Its eviction deleted the weights that the later state needs.
         return not (is_task and present.weights and "evicted_at" in one.body["final"] and not exists(present.weights))
     if one.number < newest and one.number not in committed:
         # The database has lost a version; only generators are forgotten on purpose.
@@ -290,7 +290,7 @@ def _is_replaced(
 
 
 def count_uses(store: Store) -> Counter[str]:
-    """Return digest -> how often manifests name the blob, in all versions; each adapter that needs it counts.
+    """Return digest -> number of references to the blob, in all versions; each adapter that needs it counts.
 
     Raises:
         DamagedStore: The database disagrees with the manifests, so nothing may be deleted.
@@ -313,17 +313,17 @@ def manifests_of(store: Store, kind: str) -> Iterator[tuple[Name, Any]]:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What prune deleted, or would delete."""
+    """The files that prune deleted, or would delete."""
 
     blobs: int
     manifests: int
-    temporary_files: int  # left by killed commands, and what quarantine held if that was asked for
+    temporary_files: int  # left by killed commands, and quarantined files on request
     freed_bytes: int
-    generators: int = 0  # no code needed them any more
-    young: int = 0  # files that stay for now: a running command may be about to refer to them
+    generators: int = 0  # that no code needed
+    young: int = 0  # files kept for now: a running command may be about to refer to them
     young_bytes: int = 0
-    unlisted: tuple[str, ...] = ()  # names with states that the database does not know; nothing of them is deleted
-    folders: tuple[str, ...] = ()  # found among the temporary files or in quarantine; they stay
+    unlisted: tuple[str, ...] = ()  # names with states that the database does not know; none of these is deleted
+    folders: tuple[str, ...] = ()  # found among the temporary files or in quarantine; not deleted
 
 
 def free(store: Store, files: Iterable[str], names: Iterable[str]) -> int | None:
@@ -351,10 +351,10 @@ def free(store: Store, files: Iterable[str], names: Iterable[str]) -> int | None
 
 
 def _delete_states(store: Store, states: Sequence[Found], newest: float | None = None) -> int:
-    """Delete manifests and return the bytes freed; call it before their blobs are deleted.
+    """Delete manifests and return the bytes freed; call this before deleting their blobs.
 
-    So a state without its blobs does not come back if the database is lost. Removals that were not committed go first:
-    they must not be taken for the reason why others are gone.
+    Then no state returns without its blobs if the database is lost. Uncommitted removals are deleted first: they must
+    not look like the reason why other states are missing.
     """
     freed = 0
     for is_removal in (True, False):
@@ -384,7 +384,7 @@ def _prune(store: Store, grace: float | None, empty_quarantine: bool, *, dry_run
             found.reach(one.body)
     states = [one for one in found.garbage if one.info.modified <= newest]
     young_states = [one for one in found.garbage if one.info.modified > newest]
-    # A removal stays as long as earlier states of its name, which must not come back if the database is lost.
+    # A removal stays as long as earlier states of its name, which must not return if the database is lost.
     left_names = {one.name for one in (*young_states, *found.newer)}
     removals = [one for one in found.removals if one.info.modified <= newest and one.name not in left_names]
     stale = [blob for blob in store.blobs.all() if blob.digest not in found.blobs]
@@ -417,14 +417,14 @@ def _prune(store: Store, grace: float | None, empty_quarantine: bool, *, dry_run
 
 
 def _forget_removals(store: Store, removals: Sequence[Found], newest: float | None = None) -> int:
-    """Delete removals, after the states that must not come back; return the bytes freed."""
+    """Delete removals, after the states that must not return; return the bytes freed."""
     if removals:
         store.parts.maintenance.run(lambda: _forget(store, removals))
     return store.manifests.delete((one.info.digest for one in removals), newest=newest)
 
 
 def _forget(store: Store, states: Iterable[Found]) -> None:
-    """Remove generators that no code needs, and removals that are over, from the database."""
+    """Remove unused generators and completed removals from the database."""
     with store.parts.database.write() as connection:
         for one in states:
             table = REFS if one.is_removal else HISTORY
@@ -432,7 +432,7 @@ def _forget(store: Store, states: Iterable[Found]) -> None:
 
 
 def leftovers(store: Store, *, aside: bool = False) -> list[Leftover]:
-    """Return the files that killed commands left, or those in quarantine, each once."""
+    """Return the leftovers of killed commands, or the files in quarantine, without duplicates."""
     found = (
         *store.parts.maintenance.leftovers(aside=aside),
         *store.blobs.leftovers(aside=aside),

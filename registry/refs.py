@@ -1,4 +1,4 @@
-"""Statements that move and remove refs, in an open transaction that holds the lock to write."""
+"""Statements that move and remove refs, in an open transaction that holds the write lock."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def move(
 ) -> None:
     """Write refs and history, if the refs are as expected.
 
-    Of several states of a name, the one with the highest number becomes current.
+    If a name has several states, the highest number becomes current.
     """
     present, rows = _present(connection, states), list[dict[str, Any]]()
     newest = {(one.KIND, key_of(one.KIND, one.ref)): one.number for one in sorted(states, key=lambda one: one.number)}
@@ -89,16 +89,16 @@ def move(
 
 
 def _check_versions(connection: Connection, names: Sequence[tuple[str, str]]) -> None:
-    """Raise `DamagedStore` if a name without a ref has versions: a new task must not replace them."""
+    """Raise `DamagedStore` if a name without a ref has versions, which a new task must not replace."""
     for kind in _WITH_HISTORY:
         for some in chunks([key for of, key in names if of == kind]):
             query = select(HISTORY.c.key).where(HISTORY.c.kind == kind, HISTORY.c.key.in_(some))
             if (key := connection.scalar(query.limit(1))) is not None:
-                raise DamagedStore(f"the database has versions of {kind} {key!r} and no ref", hint=REPAIR_HINT)
+                raise DamagedStore(f"the database has versions of {kind} {key!r} but no ref", hint=REPAIR_HINT)
 
 
 def replace_rows(connection: Connection, table: Table, key: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows in place of those with the same key."""
+    """Write rows, replacing rows with the same key."""
     if rows:
         same = [table.c[name] == bindparam(f"old_{name}") for name in key]
         connection.execute(delete(table).where(*same), [{f"old_{name}": row[name] for name in key} for row in rows])

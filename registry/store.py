@@ -1,12 +1,12 @@
-"""The only door to a store.
+"""The only entry point to a store.
 
     with Store.open("loras.icm", create=True, command="icm ingest") as store:
         (weights,) = store.blobs.put_all([data])                      # bytes first, durable
         store.publish([Task(name="poems", ...)])                      # the commit point: refs move to new manifests
-        store.update("poems", lambda task: replace(task, note="x"))   # read, change, compare and swap, again if lost
+        store.update("poems", lambda task: replace(task, note="x"))   # read, change, compare and swap; retry if lost
         data = store.blobs.read(store.task("poems").final.weights)
 
-A state that was read knows the manifest that it came from, and replaces exactly that one.
+A state knows the manifest that it was read from, and replaces exactly that one.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound=State)
 T = TypeVar("T")
 
-PAGE = 500  # tasks that are read from the database at a time
-_STATES = 1024  # manifests that stay in memory
+PAGE = 500  # tasks per read of the database
+_STATES = 1024  # manifests cached in memory
 
 
 class Store:
     """Manifests, refs and blobs of a fleet; see :meth:`open`.
 
-    A store is used by one thread at a time, and is opened again after a fork. Any number of processes may have it open;
-    those that delete wait for the others.
+    Use a store from one thread at a time, and open it again after a fork. Any number of processes may have it open; a
+    process that deletes waits for the others.
     """
 
     def __init__(
@@ -84,25 +84,25 @@ class Store:
         cache: Callable[[], Path] | None = None,
         on_damage: OnDamage | None = None,
     ) -> Self:
-        """Open a store and hold it, shared with others, until :meth:`close`.
+        """Open a store and hold its shared lock until :meth:`close`.
 
         Args:
             place: the store folder, or the address of a database such as `postgresql://HOST/DATABASE`.
-            create: make it if there is none; in a database only if `blobs` says where the bytes are to be.
+            create: create it if missing; in a database, only with `blobs`.
             read_only: refuse writes; works on read-only media.
-            lock_timeout: seconds to wait for other processes, in all.
-            patience: the seconds that are left, if the same command has other stores open.
-            command: what this process does, for the message that others see.
-            backends: where blobs and manifests are, if not where the store says.
-            blobs: where a new store has its bytes, such as `s3://BUCKET/PREFIX`, if not in its folder.
-            cache: returns the folder for copies of what is read from a remote place.
-            on_damage: called with the name of a task whose manifest cannot be read, when many tasks are read: the
-                others are read without it. By default that is an error.
+            lock_timeout: seconds to wait for other processes, in total.
+            patience: the remaining wait, if the same command has other stores open.
+            command: name of this process in messages of other processes.
+            backends: storage of blobs and manifests, if not the configured one.
+            blobs: location of a new store's bytes, such as `s3://BUCKET/PREFIX`, if not in its folder.
+            cache: returns the folder that caches files from remote storage.
+            on_damage: called with the name of a task whose manifest cannot be read, when many tasks are read; the
+                task is skipped. By default that is an error.
 
         Raises:
-            StoreNotFound: There is none, and `create` is not set.
-            StoreUnavailable: The database, or the place of the bytes, cannot be reached.
-            NotAStore: There is something else, or a store that has its bytes elsewhere than `blobs`.
+            StoreNotFound: It does not exist, and `create` is not set.
+            StoreUnavailable: The database or the storage of the bytes cannot be reached.
+            NotAStore: It is not a store, or has its bytes elsewhere than `blobs`.
         """
         address, patience = address_of(place), patience or Patience(lock_timeout)
         parts = open_parts(address, create=create, read_only=read_only, patience=patience, command=command, blobs=blobs)
@@ -110,7 +110,7 @@ class Store:
             parts = parts._replace(blobs=backends[0], manifests=backends[1])
         copies = None
         if parts.blobs.is_remote and cache is not None:
-            from registry.storage.blobs.cache import BlobCache  # most stores have their blobs at hand
+            from registry.storage.blobs.cache import BlobCache  # most stores have local blobs
 
             copies = BlobCache(cache)
         return cls(address, parts, cache=copies, on_damage=on_damage)
@@ -132,7 +132,7 @@ class Store:
         """Return a task by name, in any case; `NAME@3` or `NAME@ALIAS` is one of its versions.
 
         Raises:
-            TaskNotFound: There is none, or no such version.
+            TaskNotFound: The task or version does not exist.
             DamagedStore: Its manifest is missing or damaged.
         """
         found = self.find(name)
@@ -141,7 +141,7 @@ class Store:
         return found
 
     def find(self, name: str) -> Task | None:
-        """Return a task by name, as `task` does, or None if there is none."""
+        """Return a task by name, as `task` does, or None if it does not exist."""
         name, version = split_version(name)
         with self._db.read() as connection:
             row = connection.execute(ref_of(Task.KIND, name)).first()
@@ -161,13 +161,13 @@ class Store:
         return self._checked_task(digest, name)
 
     def tasks(self, selection: Selection | None = None) -> Iterator[Task]:
-        """Yield the selected tasks in the order asked for, few in memory at a time; no lock of the database is held."""
+        """Yield the selected tasks in the requested order, one page in memory at a time, without a database lock."""
         for page in self._pages(selection or Selection(), REFS.c.key, REFS.c.name, REFS.c.manifest):
             self.manifests.fetch(row.manifest for row in page)
             yield from self.undamaged(page, lambda row: self._checked_task(row.manifest, row.name))
 
     def named(self, names: Sequence[str]) -> list[Task]:
-        """Return tasks by name, each as often as it is named; damaged ones are left out as in `tasks`."""
+        """Return tasks by name, including duplicates; damaged tasks are skipped as in `tasks`."""
         found: list[Task] = []
         for name in names:
             try:
@@ -188,7 +188,7 @@ class Store:
         return [row.name for page in self._pages(selection or Selection(), REFS.c.key, REFS.c.name) for row in page]
 
     def count(self, selection: Selection | None = None) -> int:
-        """Return how many tasks are selected."""
+        """Return the number of selected tasks."""
         inner = self._selected(selection or Selection(), REFS.c.key).order_by(None).subquery()
         with self._db.read() as connection:
             return int(connection.scalar(select(func.count()).select_from(inner)) or 0)
@@ -201,7 +201,7 @@ class Store:
         weights: Iterable[str] = (),
         tensors: Iterable[str] = (),
     ) -> list[TaskRow]:
-        """Return the rows of tasks with one of these names, folders, weights or tensors; indexes find them."""
+        """Return the rows of tasks with one of these names, folders, weights or tensors, using indexes."""
         asked = (
             (REFS.c.key, {key_of(Task.KIND, name) for name in names}),
             (REFS.c.folder, set(folders)),
@@ -221,7 +221,7 @@ class Store:
         return cast(list[Task], self._history(Task.KIND, self.task(name).name))
 
     def generators(self, base_model: str | None = None) -> list[Generator]:
-        """Return all generators, or those of one base model, oldest first."""
+        """Return the generators of all base models, or of a single one, oldest first."""
         return cast(list[Generator], self._history(Generator.KIND, base_model))
 
     def generator(self, base_model: str) -> Generator | None:
@@ -229,7 +229,7 @@ class Store:
         return cast("Generator | None", self._current(Generator.KIND, base_model))
 
     def generator_of(self, digest: str, base_model: str) -> Generator:
-        """Return the generator with a network; raise `GeneratorNotFound` if the store does not have it."""
+        """Return the generator of a network; raise `GeneratorNotFound` if the store does not have it."""
         for one in reversed(self.generators(base_model)):
             if one.blob == digest:
                 return one
@@ -240,29 +240,29 @@ class Store:
         return cast("Run | None", self._current(Run.KIND, base_model))
 
     def base_models(self) -> list[BaseModel]:
-        """Return the base models by name: those with facts or labels, and those that tasks name."""
+        """Return the base models by name, with facts or labels, or named by tasks."""
         known = {base.name: base for base in self._described_bases()}
         return [known.get(name) or BaseModel(name=name) for name in sorted({*known, *self.task_counts()})]
 
     def base_model(self, label: str) -> BaseModel:
-        """Return the base model that has a label; a new one if the store does not know it."""
+        """Return the base model with a label; a new one if the label is unknown."""
         return next((base for base in self._described_bases() if label in base.names), BaseModel(name=label))
 
     def base_name(self, label: str) -> str:
-        """Return the name of the base model that has a label; the label itself if the store does not know it."""
+        """Return the name of the base model with a label; the label itself if it is unknown."""
         return self.base_model(label).name
 
     def task_counts(self) -> dict[str, int]:
         """Return base model -> number of its tasks."""
-        # Compared as an expression: SQLite would look up the kind, and read every row for its base model.
+        # An expression: with the plain column, SQLite would look up the kind, and read every row for its base model.
         query = select(REFS.c.base, func.count()).where(REFS.c.kind.concat("") == Task.KIND).group_by(REFS.c.base)
         with self._db.read() as connection:
             return {row[0]: row[1] for row in connection.execute(query)}
 
     def tags(self) -> dict[str, int]:
-        """Return how many tasks have each tag, by tag."""
+        """Return tag -> number of tasks that have it."""
         query = select(REFS.c.tags, func.count()).where(IS_TASK, REFS.c.tags != "").group_by(REFS.c.tags)
-        counts: dict[str, tuple[str, int]] = {}  # by tag in lower case; it is shown as it was first written
+        counts: dict[str, tuple[str, int]] = {}  # by tag in lower case; the first spelling is shown
         with self._db.read() as connection:
             for tags, count in connection.execute(query):
                 for tag in tags.split():
@@ -277,14 +277,14 @@ class Store:
     # Write.
 
     def publish(self, states: Sequence[S], *, remove: Sequence[State] = (), older: bool = False) -> list[S]:
-        """Move refs to new states in one transaction, and remove others; return the states as they are stored.
+        """Move refs to new states in one transaction, and remove others; return the stored states.
 
-        The blobs that they name must be durable. With `older`, a state may be of a version that is not the current one,
-        which then stays as it is.
+        Their blobs must be durable. With `older`, a state may belong to an earlier version; the current version stays
+        unchanged.
 
         Raises:
             LostRace: Another process changed one of them since it was read; nothing was written.
-            TaskConflict: A new task has the name of a known one.
+            TaskConflict: A new task has the name of an existing one.
         """
         self._db.must_write()
         moment = self._moment()
@@ -302,16 +302,16 @@ class Store:
                 replace_rows(connection, REFS, ("kind", "key"), rows)
                 raise_seq(connection, [*new, *gone])
         except (LostRace, TaskConflict, DamagedStore):
-            # Nothing refers to them, and if the database is lost they must not be taken for what was committed.
+            # Nothing refers to them, and if the database is lost they must not look like committed states.
             self.manifests.delete(digests, newest=math.inf)
             raise
         return [replace(state, manifest=digest) for state, digest in zip(new, digests, strict=False)]
 
     def adopt(self, states: Sequence[State]) -> None:
-        """Take states of another store over as they are: their names are new here, and their manifests the same.
+        """Add states of another store with the same manifests; their names must be new here.
 
-        Unless a name was removed here: then its states are published anew, or the removal would count for them too.
-        The blobs that they name must be durable. Give all versions of a task at once.
+        If a name was removed here, its states get a new `seq`, or the removal would apply to them too.
+        Their blobs must be durable. Pass all versions of a task at once.
 
         Raises:
             TaskConflict, LostRace: The store has one of the names.
@@ -329,18 +329,18 @@ class Store:
             raise_seq(connection, states)
 
     def update(self, name: str, change: Callable[[Task], Task]) -> Task:
-        """Change a task: read it, change it, and swap it in; again if another process was faster.
+        """Change a task by compare and swap; retry if another process was faster.
 
-        `change` must not have effects. If it returns an equal task, nothing is written.
+        `change` must not have side effects. If it returns an equal task, nothing is written.
         """
         return self._retried(lambda: self.task(name), change, older=split_version(name)[1] is not None)
 
     def update_base(self, label: str, change: Callable[[BaseModel], BaseModel]) -> BaseModel:
-        """Change what is known of a base model, as `update` changes a task."""
+        """Change the record of a base model, as `update` changes a task."""
         return self._retried(lambda: self.base_model(label), change)
 
     def update_generator(self, base_model: str, change: Callable[[Generator | None], Generator]) -> Generator:
-        """Change the generator in use, or make the first one, as `update` changes a task."""
+        """Change the generator in use, or create the first one, as `update` changes a task."""
         while True:
             present = self.generator(base_model)
             new = change(present)
@@ -352,7 +352,7 @@ class Store:
                 continue
 
     def save_run(self, run: Run) -> Run:
-        """Record a training run; its earlier checkpoint is deleted. The caller holds the job of the base model."""
+        """Record a training run and delete its earlier checkpoint. The caller holds the job lock of the base model."""
         before = self.run(run.base_model)
         expected = None if before is None else before.manifest
         (saved,) = self.publish([replace(run, manifest=expected, updated_at=now())])
@@ -361,9 +361,9 @@ class Store:
         return saved
 
     def end_run(self, base_model: str, states: Sequence[S] = ()) -> list[S]:
-        """Publish what a training run made, and remove the run with its checkpoint, in one transaction.
+        """Publish the results of a training run, and remove the run with its checkpoint, in one transaction.
 
-        The caller holds the job of the base model. The errors are those of `publish`.
+        The caller holds the job lock of the base model. The errors are the same as for `publish`.
         """
         run = self.run(base_model)
         if run is None:
@@ -376,8 +376,8 @@ class Store:
     def job(self, base_model: str, *, shared: bool = False) -> Iterator[None]:
         """Hold the job lock of a base model.
 
-        One process at a time trains. Those that encode hold the lock `shared`. The store lock is given up while this
-        waits, so nothing read before may be trusted inside the block.
+        One process at a time trains; processes that encode hold the lock `shared`. The store lock is released while
+        this waits, so nothing read before may be trusted inside the block.
         """
         self._db.must_write()
         with self._lock.job(base_model, shared=shared):
@@ -386,7 +386,7 @@ class Store:
     # Maintenance.
 
     def remove(self, tasks: Sequence[Task]) -> None:
-        """Remove tasks with all their versions; their bytes go with the next `free` or `prune`.
+        """Remove tasks with all their versions; the next `free` or `prune` deletes their bytes.
 
         Raises:
             LostRace: A task has changed since it was read; nothing is removed.
@@ -394,9 +394,9 @@ class Store:
         self.parts.maintenance.run(lambda: self.publish([], remove=tasks))
 
     def free(self, files: Iterable[str] = (), names: Iterable[str] = ()) -> int | None:
-        """Delete blobs, and earlier states of some tasks, that nothing reaches any more; return the bytes freed.
+        """Delete unreachable blobs and unreachable earlier states of tasks; return the bytes freed.
 
-        None if another process uses the store for too long: the next `prune` deletes them.
+        Return None if another process uses the store for too long: the next `prune` deletes them.
         """
         from registry.reachability import free
 
@@ -405,9 +405,9 @@ class Store:
     def prune(
         self, *, grace: float | None = None, empty_quarantine: bool = False, dry_run: bool = False
     ) -> PruneReport:
-        """Delete what no ref reaches and what killed commands left, if older than `grace` seconds.
+        """Delete unreachable files and leftovers of killed commands, if older than `grace` seconds.
 
-        By default that is an hour, or a day for a remote place.
+        The default is an hour, or a day for an object store.
 
         Raises:
             DamagedStore: The database disagrees with the manifests; nothing was deleted.
@@ -418,38 +418,38 @@ class Store:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the store alone for a block; nothing read before may be trusted inside it."""
+        """Hold the exclusive store lock for a block; nothing read before may be trusted inside it."""
         self._db.must_write()
         with self._lock.exclusive():
             yield
 
     def usage(self) -> Usage:
-        """Return the bytes on disk by what they are for."""
+        """Return the bytes on disk by use."""
         from registry.usage import measure
 
         return measure(self)
 
     def verify(self, *, read_data: bool = False, names: Sequence[str] = ()) -> Iterator[Finding]:
-        """Yield what is wrong; `read_data` also hashes every blob, `names` checks only these tasks."""
+        """Yield the problems found; `read_data` also hashes every blob, `names` checks only these tasks."""
         from registry.verify import verify
 
         return verify(self, read_data=read_data, names=names)
 
     def repair(self, finding: Finding) -> str | None:
-        """Correct one flipped bit of the damaged file of a finding, or move it to quarantine; return what was done."""
+        """Correct one flipped bit in the damaged file of a finding, or quarantine the file; return the action taken."""
         from registry.verify import repair
 
         with self.exclusive():
             return repair(self, finding)
 
     def rebuild(self) -> Rebuilt:
-        """Write the database again from the manifests."""
+        """Rebuild the database from the manifests."""
         from registry.verify import rebuild
 
         return rebuild(self)
 
     def refs(self) -> Iterator[dict[str, Any]]:
-        """Yield every row of `refs`, few in memory at a time."""
+        """Yield every row of `refs`, one page in memory at a time."""
         last: tuple[str, str] = ("", "")
         while True:
             after = or_(REFS.c.kind > last[0], (REFS.c.kind == last[0]) & (REFS.c.key > last[1]))
@@ -477,7 +477,7 @@ class Store:
         return selected(selection, names, *columns)
 
     def _pages(self, selection: Selection, *columns: Any) -> Iterator[Sequence[Any]]:
-        """Yield rows in pages, each read in a transaction of its own unless an order or a limit needs a single one."""
+        """Yield rows in pages, one transaction each; an order or a limit needs a single transaction."""
         query = self._selected(selection, *columns)
         if selection.sort is not None or selection.limit is not None:
             with self._db.read() as connection:
@@ -496,7 +496,7 @@ class Store:
             last = key_of(Task.KIND, rows[-1].name)
 
     def undamaged(self, page: Sequence[Any], read: Callable[[Any], T]) -> Iterator[T]:
-        """Yield each row as it is read, without those that are damaged, if anybody listens."""
+        """Yield each row as read; report damaged rows to `on_damage` and skip them, or raise if it is not set."""
         for row in page:
             try:
                 found = read(row)
@@ -531,7 +531,7 @@ class Store:
         return cast(Task, self._checked_state(digest, Task.KIND, name))
 
     def _checked_state(self, digest: str, kind: str, name: str) -> State:
-        """Return a state; raise `DamagedStore` if it is not of the name that points to it: the database is wrong."""
+        """Return a state; raise `DamagedStore` if it has another name than the database states."""
         state = self._state(digest)
         if (state.KIND, key_of(kind, state.ref)) != (kind, key_of(kind, name)):
             fact = f"the database points {kind} {name!r} to a manifest of {state.KIND} {state.ref!r}"
@@ -551,14 +551,14 @@ class Store:
         return read_shared(kind, self.blobs.read(file))
 
     def _similar(self, name: str) -> tuple[str, ...]:
-        """Return the names that are closest to one that does not exist."""
+        """Return the existing names closest to an unknown one."""
         names = {known.lower(): known for known in self.names()}
         return tuple(names[match] for match in difflib.get_close_matches(name.lower(), names, n=3))
 
     def _moment(self) -> int:
-        """Return a number above that of every state, and not the one of a simultaneous publication.
+        """Return a `seq` above every existing one, and different from simultaneous publications.
 
-        Two equal states would be one manifest, which the process that loses the race deletes.
+        Two equal states would share a manifest, which the process that loses the race deletes.
         """
         with self._db.read() as connection:
             last = int(connection.scalar(select(META.c.seq)) or 0)
@@ -576,7 +576,7 @@ class Store:
                 continue
 
     def _put_states(self, states: Sequence[State]) -> list[Written]:
-        """Store manifests, after the documents that they share."""
+        """Store shared documents, then the manifests."""
         data, documents = list[bytes](), dict[str, bytes]()
         for state in states:
             body, common = encode(state)

@@ -1,10 +1,10 @@
 """The tables, the same in SQLite and PostgreSQL.
 
     refs       kind and name -> digest of the current manifest, and columns that listings filter and sort by
-    history    kind, name and version -> digest of the manifest of that version; the current version too
-    meta       one row: which store this is, where its blobs are, how often it changed
+    history    kind, name and version -> digest of its manifest, including the current version
+    meta       one row: the store's identity, the address of its blobs, the number of changes
 
-Columns of `refs` after `manifest` follow from the manifest by :func:`index_of`. They decide nothing but listings.
+Columns of `refs` after `manifest` are derived from the manifest by :func:`index_of`, and used only for listings.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from registry.names import folder_of
 
 _START = 8
 FORMAT = 1
-"""Of the tables and the manifests. A store with another number is refused."""
+"""The version of tables and manifests. A store with another number is refused."""
 
 
 REPAIR_HINT = "run `icm verify --repair` to rebuild the database from the manifests"
 
 
 class UnreadableValue(DamagedStore):
-    """A column has a value of another type than it was written with."""
+    """A column has a value of the wrong type."""
 
     def __init__(self, fact: str) -> None:
         super().__init__(f"the database is damaged: {fact}", hint=REPAIR_HINT)
 
 
 class Digest(TypeDecorator[str]):
-    """Hexadecimal digits, of a SHA-256 or of a part of one, as bytes."""
+    """A hexadecimal SHA-256, or a part of one, stored as bytes."""
 
     impl = LargeBinary
     cache_ok = True
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> bytes | None:
-        """Return what is stored (SQLAlchemy's hook)."""
+        """Return the stored bytes (SQLAlchemy's hook)."""
         return None if value is None else bytes.fromhex(value)
 
     def process_result_value(self, value: bytes | None, dialect: Dialect) -> str | None:
@@ -77,7 +77,7 @@ class TaskRow:
     rank: int
     dtype: str
     parameters: int
-    targets: str  # module names with spaces between
+    targets: str  # module names, separated by spaces
     format: str
     original_bytes: int
     stored_bytes: int
@@ -98,7 +98,7 @@ class TaskRow:
     limits: str | None  # JSON of the limits that the code was made for
     gain: float | None
     gain_precision: str | None
-    claim: str | None  # JSON of the quality that a bundle states
+    claim: str | None  # JSON of the quality that a bundle claims
     tags: str  # with a space on either side of each
     note: str | None
     source: str
@@ -127,7 +127,7 @@ class TaskRow:
 
     @classmethod
     def of(cls, values: Sequence[Any]) -> TaskRow:
-        """Return a row that was read; raise `UnreadableValue` if a value has another type than it was written with."""
+        """Return a row from the database; raise `UnreadableValue` if a value has the wrong type."""
         for value, (name, kinds) in zip(values, _TYPES, strict=True):
             if not isinstance(value, kinds):
                 raise UnreadableValue(f"{name} of task {str(values[0])[:80]!r} is {str(value)[:80]!r}")
@@ -149,7 +149,7 @@ REFS = Table(
     "refs",
     METADATA,
     Column("kind", String, primary_key=True),
-    Column("key", _KEY, primary_key=True),  # the name as it is compared: of a task, in lower case
+    Column("key", _KEY, primary_key=True),  # the name for comparison; of a task, in lower case
     *(_column(one.name, str(one.type)) for one in fields(TaskRow)),
     Index("refs_base", "base", "kind", "key"),
     Index("refs_weights", "weights"),
@@ -172,20 +172,20 @@ META = Table(
     Column("store", String, primary_key=True),
     Column("format", Integer, nullable=False),
     Column("blobs", Text),  # the address of the blobs; NULL if they are in the store folder
-    Column("changes", _NUMBER, nullable=False),  # transactions that wrote: who serves tasks looks at it
+    Column("changes", _NUMBER, nullable=False),  # number of write transactions; servers of tasks watch it
     Column("seq", _NUMBER, nullable=False, default=0),  # the highest `State.seq` so far
 )
 
 
 def key_of(kind: str, name: str) -> str:
-    """Return a name as it is compared: tasks composed (NFC) and regardless of case, base models exactly."""
+    """Return a name for comparison: tasks composed (NFC) and regardless of case, base models exactly."""
     if kind != Task.KIND:
         return name
     return (name if name.isascii() else unicodedata.normalize("NFC", name)).lower()
 
 
 def index_of(state: State, manifest: str) -> dict[str, Any]:
-    """Return the row of `refs` for a state: everything in it follows from the manifest."""
+    """Return the row of `refs` for a state, derived from its manifest."""
     row: dict[str, Any] = dict.fromkeys(REFS.columns.keys())
     row |= {"kind": state.KIND, "key": key_of(state.KIND, state.ref), "name": state.ref}
     row |= {"manifest": manifest, "version": state.number}
@@ -237,7 +237,7 @@ def version_of(state: State, manifest: str, files: bytes) -> dict[str, Any]:
 
 
 def packed_files(body: Any) -> bytes:
-    """Return the files that the JSON of a manifest needs, so that the bill reads no manifest.
+    """Return the files that the JSON of a manifest needs, so that `usage` reads no manifest.
 
     Nine bytes per file: its use, and the start of its digest.
     """
@@ -249,7 +249,7 @@ def packed_files(body: Any) -> bytes:
 
 
 def unpacked_files(files: bytes) -> Iterator[tuple[str, bytes]]:
-    """Yield use and start of the digest of each file; raise `UnreadableValue` if these are not `packed_files`."""
+    """Yield use and digest start of each file in `packed_files`; raise `UnreadableValue` if these are invalid."""
     try:
         for number, start in struct.iter_unpack(f"B{_START}s", files):
             yield USES[number], start
@@ -258,7 +258,7 @@ def unpacked_files(files: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def start_of(digest: str) -> bytes:
-    """Return the part of a digest that `packed_files` has."""
+    """Return the start of a digest, as in `packed_files`."""
     return bytes.fromhex(digest[: 2 * _START])
 
 

@@ -1,4 +1,4 @@
-"""The bill: bytes by use. Every file is counted once, so the total of a folder is the one of `du -b`."""
+"""Storage by use, in bytes. Every file counts once, so the total of a folder matches `du -b`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes of the files of a store. A blob with several uses counts for the first of them, in this order."""
+    """Bytes of a store by use. A blob with several uses counts as the first, in this order."""
 
     originals: int = 0  # final adapters: weights, configurations and cards
     checkpoints: int = 0  # the other adapters
@@ -38,12 +38,12 @@ class Usage:
 
     @property
     def total(self) -> int:
-        """All of them together."""
+        """The sum of all uses."""
         return sum(getattr(self, name) for name in self.__dataclass_fields__)
 
 
 def measure(store: Store) -> Usage:
-    """Add up the files of a store by use, as the database has them; no manifest of a task is read."""
+    """Return the bytes of a store by use, from its database, without reading manifests of tasks."""
     uses, named = _uses(store)
     blobs, manifests = store.blobs.sizes(), store.manifests.sizes()
     sums = dict.fromkeys(Usage.__dataclass_fields__, 0)

@@ -1,4 +1,4 @@
-"""Find damage in a store, and repair it. Nothing is ever deleted here.
+"""Find and repair damage in a store. Nothing is ever deleted here.
 
 verify    database ⇄ manifests ──▶ blobs: present, of the right length, and (`read_data`) with the right bytes
 repair    files with one flipped bit are corrected, other damaged ones are moved to quarantine
@@ -31,9 +31,9 @@ Kind = Literal[
 
 _HARMLESS = {"uncommitted", "orphan", "leftover", "remark"}
 OF_DATABASE = {"database", "row", "unlisted", "uncommitted"}
-"""What a rebuild of the database repairs."""
+"""Findings that a rebuild of the database repairs."""
 OF_FILES = {"length", "digest"}
-"""What a repair of the file corrects or moves to quarantine."""
+"""Findings that a repair corrects or moves to quarantine."""
 MAX_REPAIRED_BYTES = 1 << 16
 """Larger files are not searched for a flipped bit: half a million hashes take seconds."""
 _ROWS = 500
@@ -41,18 +41,18 @@ _ROWS = 500
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is not as it should be."""
+    """A problem in a store, or a remark."""
 
     kind: Kind
     message: str
     path: str
-    digest: str | None = None  # the file it is about
+    digest: str | None = None  # the affected file
     tasks: tuple[str, ...] = ()  # that need it
     is_manifest: bool = False
 
     @property
     def is_problem(self) -> bool:
-        """False for the leftovers of killed commands, and for remarks on adapters that are kept as they are."""
+        """False for leftovers of killed commands, and for remarks on adapters that are kept unchanged."""
         return self.kind not in _HARMLESS
 
 
@@ -63,7 +63,7 @@ class Rebuilt:
     tasks: int
     restored: tuple[str, ...] = ()  # the old database did not have them, or had another state
     removed: tuple[str, ...] = ()  # they stay removed, although some of their files are left
-    lost: tuple[str, ...] = ()  # the old database had them, and no manifest of theirs can be read
+    lost: tuple[str, ...] = ()  # the old database had them, but none of their manifests can be read
 
 
 @dataclass
@@ -101,7 +101,7 @@ def verify(store: Store, *, read_data: bool, names: Sequence[str] = ()) -> Itera
         return
     yield from (Finding("row", fact, place) for fact in found.disagreements)
     yield from _of_manifests(store, found)
-    if read_data and store.manifests.is_remote:  # so far, copies on this machine may have been read
+    if read_data and store.manifests.is_remote:  # the walk may have read cached copies
         yield from _of_remote_manifests(store, found)
     yield from _of_newer(store, found.newer)
     yield from _of_blobs(store.blobs, needs, lambda name: store.run(name[1]), read_data=read_data)
@@ -131,18 +131,18 @@ def _of_remote_manifests(store: Store, found: Walk) -> Iterator[Finding]:
 
 
 def _of_newer(store: Store, newer: Sequence[Found]) -> Iterator[Finding]:
-    """Yield names with states that the database does not have: a command was killed, or the database is an old copy."""
+    """Yield names with states missing from the database: a command was killed, or the database is an old copy."""
     states = defaultdict[Name, list[Found]](list)
     for one in newer:
         if not is_named(store, one.name, one.info.digest):  # else it was published since the walk began
             states[one.name].append(one)
     uncommitted = list[Name]()
     for (kind, key), some in sorted(states.items(), key=lambda one: one[0]):
-        # A generator that is not in use comes back with the change of a task that names it.
+        # An unused generator returns with the change of a task that names it.
         if kind == Generator.KIND or all(_is_next(store, one) for one in some):
             uncommitted.append((kind, key))
             continue
-        fact = f"{kind} {key!r} has {len(some)} states that the database does not have"
+        fact = f"{kind} {key!r} has {len(some)} states that are missing from the database"
         digest = some[-1].info.digest
         named = (key,) if kind == "task" else ()
         yield Finding("unlisted", fact, store.manifests.place(digest), digest, named)
@@ -193,19 +193,19 @@ def _problem_of(
 def _strays(store: Store, found: Walk) -> Iterator[Finding]:
     for one in found.idle:
         found.reach(one.body)
-    for blob in () if found.missing or found.unreadable else store.blobs.all():  # they may need any blob
+    for blob in () if found.missing or found.unreadable else store.blobs.all():  # unreadable manifests may need any blob
         if blob.digest not in found.blobs:
             fact = f"nothing refers to blob {blob.digest}"
             yield Finding("orphan", fact, store.blobs.place(blob.digest), blob.digest)
     for file in leftovers(store):
         name = file.place.rpartition("/")[2]
-        yield Finding("leftover", f"{name} was left by a command that was killed", file.place)
+        yield Finding("leftover", f"{name} was left by a killed command", file.place)
 
 
 def repair(store: Store, finding: Finding) -> str | None:
     """Correct one flipped bit of a damaged file, or move the file to quarantine; return the result.
 
-    None if the file is not damaged. The caller holds the store alone.
+    Return None if the file is not damaged. The caller holds the exclusive store lock.
     """
     files, digest = store.manifests if finding.is_manifest else store.blobs, finding.digest
     if digest is None or finding.kind not in OF_FILES or not files.exists(digest):
@@ -233,8 +233,8 @@ def _repaired(files: Blobs, digest: str) -> str:
 
 
 def _right_bytes(files: Blobs, digest: str) -> tuple[bytes | None, str]:
-    """Return the bytes that a damaged file had, and how they were found; None if they are lost."""
-    if files.is_intact(digest):  # what has this name was never right
+    """Return the original bytes of a damaged file, and how they were found; None if they are lost."""
+    if files.is_intact(digest):  # the file was invalid from the start
         return None, ""
     try:
         return files.read(digest), "with the copy in the cache"
@@ -243,7 +243,7 @@ def _right_bytes(files: Blobs, digest: str) -> tuple[bytes | None, str]:
 
 
 def corrected(data: bytes, digest: str) -> bytes | None:
-    """Return the bytes with a digest that differ from `data` in one bit; None if there are none, or too many."""
+    """Flip the one bit of `data` that restores its digest; return None if there is none, or `data` is too long."""
     if len(data) > MAX_REPAIRED_BYTES:
         return None
     changed, hashed = bytearray(data), hashlib.sha256()
@@ -260,7 +260,7 @@ def corrected(data: bytes, digest: str) -> bytes | None:
 
 
 def rebuild(store: Store) -> Rebuilt:
-    """Write the database again from the manifests; see `Store.rebuild`."""
+    """Rebuild the database from the manifests; see `Store.rebuild`."""
     with store.exclusive():
         before = _known(store)
         states = _all_states(store)
@@ -277,7 +277,7 @@ def rebuild(store: Store) -> Rebuilt:
 
 
 def _known(store: Store) -> dict[str, str]:
-    """Return task -> manifest as the database has it; nothing if it cannot be read."""
+    """Return task -> manifest from the database; empty if it cannot be read."""
     query = select(REFS.c.name, REFS.c.manifest).where(REFS.c.kind == "task")
     try:
         with store.parts.database.read() as connection:
@@ -287,7 +287,7 @@ def _known(store: Store) -> dict[str, str]:
 
 
 def _all_states(store: Store) -> dict[Name, list[State]]:
-    """Return all states in manifests/ by name and age; one flipped bit in a manifest is corrected first."""
+    """Return all states in manifests/ by name and age, after correcting single flipped bits."""
     states = defaultdict[Name, list[State]](list)
     digests = [info.digest for info in store.manifests.all()]
     store.manifests.fetch(digests)
@@ -334,16 +334,16 @@ def _newest(store: Store, states: dict[Name, list[State]]) -> tuple[list[State],
         if versions:
             refs.append(versions[max(versions)])
             history += versions.values() if kind in ("task", "generator") else ()
-        if last is not None and last is not some[0]:  # else nothing is left that could come back
+        if last is not None and last is not some[0]:  # else no state is left that could return
             refs.append(last)
             removed += [last.name] if kind == "task" and not versions else []
     return refs, history, removed
 
 
 def _with_eviction(store: Store, newest: State, states: Sequence[State]) -> State:
-    """Return the newest state of a version; evicted with the code of an earlier one, if that deleted its weights.
+    """Return the newest state of a version; if an earlier eviction deleted its weights, with that eviction and its code.
 
-    Then an old copy of the database was used for a while.
+    This happens after an old copy of the database was in use.
     """
     if not isinstance(newest, Task) or newest.final.is_evicted or store.blobs.exists(newest.final.weights):
         return newest
@@ -359,7 +359,7 @@ def _with_eviction(store: Store, newest: State, states: Sequence[State]) -> Stat
 
 
 def _is_committed(state: State, states: Sequence[State]) -> TypeGuard[Removed]:
-    """Return whether a state is a removal, and no later state replaced the manifest that it was to remove."""
+    """Return whether a state is a committed removal: no later state replaced the same manifest."""
     return isinstance(state, Removed) and not any(
         one.seq > state.seq and one.parent == state.parent for one in states if not isinstance(one, Removed)
     )

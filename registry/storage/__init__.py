@@ -1,1 +1,1 @@
-"""Bytes on disk: blobs, the database file, locks, and what keeps them sound."""
+"""Storage: blobs, the database, locks, and their maintenance."""

@@ -31,7 +31,7 @@ OLD_HINT = "ingest the adapters again into a new store (--store), or use the icm
 
 
 class Meta(NamedTuple):
-    """The one row of META."""
+    """The single row of META."""
 
     store: str
     format: int
@@ -49,13 +49,13 @@ class Database(ABC):
     """The tables of one store.
 
     Attributes:
-        meta_hint: What to do if META is lost.
+        meta_hint: The hint if META is lost.
 
     Args:
-        place: Where they are, for messages.
-        root: Where the store is, for messages.
+        place: The location of the tables, for messages.
+        root: The location of the store, for messages.
         read_only: Refuse writes.
-        patience: How long to wait for others; the time spent waiting for the write lock is taken from it.
+        patience: How long to wait for other processes; waits for the write lock count.
     """
 
     meta_hint = REPAIR_HINT
@@ -78,11 +78,11 @@ class Database(ABC):
 
     @abstractmethod
     def damage(self) -> Iterator[str]:
-        """Yield what is wrong with the pages of the database."""
+        """Yield the damage found in pages of the database."""
 
     @abstractmethod
     def size(self) -> int:
-        """Return the bytes that the tables take."""
+        """Return the size of the tables in bytes."""
 
     @abstractmethod
     def close(self) -> None:
@@ -90,7 +90,7 @@ class Database(ABC):
 
     @abstractmethod
     def _translated_cause(self, error: BaseException) -> RegistryError | None:
-        """Return the store's error for an error of the driver; None if it is a bug of ours."""
+        """Return the store's error for an error of the driver; None for a bug of ours."""
 
     def must_write(self) -> None:
         """Raise `StoreReadOnly` if the store was opened read-only."""
@@ -99,7 +99,7 @@ class Database(ABC):
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """Open a transaction that sees one consistent state. Fetch and leave: a reader holds up commits."""
+        """Open a transaction that sees one consistent state. Keep it short: a reader delays commits."""
         with self._errors(), self._reading() as connection:
             yield connection
 
@@ -114,7 +114,7 @@ class Database(ABC):
         failpoint("rows-committed")
 
     def meta(self) -> Meta:
-        """Return which store this is."""
+        """Return the row of META."""
         with self.read() as connection:
             return self._meta(connection)
 
@@ -124,10 +124,10 @@ class Database(ABC):
             meta = Meta(*rows[0])
             if isinstance(meta.store, str) and isinstance(meta.changes, int) and isinstance(meta.seq, int):
                 return meta
-        raise DamagedStore(f"{self.place} does not say which store it is", path=self.place, hint=self.meta_hint)
+        raise DamagedStore(f"{self.place} does not identify its store", path=self.place, hint=self.meta_hint)
 
     def changes(self) -> int:
-        """Return how many transactions have written."""
+        """Return the number of write transactions so far."""
         return self.meta().changes
 
     @contextmanager
@@ -139,13 +139,13 @@ class Database(ABC):
             translated = self._translated_cause(cause)
             if isinstance(error, UnicodeDecodeError):
                 translated = DamagedStore(f"{self.place}: {error}", path=self.place, hint=REPAIR_HINT)
-            if translated is None:  # a broken rule of the tables is a bug of ours
+            if translated is None:  # a violated constraint of the tables is a bug of ours
                 raise
             raise translated from error
 
 
 def make_tables(connection: Connection, store: str | None = None, blobs: str | None = None, changes: int = 0) -> None:
-    """Make the tables and the row of META, unless they are there."""
+    """Create the tables and the row of META if missing."""
     METADATA.create_all(connection)
     if connection.execute(select(META)).first() is None:
         row = {"store": store or uuid4().hex, "format": FORMAT, "blobs": blobs, "changes": changes, "seq": 0}

@@ -1,4 +1,4 @@
-"""A store folder: making it, and its maintenance."""
+"""Creation and maintenance of store folders."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _OLD_FORMAT = re.compile(rb"icm store [1-9][0-9]{0,5}\n")
 
 
 class FolderMaintenance:
-    """The maintenance of a store folder: a file whose bytes are freed on a full disk."""
+    """Maintenance of a store folder: a reserve file is deleted when the disk is full."""
 
     def __init__(self, paths: StorePaths) -> None:
         self._paths = paths
 
     def run(self, change: Callable[[], T]) -> T:
-        """Run a change; if the disk is full, delete the reserve and run it once more."""
+        """Run a change; if the disk is full, delete the reserve and retry once."""
         try:
             return change()
         except StoreFull:
@@ -44,12 +44,12 @@ class FolderMaintenance:
             return change()
 
     def after_deletion(self) -> None:
-        """Make the reserve again if there is room for it."""
+        """Recreate the reserve if there is room."""
         with suppress(OSError):
             make_reserve(self._paths)
 
     def footprint(self, blobs: Collection[str], manifests: Collection[str]) -> Footprint:
-        """Add up the files of the folder, but for these blobs and manifests."""
+        """Return the bytes of the folder's files, except these blobs and manifests."""
         sums = Counter[str]()
         for folder, _, names in os.walk(self._paths.root):
             place = Path(folder)
@@ -60,7 +60,7 @@ class FolderMaintenance:
                 listed = manifests
             for name in names:
                 if name not in listed:
-                    with suppress(FileNotFoundError):  # another process has renamed or removed it since
+                    with suppress(FileNotFoundError):  # another process has renamed or removed it
                         sums[self._use_of(place / name)] += (place / name).lstat().st_size
         return Footprint(sums["database"], sums["unreferenced"], sums["overhead"])
 
@@ -76,7 +76,7 @@ class FolderMaintenance:
 
 
 def make_reserve(paths: StorePaths) -> None:
-    """Write the reserve file if it is not there."""
+    """Write the reserve file if it is missing."""
     if not paths.reserve.exists():
         temporary = paths.tmp / "reserve"
         fs.unlink(temporary)
@@ -86,18 +86,18 @@ def make_reserve(paths: StorePaths) -> None:
 
 
 def prepare_folder(paths: StorePaths) -> None:
-    """Make the store folder, unless it holds things that are not a store's."""
+    """Create the store folder; raise `NotAStore` if it holds foreign files."""
     with fs.store_errors(paths.root):
         paths.root.mkdir(parents=True, exist_ok=True)
         check_place(paths.root)
 
 
 def check_place(root: Path) -> None:
-    """Raise `NotAStore` if a folder holds things that are not a store's."""
+    """Raise `NotAStore` if a folder holds foreign files."""
     paths = StorePaths(root)
     if not root.is_dir() or paths.format.exists():
         return
-    # FORMAT too: another process may make a store here meanwhile.
+    # FORMAT too: another process may be creating a store here.
     ours = {path.name for path in vars(paths).values() if path != root} | {"lock.gate"}
     if foreign := {entry.name for entry in root.iterdir()} - ours:
         message = f"{root} is not a store: it holds {min(foreign)!r}"
@@ -105,9 +105,9 @@ def check_place(root: Path) -> None:
 
 
 def create_store(paths: StorePaths, database: SqliteDatabase, blobs: str | None = None) -> None:
-    """Make the parts of a store, FORMAT last; a killed attempt is simply made again.
+    """Create the parts of a store, FORMAT last; a killed attempt is simply repeated.
 
-    Its blobs are at the address `blobs`, if not in the folder.
+    `blobs` is the address of its blobs, if not in the folder.
     """
     if paths.format.exists():  # another process was faster
         return
@@ -120,7 +120,7 @@ def create_store(paths: StorePaths, database: SqliteDatabase, blobs: str | None 
             claim_location(paths, blobs)
         database.create()
         fs.failpoint("store-before-format")
-        # FORMAT last: a folder without it is an attempt that was killed, and is made again.
+        # FORMAT last: a folder without it is a killed attempt, which is repeated.
         temporary = paths.tmp / "FORMAT"
         fs.unlink(temporary)
         fs.write_file(temporary, (REMOTE_TEXT if paths.place.exists() else FORMAT_TEXT).encode(), 0o444)

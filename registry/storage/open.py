@@ -40,10 +40,10 @@ def open_parts(
 def open_folder(
     path: Path, *, create: bool, read_only: bool, patience: Patience, command: str, blobs: str | None
 ) -> StoreParts:
-    """Open a store folder. Its database may be missing: the first read says so."""
+    """Open a store folder. Its database may be missing: the first read reports that."""
     paths = StorePaths(path)
     if paths.format.exists():
-        check_format(paths)  # before anything of a store of another version is touched
+        check_format(paths)  # before touching a store of another version
     if create:
         if blobs is not None and not paths.place.exists() and not paths.format.exists():
             _check_free(paths, blobs)
@@ -59,7 +59,7 @@ def open_folder(
         database = SqliteDatabase(paths.database, read_only=read_only, patience=patience, users=lock.users_of)
         if not paths.format.exists():
             with lock.exclusive():
-                # Several processes may come here; the first one makes the store, the others find it.
+                # Several processes may get here; the first one creates the store, the others find it.
                 create_store(paths, database, blobs)
         check_format(paths)
         if not read_only:
@@ -72,13 +72,13 @@ def open_folder(
 
 
 def _check_free(paths: StorePaths, blobs: str) -> None:
-    """Raise unless a new store can have its blobs at an address. Call it before anything is written."""
+    """Raise unless a new store can keep its blobs at an address. Call it before any write."""
     from registry.storage.blobs.place import backends_at
 
     try:
         backends_at(blobs, "")[0].check_free()
     except NotAStore:
-        if not paths.place.exists():  # else another process is making this store
+        if not paths.place.exists():  # else another process is creating this store
             raise
 
 

@@ -1,4 +1,4 @@
-"""The parts of an open store, whatever it is kept in."""
+"""The parts of an open store of any kind."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ T = TypeVar("T")
 
 
 class Footprint(NamedTuple):
-    """Bytes of a store besides its blobs and manifests."""
+    """Bytes of a store other than blobs and manifests."""
 
     database: int
-    unreferenced: int  # what killed commands left
+    unreferenced: int  # left by killed commands
     overhead: int
 
 
 class StoreMaintenance(Protocol):
-    """What a kind of store does around changes."""
+    """Maintenance of a kind of store around changes."""
 
     def run(self, change: Callable[[], T]) -> T:
-        """Run a change; if the disk is full, make room and run it once more."""
+        """Run a change; if the disk is full, free space and retry once."""
         ...
 
     def after_deletion(self) -> None:
-        """Get ready for the next full disk, as far as there is room by now."""
+        """Prepare for the next full disk if there is room."""
         ...
 
     def footprint(self, blobs: Collection[str], manifests: Collection[str]) -> Footprint:
-        """Return the bytes of everything but these blobs and manifests, and files at a remote place."""
+        """Return the bytes of everything except these blobs and manifests and remote files."""
         ...
 
     def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
-        """Yield what killed commands left besides blobs, or else, `aside`, what is in quarantine."""
+        """Yield leftovers of killed commands, except blobs; with `aside`, files in quarantine."""
         ...
 
 
 class StoreParts(NamedTuple):
-    """What an open store consists of."""
+    """The parts of an open store."""
 
     lock: StoreLock
     database: Database

@@ -1,4 +1,4 @@
-"""The paths of a store folder; see docs/design.md for what each is."""
+"""The paths of a store folder; docs/design.md explains each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class StorePaths:
         self.format = root / "FORMAT"
         self.place = root / "BLOBS"
         self.database = root / "registry.db"
-        self.journal = root / "registry.db-journal"  # SQLite's own, of a commit that did not end
+        self.journal = root / "registry.db-journal"  # SQLite's own, of an unfinished commit
         self.blobs = root / "blobs"
         self.manifests = root / "manifests"
         self.tmp = root / "tmp"
@@ -39,14 +39,14 @@ class StorePaths:
         return self.jobs / hashlib.sha256(base_model.encode()).hexdigest()[:16]
 
     def file(self, namespace: Namespace, digest: str) -> str:
-        """Return the path of a blob or manifest. Only here does a digest become a path; else raise `ValueError`."""
+        """Return the path of a blob or manifest, built only here; raise `ValueError` if this is not a digest."""
         if not is_digest(digest):
             raise ValueError(f"not a digest: {digest[:80]!r}")
         return f"{self.root}/{namespace}/{digest[0]}/{digest}"  # a `Path` takes longer than reading a manifest
 
 
 def make_folders(paths: StorePaths) -> None:
-    """Make the folders of a store; copies of one often lack the empty ones."""
+    """Create the folders of a store; copies often lack empty ones."""
     with fs.store_errors(paths.root):
         for folder in (paths.blobs, paths.manifests, paths.tmp, paths.quarantine):
             fs.make_dir(folder)

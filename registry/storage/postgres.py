@@ -1,12 +1,12 @@
 """The tables of a store in PostgreSQL.
 
-A process has one connection that holds its locks and makes its writes: a process that has lost it has lost the locks,
-and cannot commit what they protected. So it is never opened a second time. Reads have connections of their own.
+A process has one connection for locks and writes. If it is lost, so are the locks, and the changes under them cannot be
+committed; it is therefore never reopened. Reads have their own connections.
 
-A copy of the process, made by a fork, has the same sockets: its first word, or its goodbye, would end the session of
-the other one. So its ends are cut as soon as it begins, and it opens the store again, if at all.
+A forked process inherits the sockets; using or closing a session there would end the session of its parent. So its
+sockets are replaced right after the fork, and it must open the store again.
 
-One process writes at a time, as in SQLite: a transaction that writes begins with a lock, and sees every earlier commit.
+One process writes at a time, as in SQLite: a write transaction begins with a lock, and sees every earlier commit.
 """
 
 from __future__ import annotations
@@ -42,27 +42,27 @@ from registry.storage.database import Database, Meta, make_tables, too_old
 from registry.storage.locks import Patience
 from registry.tables import FORMAT, HISTORY, META, METADATA, REFS, REPAIR_HINT
 
-# What they log of a connection that is lost is in the error of the store; it is for whoever asked for logs, and not
-# for the terminal, to which Python writes it where nobody did.
-for _talker in ("psycopg", "sqlalchemy"):
-    logging.getLogger(_talker).addHandler(logging.NullHandler())
+# The store's error covers their messages about lost connections. Without a handler, Python would print these to the
+# terminal.
+for _logger in ("psycopg", "sqlalchemy"):
+    logging.getLogger(_logger).addHandler(logging.NullHandler())
 
 _CONNECTING = 10  # seconds
-# A peer that is gone is noticed within a minute, on this side as by the server, which then gives its locks away.
+# Both sides notice a dead peer within a minute; the server then releases its locks.
 _ALIVE: dict[str, Any] = {
     "keepalives_idle": 20,
     "keepalives_interval": 10,
     "keepalives_count": 3,
     "tcp_user_timeout": 60_000,
 }
-# Set after connecting: PgBouncer refuses a connection that begins with settings which it does not know.
+# Set after connecting: PgBouncer refuses connections with unknown startup settings.
 _OF_SESSION = (
     "SET tcp_keepalives_idle = 20; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3; SET timezone = 'UTC'"
 )
 _SESSION = text("SELECT pg_backend_pid()")
-_MAX_NAME_BYTES = 63  # that the server keeps
+_MAX_NAME_BYTES = 63  # kept by the server
 MIN_WAIT = 1.0  # seconds: a commit of another process takes a moment
-_WRITING = 0x69636D31  # the lock that a transaction holds while it writes
+_WRITING = 0x69636D31  # the lock of write transactions
 _connections = WeakSet[psycopg.Connection]()  # all of this process
 _NO_STORE_HINT = "run `icm init --blobs s3://BUCKET/PREFIX` to create one, or set another with --store or ICM_STORE"
 _FULL_HINT = "ask the database administrator to free disk space; completed work is kept"
@@ -73,10 +73,10 @@ class PostgresDatabase(Database):
     """The tables of one store in a database of a server.
 
     Args:
-        url: Its address; what that leaves out comes from PGHOST and the like, and from ~/.pgpass.
-        command: What this process does, for others to see.
+        url: Its address; PGHOST and similar variables, and ~/.pgpass, supply missing parts.
+        command: Name of this process, shown to others.
         read_only: Refuse writes.
-        patience: How long to wait for commits of others.
+        patience: How long to wait for commits of other processes.
     """
 
     # The location of the manifests is lost with it.
@@ -86,7 +86,7 @@ class PostgresDatabase(Database):
         super().__init__(str(url), str(url), read_only=read_only, patience=patience)
         self._url = url
         self.only = only_connection(url, command)
-        """What has the one connection that holds locks and writes."""
+        """The engine of the single connection for locks and writes."""
         self._readers = _engine(url, partial(new_connection, url, command), pool_size=1, max_overflow=-1)
 
     @contextmanager
@@ -97,7 +97,7 @@ class PostgresDatabase(Database):
 
     @contextmanager
     def _writing(self) -> Iterator[Connection]:
-        """Wait for the lock to write; each earlier commit of others is seen from then on."""
+        """Wait for the write lock; the transaction then sees all earlier commits."""
         with self.only.begin() as connection:
             wait = min(self.patience.seconds, max(self.patience.left, MIN_WAIT))
             with self.patience.counted():
@@ -107,7 +107,7 @@ class PostgresDatabase(Database):
             yield connection
 
     def create(self, blobs: str, before: Callable[[], None] = lambda: None) -> Meta:
-        """Make the tables of a store with its bytes at an address, unless there is one; `before` that, run a check."""
+        """Create the tables of a store with its bytes at an address, if missing; `before` runs first, as a check."""
         with self._errors(), self._writing() as connection:
             if not self._is_made(connection):
                 before()
@@ -115,7 +115,7 @@ class PostgresDatabase(Database):
             return self._meta(connection)
 
     def recover(self, blobs: str, store: str) -> None:
-        """Make the tables of a store whose database was lost, for its files at an address."""
+        """Create the tables of a store that lost its database, for its files at an address."""
         with self._errors(), self._writing() as connection:
             if self._is_made(connection) and connection.execute(select(META)).first() is not None:
                 hint = "run `icm verify --repair` to rebuild its database"
@@ -132,7 +132,7 @@ class PostgresDatabase(Database):
             yield connection
 
     def check_format(self) -> Meta:
-        """Return the row of META; raise if this is not a store, or one of another format."""
+        """Return the row of META; raise if there is no store, or one of another format."""
         with self.read() as connection:
             if not self._is_made(connection):
                 raise StoreNotFound(f"there is no store at {self.place}", path=self.place, hint=_NO_STORE_HINT)
@@ -166,18 +166,18 @@ class PostgresDatabase(Database):
             return int(connection.execute(query, {"tables": names}).scalar_one() or 0)
 
     def connect(self) -> None:
-        """Open the one connection that holds locks and writes; raise `StoreUnavailable` if that cannot be."""
+        """Open the single connection for locks and writes; raise `StoreUnavailable` on failure."""
         with self._errors():
             self.only.connect().close()
 
     def shares_sessions(self) -> bool:
-        """Return whether two transactions of a connection may be in two sessions, as behind most PgBouncers."""
+        """Return whether transactions of one connection may use different sessions, as with most PgBouncers."""
         with self._errors(), self.only.begin() as connection:
             before, driver = connection.scalar(_SESSION), connection.connection.driver_connection
             assert isinstance(driver, psycopg.Connection)
             if before == driver.info.backend_pid:
                 return False  # the server itself answers
-        # While another transaction goes on, a pool that shares sessions has to take another one.
+        # While another transaction is open, a pool that shares sessions has to use another session.
         with self.read() as other, self._errors():
             other.execute(_SESSION)
             with self.only.begin() as connection:
@@ -191,7 +191,7 @@ class PostgresDatabase(Database):
     def _translated_cause(self, error: BaseException) -> RegistryError | None:
         if not isinstance(error, psycopg.Error):
             return None
-        said = error.diag.message_primary or str(error)  # without its hints, which are for whoever runs the server
+        said = error.diag.message_primary or str(error)  # without its hints, which are for server administrators
         state, fact = error.sqlstate or "", f"{self.place}: {' '.join(said.split())[:300]}"
         if state == "55P03":
             hint = "another icm process is writing; run the command again, or raise --lock-timeout"
@@ -202,7 +202,7 @@ class PostgresDatabase(Database):
             return StoreReadOnly(
                 fact, path=self.place, hint="ask the database administrator for write access to the store's tables"
             )
-        if state in ("XX001", "XX002", "42P01", "42703"):  # damaged pages, or a table or column that is gone
+        if state in ("XX001", "XX002", "42P01", "42703"):  # damaged pages, or a missing table or column
             return DamagedStore(fact, path=self.place, hint=REPAIR_HINT)
         if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             return _away(self._url, error)
@@ -210,11 +210,11 @@ class PostgresDatabase(Database):
 
 
 def only_connection(url: DatabaseUrl, command: str) -> Engine:
-    """Return an engine with one connection for its whole life, which holds locks and writes.
+    """Return an engine with a single connection, never reopened, for locks and writes.
 
     Args:
-        url: Its address; what that leaves out comes from PGHOST and the like, and from ~/.pgpass.
-        command: What this process does, for others to see.
+        url: Its address; PGHOST and similar variables, and ~/.pgpass, supply missing parts.
+        command: Name of this process, shown to others.
     """
     opened: list[psycopg.Connection] = []
 
@@ -225,13 +225,13 @@ def only_connection(url: DatabaseUrl, command: str) -> Engine:
         opened.append(new_connection(url, command))
         return opened[0]
 
-    # A second transaction at the same time would share the first one's commit, so there is an error instead.
+    # A second concurrent transaction would share the first one's commit, so it fails instead.
     one: Any = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0, "pool_timeout": 0}
     return _engine(url, connect, **one)
 
 
 def _engine(url: DatabaseUrl, connect: Callable[[], psycopg.Connection], **pool: Any) -> Engine:
-    """Return an engine that refuses to work in a copy of this process."""
+    """Return an engine that refuses to work in a fork of this process."""
     owner = os.getpid()
 
     def check(*_: object) -> None:
@@ -243,14 +243,14 @@ def _engine(url: DatabaseUrl, connect: Callable[[], psycopg.Connection], **pool:
         check()
         return connect()
 
-    # No column has the type for which it would ask the server three times.
+    # No column has this type, which would cost three queries.
     engine = create_engine("postgresql+psycopg://", creator=checked, use_native_hstore=False, **pool)
     event.listen(engine, "checkout", check)
     return engine
 
 
 def _cut_all() -> None:
-    """Leave this copy of a process sockets without another end, in place of those that the process goes on using."""
+    """Replace the sockets of this fork, which its parent still uses, with disconnected ones."""
     for connection in list(_connections):
         with suppress(psycopg.Error):  # it is closed
             place = connection.fileno()
@@ -284,7 +284,7 @@ def new_connection(url: DatabaseUrl, command: str) -> psycopg.Connection:
 
 @contextmanager
 def connection_errors(url: DatabaseUrl) -> Iterator[None]:
-    """Turn the error of a lost connection into one of the store."""
+    """Convert the error of a lost connection to an error of the store."""
     try:
         yield
     except DBAPIError as error:

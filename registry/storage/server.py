@@ -1,4 +1,4 @@
-"""A store whose tables are in PostgreSQL: opening it, making it, and its maintenance."""
+"""Stores with tables in PostgreSQL: opening, creation and maintenance."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _PAUSES = (0.2, 0.4, 0.8, 1.6)
-"""Seconds between the attempts to reach a server, which may be restarting."""
+"""Seconds between attempts to reach a server, which may be restarting."""
 _FINAL, _PASSING = "FATAL", ("starting up", "shutting down", "too many clients", "not yet accepting connections")
-"""How a server begins what it refuses for good, and what it says, mostly in English, of what is over in a moment."""
+"""The prefix of a permanent refusal, and phrases, mostly in English, of a temporary one."""
 
 
 def open_server(
     url: DatabaseUrl, *, read_only: bool, patience: Patience, command: str, blobs: str | None = None
 ) -> StoreParts:
-    """Open the store in a database; make it there if `blobs` says where its bytes are to be, and there is none.
+    """Open the store in a database; create it if missing and `blobs`, the address for its bytes, is set.
 
     Raises:
         StoreNotFound: There is none.
-        StoreUnavailable: The database, or the place of the bytes, cannot be reached.
-        NotAStore: There is one, and its bytes are elsewhere; or the place is that of another store.
-        RegistryError: A pool is in between that breaks locks.
+        StoreUnavailable: The database or the storage of the bytes cannot be reached.
+        NotAStore: The store has its bytes elsewhere, or the address belongs to another store.
+        RegistryError: A connection pool breaks locks.
     """
     database = PostgresDatabase(url, command=command, read_only=read_only, patience=patience)
     try:
@@ -58,7 +58,7 @@ def open_server(
 
 
 def _reach(database: PostgresDatabase) -> None:
-    """Connect; where that may succeed in a moment, try again as long as somebody who waits for locks would wait."""
+    """Connect; retry temporary failures, at most as long as a wait for locks may take."""
     for pause in _PAUSES:
         try:
             return database.connect()
@@ -72,7 +72,7 @@ def _reach(database: PostgresDatabase) -> None:
 
 
 def _claim(database: PostgresDatabase, blobs: str) -> Meta:
-    """Make the store unless it is there; a killed attempt goes on with its number."""
+    """Create the store if missing; a killed attempt resumes with its number."""
     # Checked before anything is written; if it raises, nothing is committed.
     meta = database.create(blobs, backends_at(blobs, "")[0].check_free)
     if meta.blobs != blobs:
@@ -81,7 +81,7 @@ def _claim(database: PostgresDatabase, blobs: str) -> Meta:
 
 
 def recover_server(url: DatabaseUrl, blobs: str, *, command: str, patience: Patience) -> None:
-    """Make the tables of a store whose database was lost, for its files at an address; `rebuild` fills them.
+    """Create the tables of a store that lost its database, for its files at an address; `rebuild` fills them.
 
     Raises:
         NotAStore: The database is not lost.
@@ -97,7 +97,7 @@ def recover_server(url: DatabaseUrl, blobs: str, *, command: str, patience: Pati
 
 
 class ServerMaintenance:
-    """The maintenance of a store in a database: its server makes backups, and room for more."""
+    """Maintenance of a store in a database; backups and disk space are up to the server."""
 
     def __init__(self, database: PostgresDatabase) -> None:
         self._database = database
@@ -107,7 +107,7 @@ class ServerMaintenance:
         return change()
 
     def after_deletion(self) -> None:
-        """Do nothing: there is no reserve on the disk of a server."""
+        """Do nothing: a server has no reserve."""
 
     def footprint(self, blobs: Collection[str], manifests: Collection[str]) -> Footprint:
         """Return the bytes of the tables with their indexes."""
@@ -119,11 +119,11 @@ class ServerMaintenance:
 
 
 class Server(NamedTuple):
-    """A database server, as far as it matters to a store."""
+    """Facts about a database server that matter to a store."""
 
     version: str
     has_checksums: bool  # of the pages of its files
-    is_pooled: bool  # whether two transactions of one connection may be in two sessions
+    is_pooled: bool  # whether transactions of one connection may use different sessions
 
 
 def examine_server(url: DatabaseUrl, command: str) -> Server:

@@ -1,4 +1,4 @@
-"""SQLite, set up so that nothing is lost, done by half, or waited for in silence.
+"""SQLite, configured for durable and atomic transactions with bounded waits.
 
 The rollback journal is used, not WAL: SQLite 3.7.0 to 3.51.2 can corrupt a WAL database in rare races, and icm makes
 few commits. Writers begin with BEGIN IMMEDIATE, because Python's default transactions lose updates.
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from registry.storage.locks import Patience
 
 PAGE_SIZE = 1024  # the database of 20 tasks takes 18 KB; with pages of 4096 bytes, 45 KB
-APPLICATION_ID = 0x69636D32  # "icm2": tells `file` and us what the database is
+APPLICATION_ID = 0x69636D32  # "icm2": identifies the database to `file` and icm
 _OLD_APPLICATION_ID = 0x69636D31
 _READ, _WRITE = "BEGIN", "BEGIN IMMEDIATE"
-MIN_WAIT = 1.0  # seconds: a commit of another process takes a moment, and must not end a command that waited before
+MIN_WAIT = 1.0  # seconds: a commit of another process takes a moment, and must not fail a command that waited before
 _PRAGMAS = (
     # A commit that was acknowledged survives power loss.
     "synchronous=FULL",
@@ -58,7 +58,7 @@ class SqliteDatabase(Database):
     def __init__(
         self, path: Path, *, read_only: bool, patience: Patience, users: Callable[[Path], str] = lambda path: ""
     ) -> None:
-        """Prepare to connect; nothing is opened yet. `users` names the processes that have locked the file."""
+        """Prepare to connect; nothing is opened yet. `users` names the processes that hold locks on the file."""
         super().__init__(str(path), str(path.parent), read_only=read_only, patience=patience)
         self.path, self._users = path, users
         self._is_checked = False
@@ -83,7 +83,7 @@ class SqliteDatabase(Database):
             yield connection
 
     def create(self) -> None:
-        """Make the file and the tables unless they are there."""
+        """Create the file and the tables if missing."""
         with self._errors(), self._transaction(_WRITE, create=True) as connection:
             _make(connection)
 
@@ -91,7 +91,7 @@ class SqliteDatabase(Database):
     def rebuild(self) -> Iterator[Connection]:
         """Write a new file, and rename it over the database, which may be missing or garbage."""
         self.must_write()
-        # No store counts that far, so those who look at `changes` see a new number.
+        # No store counts that far, so programs that watch `changes` see a new number.
         store, changes = None, int(time.time())
         try:
             meta = self.meta()
@@ -125,7 +125,7 @@ class SqliteDatabase(Database):
         self._is_checked = False
 
     def damage(self) -> Iterator[str]:
-        """Yield what SQLite finds wrong with pages and indexes."""
+        """Yield the damage that SQLite finds in pages and indexes."""
         with self.read() as connection:
             answers = connection.exec_driver_sql("PRAGMA integrity_check").scalars().all()
         yield from (str(answer) for answer in answers if answer != "ok")
@@ -143,8 +143,8 @@ class SqliteDatabase(Database):
         (number,) = connection.exec_driver_sql("PRAGMA user_version").one()
         if application == _OLD_APPLICATION_ID:
             raise too_old(self.path.parent)
-        if (application, number) != (APPLICATION_ID, FORMAT):  # the file FORMAT says that it is of this format
-            fact = f"{self.path} is not a database of icm, or its head is damaged"
+        if (application, number) != (APPLICATION_ID, FORMAT):  # the FORMAT file has this format
+            fact = f"{self.path} is not a database of icm, or its header is damaged"
             raise DamagedStore(fact, path=self.path, hint=REPAIR_HINT)
 
     def _translated_cause(self, error: BaseException) -> RegistryError | None:
@@ -157,7 +157,7 @@ class SqliteDatabase(Database):
             return StoreLocked(fact + self._users(self.path), path=self.path, hint=hint)
         if code == sqlite3.SQLITE_FULL:
             return StoreFull(fact, path=self.path, hint="run `icm prune` to free unused blobs")
-        if code == sqlite3.SQLITE_CANTOPEN and self.path.exists():  # or its journal beside it cannot be opened
+        if code == sqlite3.SQLITE_CANTOPEN and self.path.exists():  # it, or its journal, cannot be opened
             hint = "check the permissions of its folder, the disk, and the limit on open files"
             return StoreIOError(fact, path=self.path, hint=hint)
         if code == sqlite3.SQLITE_CANTOPEN:
@@ -190,10 +190,10 @@ def _make(connection: Connection, store: str | None = None, changes: int = 0) ->
     connection.exec_driver_sql(f"PRAGMA user_version={FORMAT}")
 
 
-# An engine keeps the statements that it has compiled, which takes several times as long as running them.
+# An engine caches compiled statements; compiling one takes several times as long as running it.
 @lru_cache(maxsize=16)
 def _engine(path: Path, read_only: bool, create: bool) -> Engine:
-    # SQLite connections must not be carried over a fork, so none is pooled.
+    # SQLite connections must not survive a fork, so none is pooled.
     engine = create_engine("sqlite://", creator=partial(_connect, path, read_only, create), poolclass=NullPool)
     event.listen(engine, "begin", _begin)
     return engine
