@@ -23,7 +23,7 @@ NLL = "nats per token"
 _BUNDLE = "bundle "
 UNKNOWN_BASE = "unknown"  # the base model of adapters that name none
 LoadIn = Literal["nf4", "int8"]
-"""The quantisations in which a base model can be loaded; their order is part of the schema."""
+"""The quantisations for loading a base model; their order is part of the schema."""
 LOAD_IN = get_args(LoadIn)
 
 MAX_NAME_BYTES = 192

@@ -193,7 +193,7 @@ def _problem_of(
 def _strays(store: Store, found: Walk) -> Iterator[Finding]:
     for one in found.idle:
         found.reach(one.body)
-    for blob in () if found.missing or found.unreadable else store.blobs.all():  # unreadable manifests may need any blob
+    for blob in () if found.missing or found.unreadable else store.blobs.all():  # these may need any blob
         if blob.digest not in found.blobs:
             fact = f"nothing refers to blob {blob.digest}"
             yield Finding("orphan", fact, store.blobs.place(blob.digest), blob.digest)
@@ -341,7 +341,7 @@ def _newest(store: Store, states: dict[Name, list[State]]) -> tuple[list[State],
 
 
 def _with_eviction(store: Store, newest: State, states: Sequence[State]) -> State:
-    """Return the newest state of a version; if an earlier eviction deleted its weights, with that eviction and its code.
+    """Return the newest state of a version, with the eviction and code of an earlier state that deleted its weights.
 
     This happens after an old copy of the database was in use.
     """

@@ -1,4 +1,4 @@
-"""What every backend must do, as tests to inherit from; they need pytest and hypothesis.
+"""Tests for every backend, to inherit from; they need pytest and hypothesis.
 
 class TestMyPlace(BlobPromises):
     def new_place(self) -> BlobBackend: ...

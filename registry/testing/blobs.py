@@ -1,8 +1,8 @@
-"""What every place for blobs must do: promises one by one, in any order, and from several threads.
+"""Promises of every blob backend: one by one, in any order, and from several threads.
 
 class TestMyPlace(BlobPromises):
-    def new_place(self) -> BlobBackend:                 an empty place; and, given one, the same opened once more
-    def damage(self, place, digest, data) -> None:      other bytes for a blob, behind the back of the place
+    def new_place(self) -> BlobBackend:                 an empty place; given one, the same opened again
+    def damage(self, place, digest, data) -> None:      replace a blob's bytes without the backend
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _WRONG = [b"", b"byte", b"bytes!", b"bytez"]
 _THREADS, _ROUNDS = 8, 5
 _TICK = 0.02  # seconds; clocks of file systems advance in steps of up to 10 ms
 _STEPS = 25
-# Each example begins with what others left, which is the point; and several places inherit one test.
+# Examples share their state on purpose, and several classes inherit one test.
 _SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.differing_executors])
 
 
@@ -36,11 +36,11 @@ class BlobPromises:
     """The promises of a place for blobs, as a class of tests for pytest."""
 
     def new_place(self, same_as: BlobBackend | None = None) -> BlobBackend:
-        """Return an empty place, or another handle on one, as a further process would open it."""
+        """Return an empty place, or another handle on one, as another process would open it."""
         raise NotImplementedError
 
     def damage(self, place: BlobBackend, digest: str, data: bytes) -> None:
-        """Give a blob other bytes, behind the back of the place."""
+        """Replace the bytes of a blob without using the backend."""
         raise NotImplementedError
 
     @pytest.fixture
@@ -50,7 +50,7 @@ class BlobPromises:
 
     @pytest.fixture
     def blobs(self, place: BlobBackend) -> Blobs:
-        """What a store makes of it."""
+        """The blobs of a store at that place."""
         return Blobs(place)
 
     def test_a_blob_is_named_by_the_sha256_of_its_bytes(self, blobs: Blobs) -> None:
@@ -234,7 +234,7 @@ class BlobModel(RuleBasedStateMachine):
         with suppress(LookupError), self.place.batch() as batch:
             batch.put(digest, data)
             raise LookupError
-        if self.place.exists(digest) and self.blobs.is_intact(digest):  # it was, or the place takes nothing back
+        if self.place.exists(digest) and self.blobs.is_intact(digest):  # it was before, or the place undoes nothing
             self.there[digest] = data
 
     @precondition(lambda self: self.there)

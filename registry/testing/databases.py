@@ -32,7 +32,7 @@ class DatabasePromises:
     def new_database(
         self, same_as: Database | None = None, *, read_only: bool = False, patience: float = 60.0
     ) -> Database:
-        """Return a database with empty tables; or, given one, the same as another process has it open."""
+        """Return a database with empty tables; given one, the same as another process would open it."""
         raise NotImplementedError
 
     @pytest.fixture
@@ -96,7 +96,7 @@ class DatabasePromises:
             before = connection.scalar(count)
             try:
                 self._add(self.new_database(database, patience=0.2), "second")
-            except StoreLocked:  # a database may hold up commits while somebody reads
+            except StoreLocked:  # a database may delay commits during a read
                 return
             assert connection.scalar(count) == before
         assert self._names(database) == ["first", "second"]

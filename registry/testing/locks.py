@@ -1,7 +1,7 @@
-"""What every kind of locks must do: promises one by one, in any order, and from several threads.
+"""Promises of every kind of lock: one by one, in any order, and from several threads.
 
 class TestMyLocks(LockPromises):
-    def new_lock(self, store, patience, command="icm") -> StoreLock:    what one process has of a store's locks
+    def new_lock(self, store, patience, command="icm") -> StoreLock:    a store's locks in one process
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ class LockPromises:
     """The promises of a store's locks, as a class of tests for pytest."""
 
     def new_lock(self, store: str, patience: Patience, command: str = "icm") -> StoreLock:
-        """Return what one more process has of the locks of a store; it holds nothing yet."""
+        """Return the locks of a store in another process, which holds none yet."""
         raise NotImplementedError
 
     @pytest.fixture
     def one(self) -> Iterator[StoreLock]:
-        """What a process has that uses the store, and waits for nothing."""
+        """The locks of a process that uses the store, and never waits."""
         self.store = uuid4().hex
         with self._opened() as lock:
             yield lock
 
     @pytest.fixture
     def two(self, one: StoreLock) -> Iterator[StoreLock]:
-        """What another process has."""
+        """The locks of another process."""
         with self._opened() as lock:
             yield lock
 
@@ -234,7 +234,7 @@ class LockPromises:
 
 
 class LockModel(RuleBasedStateMachine):
-    """Three processes, and what each of them holds of the store and of one job."""
+    """Three processes, and the locks that each holds: of the store and of one job."""
 
     promises: LockPromises
     who = st.integers(0, 2)

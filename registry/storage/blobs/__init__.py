@@ -1,4 +1,4 @@
 """Immutable bytes, named by their SHA-256.
 
-`Blobs` is `store.blobs`. It names and verifies the bytes; a `BlobBackend` keeps them.
+`Blobs` is `store.blobs`. It names and verifies the bytes; a `BlobBackend` stores them.
 """

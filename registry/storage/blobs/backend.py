@@ -1,4 +1,4 @@
-"""What a store needs from the place that holds its bytes. A new kind of place implements these two protocols.
+"""The protocols of blob storage. A new kind of storage implements both.
 
     with backend.batch() as batch:        from any number of threads
         batch.put(digest, data)
@@ -22,7 +22,7 @@ RECOVER = "run `icm init STORE --blobs LOCATION --recover` if the database of th
 
 
 class BlobInfo(NamedTuple):
-    """A blob as a listing shows it.
+    """A blob in a listing.
 
     Attributes:
         digest: Its name, 64 lower-case hexadecimal digits.
@@ -37,14 +37,14 @@ class BlobInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class Leftover:
-    """What a writer that was killed left, or a blob in quarantine.
+    """A file left by a killed writer, or a blob in quarantine.
 
     Attributes:
-        place: Where it is.
+        place: Its location.
         size: Its length in bytes.
         modified: When it was written, in seconds since 1970.
-        remove: Deletes it; one that is gone already is no error.
-        is_folder: Whether it is a folder, which no command of icm makes there.
+        remove: Deletes it if it still exists.
+        is_folder: Whether it is a folder; icm creates none there.
     """
 
     place: str
@@ -60,7 +60,7 @@ class BlobBatch(Protocol):
     def put(self, digest: str, data: Bytes) -> bool:
         """Write bytes under their digest; several threads may call this at once.
 
-        Bytes that are there already are compared, not trusted, so that putting them again heals a damaged blob.
+        Existing bytes are compared, not trusted, so that putting them again repairs a damaged blob.
 
         Returns:
             False if the backend, or an earlier call for this batch, had these bytes.
@@ -72,13 +72,13 @@ class BlobBatch(Protocol):
 
 
 class BlobBackend(Protocol):
-    """A place for immutable bytes. Errors of the place are raised as errors of `registry.errors`.
+    """Storage of immutable bytes. Its errors are raised as errors of `registry.errors`.
 
     Attributes:
-        is_remote: Whether each call waits for a network. Then many are made at a time, and nothing that was written
-            within the `grace` is deleted: a lock may be lost on the way.
-        home: Where all blobs are, for messages.
-        grace: For how many seconds `icm prune` spares what was written, unless it is told another age.
+        is_remote: Whether each call waits for a network. Then calls run in parallel, and nothing written within the
+            `grace` is deleted: a lock may be lost during a call.
+        home: The location of all blobs, for messages.
+        grace: Default minimum age, in seconds, of files that `icm prune` deletes.
     """
 
     is_remote: bool
@@ -86,13 +86,13 @@ class BlobBackend(Protocol):
     grace: float
 
     def now(self) -> float:
-        """Return the time by the clock that `BlobInfo.modified` is from."""
+        """Return the time by the clock of `BlobInfo.modified`."""
         ...
 
     def batch(self) -> AbstractContextManager[BlobBatch]:
         """Begin a batch. When the block ends, its bytes are durable, and manifests may refer to them.
 
-        If the block raises, none may: a place keeps nothing, or else some blobs that `icm prune` finds.
+        If the block raises, they must not: the storage keeps nothing, or some blobs that `icm prune` finds.
         """
         ...
 
@@ -101,7 +101,7 @@ class BlobBackend(Protocol):
         ...
 
     def exists(self, digest: str) -> bool:
-        """Say whether there is a blob of that name."""
+        """Return whether there is a blob of that name."""
         ...
 
     def size(self, digest: str) -> int:
@@ -109,24 +109,24 @@ class BlobBackend(Protocol):
         ...
 
     def all(self) -> Iterator[BlobInfo]:
-        """Yield every blob, by digest, or raise: what may be deleted follows from a listing that is complete.
+        """Yield every blob, by digest, or raise: deletion relies on complete listings.
 
-        A blob that is deleted in the meantime may be left out.
+        A blob that is deleted during the listing may be missing.
         """
         ...
 
     def delete(self, digest: str, *, newest: float = math.inf) -> int:
-        """Delete a blob and return the bytes that this frees; leave one that was written after `newest`."""
+        """Delete a blob, unless written after `newest`; return the bytes freed."""
         ...
 
     def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
-        """Yield what killed writers left here, or else, `aside`, what is in quarantine."""
+        """Yield leftovers of killed writers, or with `aside`, the blobs in quarantine."""
         ...
 
     def quarantine(self, digest: str) -> str:
-        """Move a damaged blob where `get` and `all` do not see it, and return where it is now."""
+        """Move a damaged blob where `get` and `all` do not see it; return its new location."""
         ...
 
     def place(self, digest: str) -> str:
-        """Return where the bytes of a blob are or would be, for messages to people."""
+        """Return the location of a blob, existing or not, for messages."""
         ...

@@ -1,13 +1,13 @@
-"""Copies of blobs from a remote place, on this machine: what was read once touches no network again.
+"""A local cache of blobs from remote storage: a blob that was read once needs no network again.
 
-    FOLDER/3/3f9a...    one blob; the time of its file is when it was read last
-    FOLDER/lock         locked to make room; holds the bytes that all files may take at most by now
+    FOLDER/3/3f9a...    one blob; its file time is the time of the last read
+    FOLDER/lock         locked to free space; holds an upper bound of the bytes of all files
 
     read ──▶ here, and its bytes have the digest ──▶ done
         `──▶ not here: fetched, verified ──▶ a temporary name ──▶ renamed       any number of processes
 
-Nothing here is needed: what is damaged, or cannot be written, is fetched again. So nothing is synced, and no error of
-this folder is one of the store. Blobs that were read longest ago make room.
+Nothing here is needed: damaged or unwritten copies are fetched again. So nothing is synced, and no error of this folder
+is an error of the store. The least recently read blobs are deleted first.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from registry import files as fs
 from registry.files import Bytes
 
 _SHARE = 0.5
-"""Of the space that is free, what the copies may take unless a limit is given."""
+"""The default limit, as a share of the free space."""
 _ROOM = 0.9
-"""Of the limit, what is left when room is made: so that it is not made for each blob."""
-_ABANDONED = 3600.0  # seconds after which a temporary file is that of a process which was killed
+"""The share of the limit that a trim leaves, so that not every new blob causes one."""
+_ABANDONED = 3600.0  # seconds after which a temporary file counts as left by a killed process
 _DIGITS = "0123456789abcdef"
 
 
@@ -38,15 +38,15 @@ class BlobCache:
     """Copies of blobs in a folder that processes share.
 
     Args:
-        folder: Where they are, or what returns it; it is made, for this user alone, when the first copy is kept.
-        limit: Bytes that they may take; by default half of the space that is free.
+        folder: The folder, or a function that returns it; created with the first copy, for this user only.
+        limit: Maximum bytes of all copies; by default half of the free space.
     """
 
     def __init__(self, folder: Path | Callable[[], Path], limit: int | None = None) -> None:
         self._folder, self._limit = folder, limit
 
     def get(self, digest: str) -> bytes | None:
-        """Return the bytes of a blob if they are here, and are the right ones."""
+        """Return the bytes of a blob if cached and undamaged."""
         path = self._path(digest)
         try:
             with fs.open_own(path) as file:
@@ -61,7 +61,7 @@ class BlobCache:
         return data
 
     def start(self, digest: str, size: int) -> bytes | None:
-        """Return the first bytes of a blob if it is here; nobody has checked them since it came."""
+        """Return the first bytes of a blob if cached, unverified."""
         try:
             with fs.open_own(self._path(digest)) as file:
                 return file.read(size) or None
@@ -69,7 +69,7 @@ class BlobCache:
             return None
 
     def put(self, digest: str, data: Bytes) -> None:
-        """Keep the bytes of a blob, which the caller has verified; do nothing where that cannot be done."""
+        """Cache the bytes of a blob, which the caller has verified; ignore failures."""
         path = self._path(digest)
         with suppress(OSError):
             self._make_folders()
@@ -88,7 +88,7 @@ class BlobCache:
 
     @cached_property
     def limit(self) -> int:
-        """How many bytes the copies may take."""
+        """The maximum bytes of all copies."""
         if self._limit is not None:
             return self._limit
         return int((shutil.disk_usage(self.folder).free + sum(size for _, size, _ in self._files())) * _SHARE)
@@ -104,10 +104,10 @@ class BlobCache:
 
     @contextmanager
     def _created(self, path: Path, size: int) -> Iterator[int]:
-        """Create a file of some length that fits with all others, after deleting some of them; yield its descriptor.
+        """Create a file of this size, after deleting others if needed; yield its descriptor.
 
         Raises:
-            OSError: It never fits, or something else.
+            OSError: It exceeds the cache, or writing failed.
         """
         if size > self.limit * _ROOM:
             raise OSError(errno.EFBIG, "larger than the whole cache")
@@ -118,7 +118,7 @@ class BlobCache:
                 taken = int(text) if text.isdigit() else self.limit
                 if taken + size > self.limit:
                     taken = self._trim(int(self.limit * _ROOM) - size)
-                # Too much at most, never too little: what is replaced, or removed elsewhere, is seen by the next trim.
+                # Never too low: the next trim corrects for replaced and removed files.
                 os.ftruncate(lock, 0)
                 os.lseek(lock, 0, os.SEEK_SET)
                 fs.write(lock, str(taken + size).encode())
@@ -131,13 +131,13 @@ class BlobCache:
     def _locked(self) -> Iterator[int]:
         descriptor = fs.open_file(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            fs.lock(descriptor, "alone", wait=True)  # for as long as it takes to list the folder, at most
+            fs.lock(descriptor, "alone", wait=True)  # at most the time to list the folder
             yield descriptor
         finally:
             os.close(descriptor)
 
     def _trim(self, most: int) -> int:
-        """Delete those read longest ago until no more than so many bytes are left; return how many are."""
+        """Delete the least recently read files until at most `most` bytes are left; return the bytes left."""
         files = sorted(self._files())
         left = sum(size for _, size, _ in files)
         for modified, size, path in files:

@@ -1,8 +1,8 @@
-"""Content addressing on any backend: bytes are named by their SHA-256 when they come, and verified when they go.
+"""Content addressing on any backend: writes name bytes by their SHA-256, and reads verify them.
 
     plain file ──read once──▶ inspect ─▶ hash ─▶ backend        several files at a time, one batch
 
-A file from outside is read once, so what is checked, hashed and stored is the same memory.
+A file from outside is read once, so the same memory is checked, hashed and stored.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ _RESTORING = {
 
 
 def digest_of(data: Bytes) -> str:
-    """Return the name that bytes have in every store."""
+    """Return the name of bytes in every store."""
     return hashlib.sha256(data).hexdigest()
 
 
 @dataclass(frozen=True)
 class PutResult(Generic[T]):
-    """A file that is in the store now."""
+    """A stored file."""
 
     path: Path  # where it was read
     digest: str
     size: int
     is_new: bool  # False if the store, or an equal file of the batch, had its bytes
-    inspected: T  # what the caller's `inspect` returned
+    inspected: T  # the result of the caller's `inspect`
 
 
 @dataclass(frozen=True)
 class PutRefusal:
-    """A file that was refused; the store has nothing of it."""
+    """A refused file; nothing of it was stored."""
 
     path: Path
     error: Exception
@@ -73,9 +73,9 @@ class Blobs:
         cache: BlobCache | None = None,
         what: Literal["blob", "manifest"] = "blob",
     ) -> None:
-        """Work on a backend; reads go through the cache, checks do not. Messages call a file `what`."""
+        """Use a backend; reads go through the cache, checks bypass it. Messages call a file `what`."""
         self._backend, self._must_write, self._cache, self._what = backend, must_write, cache, what
-        self._looks = 2 if backend.is_remote else 1  # before a blob is called damaged: it may be the way to it
+        self._attempts = 2 if backend.is_remote else 1  # before a blob counts as damaged: the network may be at fault
 
     def put(self, data: Bytes) -> str:
         """Store bytes durably and return their digest; a manifest may then refer to it."""
@@ -101,17 +101,16 @@ class Blobs:
     ) -> list[PutResult[T] | PutRefusal]:
         """Store plain files durably, several at a time; return a result or a refusal for each, in order.
 
-        Give it a few hundred megabytes at once: nothing of a batch counts before all of it is durable, and a file is
-        held in memory while it is written.
+        Pass a few hundred megabytes at once: a batch counts only once all of it is durable, and a file is held in
+        memory while it is written.
 
         Args:
             files: plain files; no links are followed.
-            inspect: called on worker threads with a path and the very bytes that are hashed and stored; raises to
-                refuse them.
-            refusals: what `inspect` raises to refuse one file. Any other exception ends the batch.
+            inspect: called on worker threads with a path and the bytes to be hashed and stored; raises to refuse them.
+            refusals: exceptions that `inspect` raises to refuse one file. Any other exception ends the batch.
             contents: bytes in memory, to be stored in the same batch.
-            withheld: file -> digests under which it is inspected but not stored: weights that are to stay evicted.
-            first: file -> what looks at it before all of it is read; raises as `inspect` does.
+            withheld: file -> digests under which it is inspected but not stored: weights that stay evicted.
+            first: file -> check before it is read completely; raises as `inspect` does.
         """
         self._must_write()
         expected: tuple[type[Exception], ...] = (SourceRefused, *refusals)
@@ -122,7 +121,7 @@ class Blobs:
                 inspected = inspect(path, data)
             except expected as error:
                 return PutRefusal(path, error)
-            # What was read is what is inspected, hashed and stored: the file may change at any time.
+            # Inspect, hash and store the same bytes: the file may change at any time.
             digest = digest_of(data)
             is_new = digest not in withheld.get(path, ()) and batch.put(digest, data)
             return PutResult(path, digest, len(data), is_new, inspected)
@@ -133,11 +132,11 @@ class Blobs:
             return _on_threads(lambda path: put_file(batch, path), files)
 
     def read(self, digest: str) -> bytes:
-        """Return a blob's bytes once they are known to be the right ones."""
+        """Return a blob's verified bytes."""
         known = None if self._cache is None else self._cache.get(digest)
         if known is not None:
             return known
-        for _ in range(self._looks):
+        for _ in range(self._attempts):
             with self._errors(digest), self._backend.get(digest) as file:
                 data = file.read()
             if digest_of(data) == digest:
@@ -147,13 +146,13 @@ class Blobs:
         raise self._damaged(digest)
 
     def is_at_hand(self, digest: str) -> bool:
-        """Say whether a blob is read without a network."""
+        """Return whether a blob can be read without a network."""
         return not self.is_remote or (self._cache is not None and self._cache.start(digest, 1) is not None)
 
     def fetch(self, digests: Iterable[str]) -> None:
-        """Read blobs of a remote place ahead, several at a time, so that each `read` finds a copy here.
+        """Prefetch remote blobs into the cache, several at a time.
 
-        What is wrong with one is left for `read` to say.
+        Damage is left for `read` to report.
         """
         if self.is_remote and self._cache is not None:
             cache = self._cache
@@ -164,7 +163,7 @@ class Blobs:
             self.read(digest)
 
     def start(self, digest: str, size: int) -> bytes:
-        """Return the first bytes of a blob, which nobody has checked."""
+        """Return the first bytes of a blob, unverified."""
         known = None if self._cache is None else self._cache.start(digest, size)
         if known is not None:
             return known
@@ -172,20 +171,20 @@ class Blobs:
             return file.read(size)
 
     def check(self, digest: str) -> None:
-        """Raise unless a blob's bytes are there and are the right ones; they are not held in memory."""
+        """Raise if a blob is missing or damaged, without holding it in memory."""
         if not self.is_intact(digest):
             raise self._damaged(digest)
 
     def is_intact(self, digest: str) -> bool:
-        """Say whether a blob's bytes have its digest, without holding them all in memory."""
-        for _ in range(self._looks):
+        """Return whether a blob's bytes match its digest, without holding them in memory."""
+        for _ in range(self._attempts):
             with self._errors(digest), self._backend.get(digest) as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() == digest:  # type: ignore[arg-type]
                     return True
         return False
 
     def exists(self, digest: str) -> bool:
-        """Say whether the store has the bytes of a digest."""
+        """Return whether the store has a blob."""
         return self._backend.exists(digest)
 
     def size(self, digest: str) -> int:
@@ -194,7 +193,7 @@ class Blobs:
             return self._backend.size(digest)
 
     def all(self) -> Iterator[BlobInfo]:
-        """Yield all blobs, by digest, whether or not anything refers to them; raise if the listing is not complete."""
+        """Yield all blobs, by digest, referenced or not; raise if the listing is incomplete."""
         return self._backend.all()
 
     def sizes(self) -> dict[str, int]:
@@ -208,46 +207,46 @@ class Blobs:
 
     @property
     def home(self) -> str:
-        """Where all blobs are, for messages."""
+        """The location of all blobs, for messages."""
         return self._backend.home
 
     @property
     def grace(self) -> float:
-        """For how many seconds `icm prune` spares what was written, unless it is told another age."""
+        """Default minimum age, in seconds, of files that `icm prune` deletes."""
         return self._backend.grace
 
     def now(self) -> float:
-        """Return the time by the clock that the ages of blobs are from."""
+        """Return the time by the clock of the blobs' file times."""
         return self._backend.now()
 
     def delete(self, digests: Iterable[str], *, newest: float | None = None) -> int:
-        """Delete blobs and return the bytes that this frees; those that are gone already are passed over.
+        """Delete blobs and return the bytes freed; skip missing ones.
 
-        So are those that were written after `newest`; by default, those in a remote place that are within its grace.
+        Also skip blobs written after `newest`; by default, remote blobs within the grace.
         """
         if newest is None:
             newest = self.now() - self.grace if self.is_remote else math.inf
         return sum(self._each(partial(self._backend.delete, newest=newest), list(digests)))
 
     def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
-        """Yield what killed writers left among the blobs, or else, `aside`, what is in quarantine."""
+        """Yield leftovers of killed writers, or with `aside`, the blobs in quarantine."""
         return self._backend.leftovers(aside=aside)
 
     def quarantine(self, digest: str) -> str:
-        """Move a damaged blob out of the way and return where it is now."""
+        """Move a damaged blob to quarantine; return its new location."""
         return self._backend.quarantine(digest)
 
     def place(self, digest: str) -> str:
-        """Return where the bytes of a blob are or would be, for messages to people."""
+        """Return the location of a blob, existing or not, for messages."""
         return self._backend.place(digest)
 
     def _each(self, call: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
-        """Return what `call` returns for each item, in order; where each waits for a network, several at a time."""
+        """Return the result of `call` for each item, in order; remote calls run several at a time."""
         return _on_threads(call, items) if self.is_remote else list(map(call, items))
 
     @contextmanager
     def _errors(self, digest: str) -> Iterator[None]:
-        """Turn an OSError of the block into the store's own error about a blob."""
+        """Convert an OSError of the block to an error of the store about a blob."""
         place = self._backend.place(digest)
         try:
             with store_errors(place):
@@ -264,13 +263,13 @@ class Blobs:
 
 
 def _on_threads(call: Callable[[Item], T], items: Sequence[Item]) -> list[T]:
-    """Return what `call` returns for each item, in order; after an error no further call begins."""
+    """Return the result of `call` for each item, in order; after an error, start no further call."""
     if len(items) < 2:
         return [call(item) for item in items]
     with ThreadPoolExecutor(min(_WORKERS, len(items))) as pool:
         running = [pool.submit(call, item) for item in items]
         try:
             return [future.result() for future in running]
-        except BaseException:  # also where the user wants to stop
+        except BaseException:  # KeyboardInterrupt too
             pool.shutdown(cancel_futures=True)
             raise

@@ -1,4 +1,4 @@
-"""Blobs, or manifests, in a local folder, one file for each.
+"""Blobs or manifests in a local folder, one file each.
 
     bytes ──▶ tmp/XXXX ──fsync──▶ rename ──▶ blobs/3/3f9a... ──fsync of the folder──▶ durable
               as they come                   once for a whole batch
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from registry.storage.blobs.backend import BlobInfo, Leftover
 
 _CHUNK = 1 << 20
-_MODE = 0o444  # immutable, and it shows
-_SYNCERS = 12  # a sync waits for the device, which does many at once as fast as one
+_MODE = 0o444  # immutable
+_SYNCERS = 12  # a device handles many syncs at once as fast as one
 
 
 class LocalBackend:
@@ -66,7 +66,7 @@ class LocalBackend:
         return fs.open_own(self.place(digest))
 
     def exists(self, digest: str) -> bool:
-        """Say whether there is a file of that name."""
+        """Return whether there is a file of that name."""
         return self.path(digest).exists()
 
     def size(self, digest: str) -> int:
@@ -74,7 +74,7 @@ class LocalBackend:
         return self.path(digest).stat().st_size
 
     def all(self) -> Iterator[BlobInfo]:
-        """Yield every file that is named by a digest and is in the folder of its first digit."""
+        """Yield every file that is named by a digest, in the folder of its first digit."""
         for folder in sorted(self._folder_of_files.iterdir()) if self._folder_of_files.is_dir() else ():
             if folder.is_dir():
                 yield from _blobs_in(folder)
@@ -113,15 +113,15 @@ class LocalBackend:
 
 
 class LocalBatch:
-    """Files that get their names together, so that a batch of any size syncs each folder once."""
+    """Files that are renamed together, so that a batch of any size syncs each folder once."""
 
     def __init__(self, paths: StorePaths, path: Callable[[str], Path], folder: Path) -> None:
         self._paths, self.path, self._folder = paths, path, folder
         self._lock = Lock()
-        self._written: dict[str, Path | None] = {}  # digest -> temporary file; None where the blob was there
+        self._written: dict[str, Path | None] = {}  # digest -> temporary file; None if the blob existed
 
     def put(self, digest: str, data: fs.Bytes) -> bool:
-        """Write and sync a temporary file, unless exactly these bytes are there."""
+        """Write and sync a temporary file, unless exactly these bytes exist."""
         # Claim the digest first, so that two threads do not write the same bytes.
         with self._lock:
             if digest in self._written:
@@ -136,12 +136,12 @@ class LocalBatch:
         return True
 
     def known(self) -> list[str]:
-        """Return the digests of the bytes that were there."""
+        """Return the digests of bytes that existed before."""
         return [digest for digest, temporary in self._written.items() if temporary is None]
 
     def publish(self) -> None:
-        """Give the files their names and make the names durable."""
-        # Also of blobs that were there: the process that wrote one may have been killed before it synced the folder.
+        """Rename the files to their final names, durably."""
+        # Sync folders of existing blobs too: their writer may have been killed before it did so.
         folders = {self.path(digest).parent for digest in self._written}
         for folder in sorted(folders):
             fs.make_dir(folder)
@@ -161,7 +161,7 @@ class LocalBatch:
 
 
 def _holds(path: Path, data: fs.Bytes) -> bool:
-    """Say whether a file has exactly these bytes."""
+    """Return whether a file has exactly these bytes."""
     try:
         with fs.open_own(path) as file:
             if path.stat().st_size != len(data):

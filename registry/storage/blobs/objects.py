@@ -1,17 +1,17 @@
-"""Blobs in an object store: S3 and what speaks its protocol, Google Cloud Storage, or Azure.
+"""Blobs in an object store: S3 and compatible services, Google Cloud Storage, or Azure.
 
     s3://BUCKET/PREFIX/blobs/3/3f9a...     named as in a folder, so that one can be copied to the other; manifests/ too
     s3://BUCKET/PREFIX/quarantine/...      damaged blobs that were moved aside
-    s3://BUCKET/PREFIX/owner               whose blobs these are
-    s3://BUCKET/PREFIX/clock               written to learn the time of the server
+    s3://BUCKET/PREFIX/owner               the store that owns these blobs
+    s3://BUCKET/PREFIX/clock               written to read the server's clock
 
-    bytes ──▶ one object, whole or not at all ──▶ its MD5 by the server is right, or it is read back ──▶ durable
+    bytes ──▶ one object, complete or absent ──▶ the server's MD5 matches, or it is read back ──▶ durable
 
-A name always means the same bytes, so writing needs no condition, and nothing is taken back: what a batch that failed
-has written may be what another process wrote too, and has referred to by now. What nobody refers to is pruned.
+A name always means the same bytes, so writes need no condition, and a failed batch is not undone: another process may
+have written the same object, and may refer to it already. Unreferenced objects are pruned.
 
-Locks live in the database, and its server may give a lock away while a slow process is still deleting. So what is
-deleted was written a day ago, which is looked at again just before; and writing bytes that are there makes them young.
+Locks live in the database, and its server may release a lock while a slow process is still deleting. So only objects
+older than a day are deleted, with a check just before; and writing bytes that already exist resets their age.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 _ATTEMPTS = 3
-_PART = 8 << 20  # bytes that are sent, and sent again, together
+_PART = 8 << 20  # bytes per upload, and per retry
 _CHUNK = 1 << 20
-# Seconds: without a byte; of one request with its answer; of a request with all that repeat it.
+# Seconds: without receiving a byte; of one request with its response; of a request with all its retries.
 _SILENCE, _MAX_REQUEST, _DEADLINE = 30, 900, 60
 _ADDRESS = re.compile(r"(?P<scheme>s3|gs|az)://[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9._=+-]+)*/?")
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
@@ -58,35 +58,35 @@ _PROFILES = {"config": "AWS_CONFIG_FILE", "credentials": "AWS_SHARED_CREDENTIALS
 _OF_PROFILE = ("access_key_id", "secret_access_key", "session_token", "region", "endpoint_url")
 _DIGITS = "0123456789abcdef"
 _OWNER, _CLOCK = "owner", "clock"
-# Of a server's answer: the request that it repeats may hold the number of a key.
+# The only parts of an error response that are shown: it may repeat the request, with the ID of a key.
 _STATUS, _CODE = re.compile(r"status code: (\d{3}[ A-Za-z]*)"), re.compile(r"<Code>(\w+)</Code>")
 _RIGHTS_HINT = "check that the credentials allow reading, writing, listing and deleting"
 _AWAY_HINT = "run the command again once it can be reached; the store refers to no incomplete file"
 
 
 _forked: list[int] = []
-# The client's threads are not in the copy: whatever it is asked there would wait for ever.
+# A forked process lacks the client's threads, so any request there would block forever.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: _forked.append(os.getpid()))
 
 
 class _Missing(FileNotFoundError):
-    """There is no such object, although its bucket is there."""
+    """The object does not exist, although its bucket does."""
 
 
 class _Status(NamedTuple):
     size: int
     modified: float
-    mark: str  # what the server calls the content, mostly its MD5
+    mark: str  # the server's ETag, mostly the MD5 of the content
 
 
 class ObjectBackend:
     """The blobs below one prefix of a bucket.
 
     Args:
-        store: A store of obstore, which begins at the prefix.
-        url: What people call it.
-        owner: The number of the store whose blobs these are.
+        store: A store of obstore, rooted at the prefix.
+        url: Its address, for messages.
+        owner: The number of the store that owns these blobs.
         namespace: Blobs, or manifests.
     """
 
@@ -96,20 +96,20 @@ class ObjectBackend:
     def __init__(self, store: Any, url: str, owner: str, namespace: Namespace = "blobs") -> None:
         self._store, self._owner, self._namespace = store, owner, namespace
         self._url = self.home = url.rstrip("/")
-        self._is_confirmed = False  # that it is the owner's
-        self._ahead: float | None = None  # the server's time less this machine's count of seconds
+        self._is_confirmed = False  # whether the owner was checked
+        self._ahead: float | None = None  # the server's time minus this machine's monotonic clock
 
     def _name(self, digest: str) -> str:
-        """Return the name of a file. Only here does a digest become one; raise `ValueError` if it is none."""
+        """Return the name of an object, built only here; raise `ValueError` if this is not a digest."""
         if not is_digest(digest):
             raise ValueError(f"not a digest: {digest[:80]!r}")
         return f"{self._namespace}/{digest[0]}/{digest}"
 
     def check_free(self) -> None:
-        """Raise unless a new store can have its blobs here; this writes the object that `now` writes.
+        """Raise unless a new store can keep its blobs here; this writes the `clock` object.
 
         Raises:
-            NotAStore: It is another store's.
+            NotAStore: It belongs to another store.
         """
         with self._errors(_OWNER):
             is_owned = self._status(_OWNER) is not None
@@ -118,10 +118,10 @@ class ObjectBackend:
         self._send(_CLOCK, b"")
 
     def claim(self) -> None:
-        """Make this the place of the store's blobs: two stores that shared it would prune each other's.
+        """Claim this location for the store: two stores that share one would prune each other's blobs.
 
         Raises:
-            NotAStore: It is another store's.
+            NotAStore: It belongs to another store.
         """
         with self._errors(_OWNER), suppress(AlreadyExistsError):
             obstore.put(self._store, _OWNER, self._owner.encode(), mode="create", use_multipart=False)
@@ -132,7 +132,7 @@ class ObjectBackend:
         self._confirm()
         if self._ahead is None:
             self._send(_CLOCK, b"")
-            # Servers cut the fraction off, and what was written in this very second is not to be younger than now.
+            # Servers truncate to seconds, and nothing written in this second may be newer than now.
             self._ahead = self._known(_CLOCK).modified + 1 - time.monotonic()
         return self._ahead + time.monotonic()
 
@@ -143,7 +143,7 @@ class ObjectBackend:
         failpoint("blobs-durable")
 
     def put(self, digest: str, data: Bytes) -> bool:
-        """Write an object, and return whether these bytes were not there. They are young afterwards."""
+        """Write an object and return whether its bytes are new. Afterwards its age is below half the grace."""
         name, mark = self._name(digest), _mark_of(data)
         self._confirm()
         with self._errors(name):
@@ -152,7 +152,7 @@ class ObjectBackend:
             if found is not None and is_there and self.now() - found.modified < self.grace / 2:
                 return False
             for _ in range(_ATTEMPTS):
-                # Servers that encrypt call it by something else than its MD5.
+                # Servers that encrypt return an ETag other than the MD5.
                 if self._send(name, data) == mark or self._holds(name, data):
                     break
             else:
@@ -164,7 +164,7 @@ class ObjectBackend:
         return not is_there
 
     def get(self, digest: str) -> BinaryIO:
-        """Open an object for reading, as it comes."""
+        """Open an object as a stream."""
         name = self._name(digest)
         with self._errors(name):
             try:
@@ -175,7 +175,7 @@ class ObjectBackend:
         return cast(BinaryIO, BufferedReader(body, _CHUNK))
 
     def exists(self, digest: str) -> bool:
-        """Say whether there is an object of that name."""
+        """Return whether there is an object of that name."""
         name = self._name(digest)
         with self._errors(name):
             if self._status(name) is not None:
@@ -188,14 +188,14 @@ class ObjectBackend:
         return self._known(self._name(digest)).size
 
     def all(self) -> Iterator[BlobInfo]:
-        """Yield every object that is named by a digest; those of a first digit once all of them are listed."""
+        """Yield every object that is named by a digest, all objects with one first digit at a time."""
         self._confirm()
         with ThreadPoolExecutor(len(_DIGITS)) as pool:
             for found in pool.map(self._listed, _DIGITS):
                 yield from found
 
     def delete(self, digest: str, *, newest: float = math.inf) -> int:
-        """Delete an object unless it has been written after `newest`."""
+        """Delete an object unless it was written after `newest`."""
         name = self._name(digest)
         self._confirm()
         with self._errors(name):
@@ -218,7 +218,7 @@ class ObjectBackend:
         return f"{self._url}/{aside}"
 
     def leftovers(self, *, aside: bool = False) -> Iterator[Leftover]:
-        """Yield what is in quarantine; killed writers leave nothing, since an object is whole or not there."""
+        """Yield the blobs in quarantine; killed writers leave nothing, since an object is complete or absent."""
         if aside:
             for name, size, modified in self._objects("quarantine"):
                 yield Leftover(f"{self._url}/{name}", size, modified, partial(self._remove, name))
@@ -232,7 +232,7 @@ class ObjectBackend:
             obstore.delete(self._store, name)
 
     def _send(self, name: str, data: Bytes) -> str:
-        """Write an object and return what the server calls its content."""
+        """Write an object and return its ETag."""
         with self._errors(name):
             is_large = len(data) > _PART
             return _unquoted(obstore.put(self._store, name, data, use_multipart=is_large, chunk_size=_PART)["e_tag"])
@@ -245,7 +245,7 @@ class ObjectBackend:
         return _Status(found["size"], found["last_modified"].timestamp(), _unquoted(found["e_tag"]))
 
     def _known(self, name: str) -> _Status:
-        """Return what the server says of an object; raise `FileNotFoundError` if it is not there."""
+        """Return the status of an object; raise `FileNotFoundError` if it is missing."""
         with self._errors(name):
             found = self._status(name)
             if found is None:
@@ -253,7 +253,7 @@ class ObjectBackend:
             return found
 
     def _holds(self, name: str, data: Bytes) -> bool:
-        """Read an object back and say whether it has exactly these bytes."""
+        """Read an object back and return whether it has exactly these bytes."""
         with self._errors(name):
             view, at = memoryview(data), 0
             for chunk in obstore.get(self._store, name).stream(min_chunk_size=_CHUNK):
@@ -263,18 +263,18 @@ class ObjectBackend:
             return at == len(view)
 
     def _missing(self, name: str) -> _Missing:
-        """Return the error for an object that is missing; raise if its bucket is, for which servers say the same."""
+        """Return the error for a missing object; raise if its bucket is missing, which servers report the same way."""
         self._check_owner()
         return _Missing(f"{self._url}/{name}")
 
     def _confirm(self) -> None:
-        """Make sure, once, that this is the place of the store's blobs."""
+        """Check once that this location belongs to the store."""
         if not self._is_confirmed:
             self._check_owner()
             self._is_confirmed = True
 
     def owner(self) -> str:
-        """Return the number of the store whose place this is."""
+        """Return the number of the store that owns this location."""
         with self._errors(_OWNER):
             try:
                 return bytes(obstore.get(self._store, _OWNER).bytes()).decode(errors="replace")
@@ -310,7 +310,7 @@ class ObjectBackend:
 
     @contextmanager
     def _errors(self, name: str) -> Iterator[None]:
-        """Turn what obstore raises into errors of the store, but for a missing object."""
+        """Convert errors of obstore to errors of the store, except for a missing object."""
         place = f"{self._url}/{name}"
         if _forked:
             fact = f"{place} cannot be used in a forked process after its parent used an object store"
@@ -322,7 +322,7 @@ class ObjectBackend:
         except (BaseError, OSError, ValueError) as error:
             text = str(error).partition("\n\nDebug source")[0]
             told = ": ".join(match[1] for match in (_STATUS.search(text), _CODE.search(text)) if match)
-            # Without credentials, the answer is of no kind that the client knows.
+            # Without credentials, the client raises a generic error.
             is_refused = isinstance(error, (PermissionDeniedError, UnauthenticatedError)) or told[:3] in ("401", "403")
             fact = told or text.partition("<")[0].rpartition(" - ")[2].strip()[:200]
             hint = _RIGHTS_HINT if is_refused else _AWAY_HINT
@@ -330,12 +330,12 @@ class ObjectBackend:
 
 
 def connect(url: str, owner: str, namespace: Namespace = "blobs") -> ObjectBackend:
-    """Return what keeps blobs at an address such as `s3://BUCKET/PREFIX`. Nothing is sent yet.
+    """Return the backend for an address such as `s3://BUCKET/PREFIX`, without sending a request.
 
-    Credentials are those that the environment has, or the machine, or the profile of `AWS_PROFILE` in ~/.aws.
+    Credentials come from the environment, the machine, or the profile of `AWS_PROFILE` in ~/.aws.
 
     Raises:
-        NotAStore: It is no such address, or holds a password.
+        NotAStore: The address is invalid or holds a password.
     """
     match = _ADDRESS.fullmatch(url)
     if match is None:
@@ -344,7 +344,7 @@ def connect(url: str, owner: str, namespace: Namespace = "blobs") -> ObjectBacke
     config = _profile() if match["scheme"] == "s3" else {}
     endpoint = next(filter(None, map(os.environ.get, _ENDPOINTS)), config.get("aws_endpoint_url", ""))
     options: Any = {
-        "allow_http": endpoint.startswith("http://"),  # only where somebody wrote so
+        "allow_http": endpoint.startswith("http://"),  # only on request
         "connect_timeout": timedelta(seconds=5),
         "read_timeout": timedelta(seconds=_SILENCE),
         "timeout": timedelta(seconds=_MAX_REQUEST),
@@ -356,14 +356,14 @@ def connect(url: str, owner: str, namespace: Namespace = "blobs") -> ObjectBacke
 
 
 def _profile() -> dict[str, str]:
-    """Return what a profile in ~/.aws says, as far as the environment does not."""
+    """Return the settings of a profile in ~/.aws that the environment does not set."""
     if os.environ.get("AWS_ACCESS_KEY_ID"):
         return {}
     name, found = os.environ.get("AWS_PROFILE") or "default", dict[str, str]()
     sections = {"config": name if name == "default" else f"profile {name}", "credentials": name}
     for file, section in sections.items():
         parser = ConfigParser(interpolation=None)
-        with suppress(OSError, ConfigError, RuntimeError):  # no file, none that can be read, no home
+        with suppress(OSError, ConfigError, RuntimeError):  # no file, an unreadable file, no home
             parser.read(os.environ.get(_PROFILES[file]) or Path.home() / ".aws" / file, encoding="utf-8")
             found |= parser[section] if parser.has_section(section) else {}
     asked = {key.removeprefix("aws_"): value for key, value in found.items()}
@@ -377,7 +377,7 @@ class ObjectBatch:
         self._backend, self._lock, self._put = backend, Lock(), set[str]()
 
     def put(self, digest: str, data: Bytes) -> bool:
-        """Write an object, once for a batch."""
+        """Write an object, once per batch."""
         with self._lock:
             if digest in self._put:
                 return False
@@ -386,18 +386,18 @@ class ObjectBatch:
 
 
 class _Body(RawIOBase):
-    """The bytes of an object as they come from the network; raise if they end too early."""
+    """A stream of an object's bytes; raises if it ends early."""
 
     def __init__(self, chunks: Any, size: int, errors: Any) -> None:
         self._chunks, self._left, self._errors = iter(chunks), size, errors
         self._chunk = memoryview(b"")
 
     def readable(self) -> bool:
-        """Say that it can be read."""
+        """Return True: a stream can be read."""
         return True
 
     def readinto(self, buffer: WriteableBuffer) -> int:
-        """Fill a buffer with what is there."""
+        """Read available bytes into a buffer."""
         if not self._chunk:
             self._chunk = memoryview(self._next())
         target = memoryview(buffer)
@@ -420,7 +420,7 @@ class _Body(RawIOBase):
 
 
 def _mark_of(data: Bytes) -> str:
-    """Return what servers of S3 call some bytes: their MD5, or that of the MD5s of the parts they are sent in."""
+    """Return the ETag of bytes on S3: their MD5, or the MD5 of the MD5s of their upload parts."""
     view = memoryview(data)
     parts = [hashlib.md5(view[at : at + _PART], usedforsecurity=False) for at in range(0, max(1, len(view)), _PART)]
     if len(parts) == 1:

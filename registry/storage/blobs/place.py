@@ -1,9 +1,9 @@
-"""Where the blobs of a store are that are not in its own folder: at an address that it keeps, with a number.
+"""Blobs outside the store folder: at an address that the store records, with its number.
 
     s3://BUCKET/PREFIX, gs://..., az://...     an object store
-    /a/folder                                  one that all machines have at the same path
+    /a/folder                                  a folder at the same path on all machines
 
-The place has the number too, so that no two stores share one: each would prune what the other refers to.
+The location holds the number too, so that no two stores share it: each would prune the other's blobs.
 """
 
 from __future__ import annotations
@@ -25,36 +25,36 @@ _OBJECTS = re.compile(r"[a-z0-9]+://")
 
 
 class RemoteBackend(BlobBackend, Protocol):
-    """A place of blobs that belongs to one store."""
+    """Blob storage that belongs to one store."""
 
     def check_free(self) -> None:
-        """Raise what `claim` would raise, but before anything of a new store is written.
+        """Raise the errors of `claim` before anything of a new store is written.
 
         Raises:
-            NotAStore: It is a store's.
+            NotAStore: It belongs to a store.
             StoreUnavailable: It cannot be reached.
         """
         ...
 
     def owner(self) -> str:
-        """Return the number of the store whose place this is; raise `StoreUnavailable` if it is nobody's."""
+        """Return the number of the store that owns this location; raise `StoreUnavailable` if there is none."""
         ...
 
     def claim(self) -> None:
-        """Make this the place of the store's blobs; twice is once.
+        """Claim this location for the store; idempotent.
 
         Raises:
-            NotAStore: It is another store's.
+            NotAStore: It belongs to another store.
             StoreUnavailable: It cannot be reached.
         """
         ...
 
 
 def claim_location(paths: StorePaths, address: str) -> None:
-    """Let the blobs of a store folder that is being made be at an address; a killed attempt goes on with its number.
+    """Claim an address for the blobs of a new store folder; a killed attempt resumes with its number.
 
     Raises:
-        NotAStore: It is no address, or that of another store's blobs.
+        NotAStore: The address is invalid or belongs to another store.
         StoreUnavailable: It cannot be reached.
     """
     if not paths.place.exists():
@@ -64,7 +64,7 @@ def claim_location(paths: StorePaths, address: str) -> None:
 
 
 def recover_location(paths: StorePaths, address: str) -> None:
-    """Let a store folder that is being made have the files of a store at an address, whose folder was lost."""
+    """Connect a new store folder to the files at an address, whose store folder was lost."""
     if not paths.place.exists():
         _write_place(paths, address, backends_at(address, "")[0].owner())
 
@@ -78,10 +78,10 @@ def _write_place(paths: StorePaths, address: str, owner: str) -> None:
 
 
 def remote_blobs(paths: StorePaths, asked: str | None = None) -> tuple[RemoteBackend, RemoteBackend]:
-    """Return what keeps blobs and manifests of a store with a file BLOBS; `asked` is where they are expected to be.
+    """Return the blob and manifest backends of a store with a file BLOBS; `asked` is the expected address.
 
     Raises:
-        NotAStore: They are elsewhere.
+        NotAStore: The address is another one.
     """
     if not paths.place.exists():
         raise elsewhere(str(paths.root), "in its own folder")
@@ -99,16 +99,16 @@ def remote_blobs(paths: StorePaths, asked: str | None = None) -> tuple[RemoteBac
 
 
 def elsewhere(store: str, where: str) -> NotAStore:
-    """Return the error for a store that was to have its blobs at another place."""
+    """Return the error for a store with its blobs at an unexpected location."""
     hint = "a store cannot move its files; run `icm copy` to copy its tasks to a store with other storage"
     return NotAStore(f"{store} is already a store, with its files {where}", hint=hint)
 
 
 def backends_at(address: str, owner: str) -> tuple[RemoteBackend, RemoteBackend]:
-    """Return what keeps blobs and manifests of the store with a number at an address. Nothing is read yet.
+    """Return the blob and manifest backends at an address, for the store with a number, without reading anything.
 
     Raises:
-        NotAStore: It is no address.
+        NotAStore: The address is invalid.
     """
     if not _OBJECTS.match(address):
         from registry.storage.blobs.shared import SharedBackend

@@ -1,11 +1,11 @@
 """Blobs in a folder that machines share, for a store whose database is elsewhere.
 
     FOLDER/blobs/3/3f9a...    as in a store folder; manifests/ likewise
-    FOLDER/owner              whose blobs these are; a folder without it is not mounted
-    FOLDER/clock              touched to learn the time of the server
+    FOLDER/owner              the store that owns these blobs; a folder without it is not mounted
+    FOLDER/clock              touched to read the server's clock
 
-Locks live in the database, which may give one away while a slow process is still deleting. So what is deleted was
-written an hour ago, which is looked at again just before; and writing bytes that are there makes them young.
+Locks live in the database, which may release one while a slow process is still deleting. So only files older than an
+hour are deleted, with a check just before; and writing bytes that already exist resets their age.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class SharedBackend(LocalBackend):
 
     Args:
         folder: The folder, at the same path on every machine.
-        owner: The number of the store whose blobs these are.
+        owner: The number of the store that owns these blobs.
     """
 
     is_remote = True
@@ -41,13 +41,13 @@ class SharedBackend(LocalBackend):
     def __init__(self, folder: Path, owner: str, namespace: Namespace = "blobs") -> None:
         super().__init__(StorePaths(folder), namespace)
         self._folder, self._owner, self.home = folder, owner, str(folder)
-        self._ahead: float | None = None  # the server's time less this machine's count of seconds
+        self._ahead: float | None = None  # the server's time minus this machine's monotonic clock
 
     def check_free(self) -> None:
-        """Raise unless a new store can have its blobs here; this makes the folder.
+        """Raise unless a new store can keep its blobs here; this creates the folder.
 
         Raises:
-            NotAStore: It is another store's, or holds other things.
+            NotAStore: It belongs to another store, or holds foreign files.
         """
         with fs.store_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -56,10 +56,10 @@ class SharedBackend(LocalBackend):
             self._refuse_foreign()
 
     def claim(self) -> None:
-        """Make this the place of the store's blobs: two stores that shared it would prune each other's.
+        """Claim this location for the store: two stores that share one would prune each other's blobs.
 
         Raises:
-            NotAStore: It is another store's, or holds other things.
+            NotAStore: It belongs to another store, or holds foreign files.
         """
         with fs.store_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ class SharedBackend(LocalBackend):
         self._check_owner()
 
     def now(self) -> float:
-        """Return the time of the machine that has the disk, in seconds since 1970."""
+        """Return the file server's time, in seconds since 1970."""
         self._check_owner()
         if self._ahead is None:
             clock = self._folder / "clock"
@@ -81,7 +81,7 @@ class SharedBackend(LocalBackend):
 
     @contextmanager
     def batch(self) -> Iterator[LocalBatch]:
-        """Begin a batch; bytes that are there are made young."""
+        """Begin a batch; it resets the age of existing bytes."""
         self._check_owner()
         with super().batch() as batch:
             yield batch
@@ -95,7 +95,7 @@ class SharedBackend(LocalBackend):
             return super().get(digest)
 
     def exists(self, digest: str) -> bool:
-        """Say whether there is a file of that name."""
+        """Return whether there is a file of that name."""
         if super().exists(digest):
             return True
         self._check_owner()
@@ -112,13 +112,13 @@ class SharedBackend(LocalBackend):
         return super().all()
 
     def delete(self, digest: str, *, newest: float = math.inf) -> int:
-        """Remove a file unless it has been written after `newest`."""
+        """Remove a file unless it was written after `newest`."""
         self._check_owner()
         return super().delete(digest, newest=newest)
 
     @contextmanager
     def _mounted(self) -> Iterator[None]:
-        """Raise `StoreUnavailable` where a file is missing because the whole folder is."""
+        """Raise `StoreUnavailable` if a file is missing because the whole folder is."""
         try:
             yield
         except FileNotFoundError:
@@ -126,14 +126,14 @@ class SharedBackend(LocalBackend):
             raise
 
     def _refuse_foreign(self) -> None:
-        # Another process may be claiming it too, and be done before this one has looked.
+        # Another process may have claimed it just before this check.
         ours = {"blobs", "manifests", "tmp", "quarantine", "owner", "clock"}
         if foreign := {entry.name for entry in self._folder.iterdir()} - ours:
             hint = "use an empty or new folder"
             raise NotAStore(f"{self._folder} holds {min(foreign)!r}", path=self._folder, hint=hint)
 
     def _write_owner(self) -> None:
-        """Write whose folder this is, unless another process has."""
+        """Write the owner of the folder, unless another process has."""
         temporary = self._paths.tmp / uuid4().hex
         fs.write_file(temporary, self._owner.encode(), _MODE)
         try:
@@ -143,7 +143,7 @@ class SharedBackend(LocalBackend):
         fs.fsync_dir(self._folder)
 
     def owner(self) -> str:
-        """Return the number of the store whose folder this is."""
+        """Return the number of the store that owns this folder."""
         try:
             return (self._folder / "owner").read_text(errors="replace")
         except OSError as error:
@@ -152,7 +152,7 @@ class SharedBackend(LocalBackend):
             raise StoreUnavailable(fact, path=self._folder, hint=hint) from None
 
     def _check_owner(self) -> None:
-        """Raise unless the folder is there, and is the store's."""
+        """Raise unless the folder exists and belongs to the store."""
         if self.owner() != self._owner:
             raise self._not_mine()
 

@@ -1,19 +1,19 @@
 """Locks between processes: one for the store, and one for the jobs of each base model.
 
-    store lock   shared while a process uses the store, exclusive while one deletes bytes
+    store lock   shared while a process uses the store, exclusive while it deletes bytes
     job lock     exclusive while a process trains, updates or evicts for one base model, shared while processes encode
                  tasks of it
 
-**One order.** A process waits for a job lock only while it does not hold the store lock: it gives that up, waits, and
-takes it again. Whoever waits for the exclusive store lock has given up the shared one too. So those who wait hold job
-locks at most, and those who hold the store lock wait for nothing: no two processes ever wait for each other.
+**One order.** A process releases the store lock while it waits for a job lock, then acquires it again. It also releases
+the shared store lock while it waits for the exclusive one. So waiting processes hold job locks at most, and holders of
+the store lock never wait: there is no deadlock.
 
-**One deadline.** All waits of a command together take no longer than its `Patience`, those for the database included.
+**One deadline.** All waits of a command together take no longer than its `Patience`, including waits for the database.
 
-While one has just begun to wait for the exclusive store lock, those who come to read let it go first, for two seconds
-at most: on a busy store there would never be a moment without a reader.
+New readers let a process that has just begun to wait for the exclusive store lock go first, for two seconds at most: a
+busy store is never without readers.
 
-A new kind of locks implements `StoreLock`.
+A new kind of lock implements `StoreLock`.
 """
 
 from __future__ import annotations
@@ -28,50 +28,50 @@ from registry.errors import StoreLocked
 
 POLL_SECONDS = 0.05
 TOLD_EVERY = 1.0  # seconds
-HEAD_START = 2.0  # seconds in which those who come to read let one go first who waits to be alone
+HEAD_START = 2.0  # seconds during which new readers let a process that waits for the exclusive lock go first
 
 
 class StoreLock(Protocol):
-    """The locks of one store, as one process has them.
+    """The locks of one store in one process.
 
-    Each method waits, as long as the command's patience lasts, and then raises `StoreLocked`.
+    Each method waits as long as the command's patience lasts, then raises `StoreLocked`.
     """
 
     def enter(self) -> None:
-        """Take the shared lock for the first time; one who has just begun to wait for the exclusive one goes first."""
+        """Acquire the shared lock for the first time; a new waiter for the exclusive lock goes first."""
         ...
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Wait for the exclusive lock, hold it for a block, then go back to the shared one.
 
-        The shared lock is given up while this waits, so nothing read before the block may be trusted inside it.
+        The shared lock is released while this waits, so nothing read before the block may be trusted inside it.
         """
         ...
 
     def job(self, base_model: str, *, shared: bool = False) -> AbstractContextManager[None]:
-        """Hold the job lock of a base model for a block, alone or shared; a job does not start another one.
+        """Hold the job lock of a base model for a block, exclusive or shared; not reentrant.
 
-        The shared lock of the store is given up while this waits, so nothing read before may be trusted in the block.
+        The shared store lock is released while this waits, so nothing read before may be trusted in the block.
         """
         ...
 
     def close(self) -> None:
-        """Give up what is held; twice is once."""
+        """Release all locks; idempotent."""
         ...
 
 
 def in_use(fact: str, patience: Patience, path: Path | str) -> StoreLocked:
-    """Return the error for a wait that came to its end."""
+    """Return the error for a wait that timed out."""
     hint = f"waited {patience.seconds:g} s in total; run the command again later, or raise --lock-timeout"
     return StoreLocked(fact, path=path, hint=hint)
 
 
 class Patience:
-    """How long a command may wait for other processes: the same seconds for all its waits together.
+    """The time that a command may wait for other processes, shared by all its waits.
 
     Args:
-        seconds: How long.
-        tell: Called once a second during a wait, with what it is for and who holds it; it may raise to end the wait.
+        seconds: The total.
+        tell: Called once a second during a wait, with the lock and its holders; may raise to end the wait.
     """
 
     def __init__(self, seconds: float, tell: Callable[[str], None] = lambda text: None) -> None:
@@ -79,7 +79,7 @@ class Patience:
         self._tell = tell
 
     def wait(self, attempt: Callable[[], bool], whom: Callable[[], str] | None = None) -> bool:
-        """Repeat an attempt until it succeeds, and return True; or False once no time is left."""
+        """Retry an attempt until it succeeds and return True; return False once no time is left."""
         if attempt():
             return True
         began = told = time.monotonic()
@@ -96,7 +96,7 @@ class Patience:
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Count the seconds of a block that may wait by itself; a moment counts as no wait."""
+        """Count the seconds of a block that waits internally; less than `POLL_SECONDS` is ignored."""
         began = time.monotonic()
         try:
             yield

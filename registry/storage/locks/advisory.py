@@ -1,10 +1,9 @@
 """Locks of a store in PostgreSQL: advisory locks of a session, held by the connection that also writes.
 
-The server drops them when the connection ends, for whatever reason; then nothing that they protected can be committed.
-A session may hold a lock both shared and exclusive, so to turn one into the other needs no gate, as flocks do. The
-server lets those that ask later wait behind one that waits to be alone. That one leaves the queue now and then, so that
-others get in while somebody holds the lock for hours, and comes back for twice as long, so that it has its turn among
-many who hold it for seconds.
+The server drops them when the connection ends, for any reason; then nothing that they protected can be committed. A
+session may hold a lock both shared and exclusive, so converting it needs no gate, unlike flocks. The server queues
+later requests after a waiting exclusive one. So that request leaves the queue at intervals, to let others in while a
+process holds the lock for hours, and returns for twice as long each time, to succeed among many short holders.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from registry.names import DatabaseUrl
 from registry.storage.locks import HEAD_START, Patience, in_use
 from registry.storage.postgres import connection_errors
 
-_TURN = 0.5  # seconds that a session waits in the queue of a lock at a time
-_MAX_TURN = 16.0  # seconds for which those that come later may have to wait behind one that waits to be alone
+_TURN = 0.5  # seconds per wait in the queue of a lock
+_MAX_TURN = 16.0  # seconds that later requests may have to wait after a waiting exclusive one
 _TIMED_OUT = "55P03"
 _NAMED = 3  # holders that a message names
 _HOLDERS = text("""
@@ -39,10 +38,10 @@ class AdvisoryLock:
     """The locks of a store in a database: see `registry.storage.locks.StoreLock`.
 
     Args:
-        engine: What has the one connection that writes; see `registry.storage.postgres.only_connection`.
-        store: The number of the store, which others in this database do not have.
+        engine: The engine of the single connection that writes; see `registry.storage.postgres.only_connection`.
+        store: The number of the store, unique in this database.
         url: The address of the database, for messages.
-        patience: How long a command waits in all.
+        patience: How long a command waits in total.
     """
 
     def __init__(self, engine: Engine, store: str, *, url: DatabaseUrl, patience: Patience) -> None:
@@ -52,13 +51,13 @@ class AdvisoryLock:
         self._has_asked = False
 
     def enter(self) -> None:
-        """Take the shared lock for the first time."""
+        """Acquire the shared lock for the first time."""
         self._wait(self._key, self._subject, shared=True)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Wait for the exclusive lock, hold it for a block, then go back to the shared one."""
-        with self._given_up():  # two that wait for each other's shared lock would wait for ever
+        with self._released():  # two processes that wait for each other's shared lock would deadlock
             self._wait(self._key, self._subject, shared=False)
         try:
             yield
@@ -73,26 +72,26 @@ class AdvisoryLock:
             if self._take(key, shared=shared):
                 held.callback(self._release, key, shared=shared)
             else:
-                with self._given_up():
+                with self._released():
                     self._wait(key, f"base model {base_model!r}", shared=shared)
                     held.callback(self._release, key, shared=shared)
             yield
 
     def close(self) -> None:
-        """Give up all locks, then the connection: a server takes a moment to notice that one is gone."""
+        """Release all locks, then the connection: a server takes a moment to notice a closed connection."""
         if self._has_asked:
             with suppress(RegistryError, SQLAlchemyError), self._engine.begin() as connection:
                 connection.execute(text("SELECT pg_advisory_unlock_all()"))
         self._engine.dispose()
 
     @contextmanager
-    def _given_up(self) -> Iterator[None]:
-        """Give up the shared lock for a block, and take it again."""
+    def _released(self) -> Iterator[None]:
+        """Release the shared lock for a block, then acquire it again."""
         self._release(self._key, shared=True)
         try:
             yield
         except BaseException:
-            self._take(self._key, shared=True, seconds=_TURN)  # what went wrong is to be told, and no second wait
+            self._take(self._key, shared=True, seconds=_TURN)  # report this error, without a second wait
             raise
         self._wait(self._key, self._subject, shared=True)
 
@@ -107,7 +106,7 @@ class AdvisoryLock:
             raise in_use(f"{subject} is in use{self._held(key, ' by ')}", self._patience, str(self._url))
 
     def _take(self, key: int, *, shared: bool, seconds: float = 0.0) -> bool:
-        """Take a lock and return True, or False if that needs a longer wait."""
+        """Acquire a lock and return True, or False if that needs a longer wait."""
         kind, self._has_asked = "_shared" if shared else "", True
         with connection_errors(self._url):
             try:
@@ -129,7 +128,7 @@ class AdvisoryLock:
             connection.execute(text(f"SELECT pg_advisory_unlock{kind}(:key)"), {"key": key})
 
     def _held(self, key: int, before: str) -> str:
-        """Say who holds a lock, after some words; say nothing where nobody is known."""
+        """Return `before` and the holders of a lock; return nothing if they are unknown."""
         number = key % (1 << 64)
         with connection_errors(self._url), self._engine.begin() as connection:
             names = connection.scalars(_HOLDERS, {"high": number >> 32, "low": number % (1 << 32)}).all()
@@ -138,7 +137,7 @@ class AdvisoryLock:
 
 
 def _turns() -> Iterator[float]:
-    """Yield how many seconds one that waits to be alone is in the queue, again and again; 0 while others get in."""
+    """Yield the seconds of each wait of an exclusive request in the queue; 0 while others get in."""
     turn = HEAD_START
     while True:
         yield turn
@@ -149,5 +148,5 @@ def _turns() -> Iterator[float]:
 
 
 def _key_of(store: str, what: str) -> int:
-    """Return the number of a lock: 64 bits, with a sign."""
+    """Return the number of a lock, a signed 64-bit integer."""
     return int.from_bytes(hashlib.sha256(f"icm {store} {what}".encode()).digest()[:8], signed=True)

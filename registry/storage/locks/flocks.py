@@ -3,9 +3,9 @@
 The kernel drops a lock when its process dies, so there are no stale locks and no command to break one. The names in a
 lock file are only for messages.
 
-A shared lock is given up while it turns into an exclusive one, and is lost if the attempt fails. So whoever wants the
-exclusive lock first holds a second file, the gate: in between, no other process can get in to delete. While the gate
-has just been closed, those who come to read let the one who closed it go first.
+Converting a shared lock to an exclusive one releases it first, and loses it if the attempt fails. So a process that
+wants the exclusive lock first locks a second file, the gate: no other process can get in between to delete. A process
+that has just closed the gate goes before new readers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from registry.files import LockKind, store_errors
 from registry.storage.locks import HEAD_START, Patience, in_use
 
 _MAX_NAMES_BYTES = 4096
-_KEPT_NAMES = 16  # of others that are alive, when the file is cut
+_KEPT_NAMES = 16  # of other live processes, when the file is truncated
 _NAMED = 3  # holders that a message names
 _LOCK = re.compile(r"\d+: (?:FLOCK|POSIX) +\S+ +\S+ (\d+) [0-9a-f]+:[0-9a-f]+:(\d+) ")
 
@@ -33,7 +33,7 @@ class FileLock:
     def __init__(
         self, path: Path, *, patience: Patience, command: str, writable: bool = True, subject: str | None = None
     ) -> None:
-        """Open the lock file without taking the lock; `command` is what others see of this process."""
+        """Open the lock file without locking it; `command` names this process in messages of others."""
         self._path = path
         self._patience = patience
         self._command = " ".join(command.split())[:200]
@@ -42,8 +42,8 @@ class FileLock:
         self._fd = _open(path, writable=writable)
 
     def enter(self) -> None:
-        """Take the shared lock for the first time; one who has just begun to wait for the exclusive one goes first."""
-        with suppress(OSError):  # nobody ever closed the gate, or it cannot be read
+        """Acquire the shared lock for the first time; a new waiter for the exclusive lock goes first."""
+        with suppress(OSError):  # the gate does not exist yet, or cannot be read
             gate = fs.open_file(self._gate_path, os.O_RDONLY)
             try:
                 self._patience.wait(lambda: _has_waited(gate) or _try(gate, "shared"))
@@ -52,18 +52,18 @@ class FileLock:
         self.share()
 
     def share(self) -> None:
-        """Take, or go back to, the shared lock."""
+        """Acquire the shared lock, or go back to it."""
         self._wait(self._fd, "shared")
         self._sign()
 
     def hold(self, *, shared: bool = False, without: FileLock | None = None) -> None:
-        """Take the exclusive lock, or the shared one, until :meth:`close`.
+        """Acquire the exclusive or shared lock until :meth:`close`.
 
-        The lock `without` is given up while this waits, so nothing read before may be trusted afterwards.
+        The lock `without` is released while this waits, so nothing read before may be trusted afterwards.
         """
         kind: LockKind = "shared" if shared else "alone"
         if not _try(self._fd, kind):
-            with nullcontext() if without is None else without._given_up():
+            with nullcontext() if without is None else without._released():
                 self._wait(self._fd, kind)
         self._sign()
 
@@ -71,9 +71,9 @@ class FileLock:
     def exclusive(self) -> Iterator[None]:
         """Wait for the exclusive lock, hold it for a block, then go back to the shared one.
 
-        The shared lock is given up while this waits, so nothing read before the block may be trusted inside it.
+        The shared lock is released while this waits, so nothing read before the block may be trusted inside it.
         """
-        with self._given_up(), self._gate() as gate:
+        with self._released(), self._gate() as gate:
             self._wait(gate, "alone")
             with suppress(OSError):
                 os.utime(gate)
@@ -81,26 +81,26 @@ class FileLock:
                 self.hold()
                 yield
             finally:
-                _try(self._fd, "shared")  # before the gate opens; nobody can have got in
+                _try(self._fd, "shared")  # before the gate opens, so no other process got in
 
     @contextmanager
-    def _given_up(self) -> Iterator[None]:
-        """Give up the shared lock for a block, and take it again."""
-        fs.unlock(self._fd)  # two that wait for each other's shared lock would wait for ever
+    def _released(self) -> Iterator[None]:
+        """Release the shared lock for a block, then acquire it again."""
+        fs.unlock(self._fd)  # two processes that wait for each other's shared lock would deadlock
         try:
             yield
         except BaseException:
-            _try(self._fd, "shared")  # what went wrong is to be told, and not that this takes time too
+            _try(self._fd, "shared")  # report this error, without a second wait
             raise
         self._wait(self._fd, "shared")
 
     def users_of(self, path: Path) -> str:
-        """Say which processes have locked another file of the store, as ` by process 12: icm ls`, or say nothing."""
+        """Return the processes that lock another file of the store, as ` by process 12: icm ls`, or an empty text."""
         signed, holding = self._signed(), _lock_holders(path) - {os.getpid()}
         return _named({pid: signed.get(pid, "") for pid in sorted(holding)}, " by ")
 
     def close(self) -> None:
-        """Give up the lock."""
+        """Release the lock."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -123,7 +123,7 @@ class FileLock:
             raise in_use(f"{self._subject} is in use{self._held(fd, ' by ')}", self._patience, self._path)
 
     def _sign(self) -> None:
-        """Add this process to the names in the file, which is cut now and then so that it cannot grow."""
+        """Add this process to the names in the file; truncate the file if it gets large."""
         if not self._writable:
             return
         names = {os.getpid(): self._command}
@@ -134,16 +134,16 @@ class FileLock:
             os.write(self._fd, "".join(f"{pid} {command[:200]}\n" for pid, command in names.items()).encode())
 
     def _held(self, fd: int, before: str) -> str:
-        """Say which processes hold a lock, after some words; say nothing where nobody is known."""
+        """Return `before` and the holders of a lock; return nothing if they are unknown."""
         signed = self._signed()
         holding = _lock_holders(fd) - {os.getpid()}
-        # Without word from the kernel, all who signed and are alive; some of them may have released it already.
+        # Without data from the kernel, all live processes in the file; some may have released the lock already.
         return _named({pid: signed.get(pid, "") for pid in sorted(holding)} if holding else signed, before)
 
     def _signed(self) -> dict[int, str]:
-        """Return pid -> command of the other processes in the file that are alive."""
+        """Return pid -> command of the other live processes in the file."""
         found: dict[int, str] = {}
-        # Anybody may have written to the file, so nothing in it is trusted but the number of a live process.
+        # Any user may have written to the file, so only the number of a live process is trusted.
         with suppress(OSError):
             for line in self._path.read_text(errors="replace").splitlines():
                 pid, _, command = line.partition(" ")
@@ -158,7 +158,7 @@ class FolderLock(FileLock):
     def __init__(
         self, path: Path, jobs: Callable[[str], Path], *, patience: Patience, command: str, writable: bool = True
     ) -> None:
-        """Open the lock file of the store; `jobs` says which file is locked for the jobs of a base model."""
+        """Open the lock file of the store; `jobs` returns the lock file of a base model."""
         super().__init__(path, patience=patience, command=command, writable=writable)
         self._jobs = jobs
 
@@ -167,7 +167,7 @@ class FolderLock(FileLock):
         """Hold the job lock of a base model for a block."""
         path, subject = self._jobs(base_model), f"base model {base_model!r}"
         with store_errors(path):
-            # The first job of a store makes the folder.
+            # The first job of a store creates the folder.
             path.parent.mkdir(exist_ok=True)
             lock = FileLock(path, patience=self._patience, command=self._command, subject=subject)
         try:
@@ -179,31 +179,31 @@ class FolderLock(FileLock):
 
 
 def _named(holders: Mapping[int, str], before: str) -> str:
-    """Name some processes after some words."""
+    """Return `before` and the names of processes; return nothing without processes."""
     names = [f"process {pid}{command and ': '}{command}" for pid, command in holders.items()]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     return before + "; ".join(names[:_NAMED]) + more if names else ""
 
 
 def _lock_holders(file: Path | int) -> set[int]:
-    """Return the processes that hold a lock on a file, as Linux tells; those elsewhere have no number here."""
+    """Return the processes that lock a file, on Linux; processes on other machines have no number here."""
     try:
-        # By its path if it is not open: to close a file drops the locks that SQLite has on it.
+        # By its path if it is not open: closing a file drops SQLite's locks on it.
         inode, lines = os.stat(file).st_ino, Path("/proc/locks").read_text().splitlines()
     except OSError:
         return set()
-    found = filter(None, map(_LOCK.match, lines))  # those that wait are listed with an arrow
+    found = filter(None, map(_LOCK.match, lines))  # waiting processes are listed with an arrow
     return {int(match[1]) for match in found if int(match[2]) == inode} - {0}
 
 
 def _has_waited(gate: int) -> bool:
-    """Say whether the one who closed a gate, if it is closed, has had its head start."""
+    """Return whether the head start of the process that closed a gate is over."""
     return not 0 <= time.time() - os.fstat(gate).st_mtime < HEAD_START
 
 
 def _is_alive(pid: int) -> bool:
     if os.name == "nt":
-        return False  # nobody knows: to ask, as below, would be Ctrl+C there
+        return False  # unknown: the signal below would be Ctrl+C there
     try:
         os.kill(pid, 0)
     except PermissionError:
@@ -220,5 +220,5 @@ def _open(path: Path, *, writable: bool) -> int:
 
 
 def _try(fd: int, kind: LockKind) -> bool:
-    """Take a lock unless another open file has it."""
+    """Lock a file and return True, unless another open file has the lock."""
     return fs.lock(fd, kind)
