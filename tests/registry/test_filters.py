@@ -1,4 +1,4 @@
-"""The language of filters: what it reads, and what it says of the rest."""
+"""The filter language: valid filters, and errors for invalid ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What prune deletes, and what it must not."""
+"""Prune deletes garbage, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The file of the database is written again, whatever it was, and at no moment is there half of one."""
+"""Rebuilding the database file works on any damage, and never leaves half of a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store in PostgreSQL is made once, says where its bytes are, and is refused where that is not what it was."""
+"""A store in PostgreSQL is created once, records the address of its bytes, and is refused with another address."""
 
 from __future__ import annotations
 
