@@ -1,4 +1,4 @@
-"""Decide what may be deleted: everything that no ref reaches.
+"""Find files that may be deleted: everything that no ref reaches.
 
     refs, history ──▶ manifests ──▶ blobs          reached
     manifests/ ──▶ states newer than the refs      reached too: the database may be an old copy

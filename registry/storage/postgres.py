@@ -243,7 +243,7 @@ def _engine(url: DatabaseUrl, connect: Callable[[], psycopg.Connection], **pool:
         check()
         return connect()
 
-    # No column has this type, which would cost three queries.
+    # No column uses hstore; supporting it would take three queries.
     engine = create_engine("postgresql+psycopg://", creator=checked, use_native_hstore=False, **pool)
     event.listen(engine, "checkout", check)
     return engine

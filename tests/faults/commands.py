@@ -15,7 +15,7 @@ import       absent store, that file -> its generator and its tasks, each with a
 copy         absent or empty store, one in a folder -> its tasks with all that is known of them
 edit         trained store         -> a task with a tag and a note
 rm           trained store         -> one task less
-prune        trained store, from which a task was removed -> nothing unreferenced
+prune        trained store after removal of a task -> nothing unreferenced
 generate     trained store with a start -> a folder with those bytes, and after it a task with code and vectors
 repair       the same afterwards, with the database of before the training -> all that the database lacks
 """

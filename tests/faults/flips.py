@@ -322,7 +322,7 @@ class Damages:
             }
 
     def _files(self) -> dict[str, list[str]]:
-        """Return the files by kind; those of the store folder are not empty."""
+        """Return the files by kind; files in the store folder are not empty."""
         kinds, names = defaultdict[str, set[str]](set), self.pair.files()
         for name in names:
             if name.startswith("manifests/"):
