@@ -302,7 +302,7 @@ def test_repair_takes_the_newer_states_of_an_old_database(icm: Icm, stored: Path
         icm("edit", "rust", "--note", note)
     (tmp_path / "store" / "registry.db").write_bytes(old)
     ran = icm("verify")
-    assert (ran.code, "task 'rust' has 2 states that the database does not have" in ran.out) == (1, True)
+    assert (ran.code, "task 'rust' has 2 states that are missing from the database" in ran.out) == (1, True)
     assert "restored: rust" in icm("verify", "--repair", "--yes").out
     assert icm("show", "rust", "--json").document["note"] == "two"
 

@@ -1,7 +1,7 @@
 """The campaign on one pair of database and blob place: `python -m tests.faults --pair postgres+s3 --kills 20`.
 
-It may take hours. What it came to is written after each step, and added to what is there, so that it can be ended at
-any time and go on with another --seed.
+It may take hours. Results are written after each step and added to earlier ones, so a run can be stopped at any time
+and continued with another --seed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
     parser.add_argument("--kills", type=int, default=20, help="kills of each command at random times")
     parser.add_argument("--kill-stride", type=int, default=10, help="kill before each n-th step of each command")
-    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=[*COMMANDS], help="what is killed")
+    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=[*COMMANDS], help="commands to kill")
     parser.add_argument("--small-kills", type=int, default=40, help="kills of each small command of the registry")
     parser.add_argument("--control-kills", type=int, default=60, help="kills of each command that writes wrongly")
     parser.add_argument("--power-losses", type=int, default=200, help="power losses during each small command")
@@ -65,7 +65,7 @@ def _arguments() -> argparse.Namespace:
 
 @dataclass
 class Crowd:
-    """What became of the commands of many processes."""
+    """The outcomes of the commands of many processes."""
 
     run: int
     unexpected: int
@@ -79,7 +79,7 @@ class Crowd:
 
 
 class Campaign:
-    """What is done on one pair, part by part."""
+    """The campaign on one pair, part by part."""
 
     def __init__(self, chosen: argparse.Namespace, root: Path) -> None:
         self.chosen, self.root = chosen, root
@@ -87,7 +87,7 @@ class Campaign:
         (root / "servers").mkdir()
 
     def run(self, write: Callable[[str, Any], None]) -> list[str]:
-        """Run the parts that were asked for, and write what each came to; return what is wrong, or was not caught."""
+        """Run the requested parts and write their results; return failures, and controls that were not caught."""
         is_clean = defaultdict[str, bool](lambda: True)
         with servers(self.root / "servers", (self.chosen.pair,)) as self.running:
             for part in self.chosen.parts:
@@ -121,7 +121,7 @@ class Campaign:
             yield "control refs_first of small commands", found
 
     def sweeps(self) -> Iterator[tuple[str, Any]]:
-        """Let calls, statements and requests go wrong."""
+        """Make calls, statements and requests fail."""
         sweeps, stride = Sweeps(self._pair("sweeps"), self._folder("sweeps")), self.chosen.stride
         for name in SMALL:
             if self.chosen.pair.startswith("postgres"):
@@ -132,17 +132,17 @@ class Campaign:
             yield "calls", sweeps.calls([name], stride=stride)
 
     def sqlite(self) -> Iterator[tuple[str, Any]]:
-        """Let calls of SQLite go wrong, as far as they can be reached."""
+        """Make calls of SQLite fail, where they can be intercepted."""
         if self.chosen.pair.startswith("postgres") or not is_reachable():
             return
         sweeps, stride = Sweeps(self._pair("sqlite"), self._folder("sqlite")), self.chosen.stride
         for name in SMALL:
             yield "calls of SQLite", sweeps.sqlite([name], stride=stride)
-        with ignoring_errors():  # not of a prune, which tries until it went
+        with ignoring_errors():  # not of a prune, which retries until it succeeds
             yield "control ignoring errors of SQLite", sweeps.sqlite(["learn"], stride=61)
 
     def power_losses(self) -> Iterator[tuple[str, Any]]:
-        """Lose the power of this machine."""
+        """Simulate power losses of this machine."""
         sweeps, draw = Sweeps(self._pair("power"), self._folder("power")), self.draw
         for name in SMALL:
             if self.chosen.pair.endswith("folder") or self.chosen.pair.startswith("sqlite"):
@@ -169,7 +169,7 @@ class Campaign:
             yield "control without_comparing", damages.study(BEFORE, 1, self.draw)
 
     def crowds(self) -> Iterator[tuple[str, Any]]:
-        """Let more and more processes use one store."""
+        """Run more and more processes on one store."""
         pair, output = self._pair("crowd"), self._folder("crowd") / "figures.json"
         for workers in self.chosen.crowds:
             pair.clear()
@@ -205,7 +205,7 @@ PARTS: dict[str, Callable[[Campaign], Iterator[tuple[str, Any]]]] = {
 
 
 def _added(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """Add counts to those of an earlier run, and keep the first few examples."""
+    """Add counts to an earlier run, and keep the first few examples."""
     return {name: (before.get(name, [] if isinstance(value, list) else 0) + value) for name, value in found.items()}
 
 

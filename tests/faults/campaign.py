@@ -22,7 +22,7 @@ _MOST_IN_A_ROW = 3
 
 @dataclass
 class Tally:
-    """What many kills of one command came to."""
+    """The results of many kills of one command."""
 
     kills: int = 0
     reruns: int = 0
@@ -48,7 +48,7 @@ class Tally:
 
 
 def kill_at_random(world: World, command: str, kills: int, draw: random.Random) -> Tally:
-    """Kill one command so many times, at random times."""
+    """Kill one command repeatedly, at random times."""
     tally = Tally()
     world.reset(command)
     began = time.monotonic()

@@ -1,4 +1,4 @@
-"""The commands that are killed: where each one starts, what is typed, and what it is to reach.
+"""The commands that are killed: the starting point, command line and goal of each.
 
 init         nothing               -> an empty store
 ingest       absent store, or an empty one where the first command does not make it -> every task with its checkpoints
@@ -9,13 +9,13 @@ train        store with vectors    -> a generator and a code per task
 materialize  trained store         -> a folder with the very bytes of an undisturbed run
 evict        trained store         -> no original, and of every task the code that was checked
 update       evicted store, one task more with modules of its own -> the generator with one more version, and all codes
-encode       trained store         -> every task comes back within an error, from its code and what lies beside it
+encode       trained store         -> every task is restored within an error, from its code and its extras
 export       trained store         -> a file with the very bytes of an undisturbed run
 import       absent store, that file -> its generator and its tasks, each with a code that can be decoded
 copy         absent or empty store, one in a folder -> its tasks with all that is known of them
 edit         trained store         -> a task with a tag and a note
 rm           trained store         -> one task less
-prune        trained store, from which a task was removed -> nothing that nobody refers to
+prune        trained store after removal of a task -> nothing unreferenced
 generate     trained store with a start -> a folder with those bytes, and after it a task with code and vectors
 repair       the same afterwards, with the database of before the training -> all that the database lacks
 """
@@ -33,13 +33,13 @@ MAX_ERROR = 0.14
 
 @dataclass(frozen=True)
 class Command:
-    """One command line, the same every time; `{root}` and `{output}` stand for paths, `{store}` for an address.
+    """One command line, the same every time; `{root}` and `{output}` are paths, `{store}` is an address.
 
     Attributes:
-        line: What is typed.
+        line: The command line.
         after: The command whose undisturbed run leaves the store that this one starts from; None for an absent store.
-        is_done: The kind of error by which the same command says later that it was done before.
-        first: What is typed in between.
+        is_done: The kind of error that the same command raises later if it was done before.
+        first: Command lines in between.
         outputs_of: Commands whose output the line names.
         old_database: The command after which the database was copied that replaces the present one at the start.
     """
@@ -53,7 +53,7 @@ class Command:
 
     @property
     def has_output(self) -> bool:
-        """Whether it writes a file or folder beside the store."""
+        """Whether it writes a file or folder outside the store."""
         return "{output}" in self.line
 
 
@@ -82,9 +82,9 @@ COMMANDS = {
     "generate": Command(_GENERATE, "train", (_LEARN,), is_done="task_conflict"),
     "repair": Command("verify --repair --yes", "generate", old_database="vectors"),
 }
-"""In an order in which each comes after what it needs."""
+"""Ordered: each command comes after its prerequisites."""
 
 
 def words(line: str, **places: object) -> list[str]:
-    """Return a command line as a shell would hand it over."""
+    """Return a command line as a shell would split it."""
     return line.format(**places).split()

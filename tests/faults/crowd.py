@@ -1,7 +1,8 @@
-"""Processes that use one store at the same time, each with one command after the other.
+"""Concurrent processes on one store, each running one command after another.
 
-Every command succeeds, or says whom it waited for in vain, or that another one changed its task. What is written is
-right, and in the end the store is sound. `python -m tests.faults.crowd` runs it for three minutes and writes figures.
+Every command succeeds, reports the process that it waited for until the timeout, or reports that another command
+changed its task. All output is correct, and the store is sound at the end. `python -m tests.faults.crowd` runs for
+three minutes and writes figures.
 """
 
 from __future__ import annotations
@@ -46,41 +47,41 @@ _COMMANDS: dict[str, tuple[float, tuple[str, ...]]] = {
     "verify": (0.7, ("verify", "--read-data")),
     "export": (0.7, ("export", "{own}/fleet.icm", "--force")),
 }
-"""How often each command is chosen, and what is typed."""
+"""How often each command is chosen, and its command line."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """One command that came to its end."""
+    """One completed command."""
 
     command: str
     code: int
     seconds: float
     error: dict[str, Any]  # as --json prints it
-    wrong: str | None  # what is wrong with what it wrote
+    wrong: str | None  # the error in its output
 
     @property
     def is_locked(self) -> bool:
-        """Whether it gave up waiting, and said for whom."""
-        message = self.error.get("message", "")  # of one that succeeded, nothing
+        """Whether it timed out, and reported the process that it waited for."""
+        message = self.error.get("message", "")  # empty if it succeeded
         return self.code == 11 and any(words in message for words in ("in use by ", "database", "is being written"))
 
     @property
     def is_expected(self) -> bool:
-        """Whether it succeeded, or said what is in its way."""
+        """Whether it succeeded, or reported the obstacle."""
         if self.wrong is not None:
             return False
         return self.code in (0, 3) or self.is_locked or _is_gone(self.error)
 
 
 def _is_gone(error: dict[str, Any]) -> bool:
-    """Say whether a command found that another one had changed the task, or left none to work on."""
+    """Return whether another command had changed the task, or left none to work on."""
     words = ("no task", "has no code", "changed", "no generator", "nothing to")
     return error.get("kind") in _CHANGED or any(word in error.get("message", "") for word in words)
 
 
 def build(folder: Path, address: str) -> None:
-    """Make `folder` with loras/ and a trained store of them; copy it to the address, if that is of another one."""
+    """Create `folder` with loras/ and a trained store of them; copy it to the address, if that is another store."""
     from tests.cli.tiny_fleet import build_ingested, icm_quietly, train_store, write_lora
 
     store = build_ingested(folder, vectors=False)
@@ -93,7 +94,7 @@ def build(folder: Path, address: str) -> None:
 
 
 def crowd(folder: Path, address: str, seconds: float, *, workers: int = WORKERS, seed: int = 1) -> list[Done]:
-    """Let workers use the store at an address that `build` filled, and return what became of each command.
+    """Run workers on the store at an address that `build` filled, and return the outcome of each command.
 
     Call it in a process that has neither trained nor started threads: it is forked for each command.
     """
@@ -160,7 +161,7 @@ def _icm(store: str, words: Sequence[str], own: Path) -> int:
 
 
 def _wrong(original: Path, own: Path) -> str | None:
-    """Say what is wrong with an adapter that was written."""
+    """Return the error in a written adapter."""
     from icmlora.adapter.metrics import squared_error
     from icmlora.formats.discovery.folder import load_adapter
 
@@ -173,7 +174,7 @@ def _wrong(original: Path, own: Path) -> str | None:
 
 
 def figures(done: Sequence[Done]) -> dict[str, Any]:
-    """Count what became of the commands."""
+    """Count the outcomes of the commands."""
     found: dict[str, Any] = {}
     for command in _COMMANDS:
         some = [one for one in done if one.command == command]
@@ -198,7 +199,7 @@ def _main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     chosen = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
-    os.environ["XDG_CONFIG_HOME"] = str(folder / "config")  # where the base model is
+    os.environ["XDG_CONFIG_HOME"] = str(folder / "config")  # location of the base model
     address = chosen.store or str(folder / "store")
     try:
         builder = multiprocessing.get_context("spawn").Process(target=build, args=(folder, address))

@@ -1,9 +1,9 @@
-"""Damage a store, use it, repair it: bits flip in each kind of file, and the database is lost.
+"""Damage a store, use it, repair it: flip bits in each kind of file, and lose the database.
 
-    damage ──▶ commands go on, or say what is damaged ──▶ icm verify --repair ──▶ every task as it was
+    damage ──▶ commands work, or report the damage ──▶ icm verify --repair ──▶ every task as before
 
-No command in between deletes a task, swaps its adapter, or hides it for good. Damage of files that are too large to be
-corrected is named, and the hint of `icm verify` restores them.
+No command in between deletes a task, swaps its adapter, or hides it permanently. Damaged files that are too large to
+correct are reported, and the hint of `icm verify` restores them.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ _WORK = {
     "removed": "rm gone --yes",
     "prune again": "prune --yes --older-than 0s",
 }
-"""What is typed between the damage and the repair."""
+"""The command lines between damage and repair."""
 _ACKNOWLEDGED: dict[str, Callable[[Store], bool]] = {
     "edited": lambda store: store.task("silent").note == "seen",
     "encoded": lambda store: store.task("plain").code is not None,
     "evicted": lambda store: store.task("spare").final.is_evicted,
     "removed": lambda store: store.find("gone") is None,
 }
-"""What must hold after the repair if the command succeeded."""
+"""Conditions after the repair if the command succeeded."""
 BEFORE = "database from before"
 _SURE = 0.9
 _HEADED = ("adapter_model.safetensors", "adapter_config.json")
@@ -69,7 +69,7 @@ _HEADED = ("adapter_model.safetensors", "adapter_config.json")
 
 @dataclass
 class Tally:
-    """What many damages came to."""
+    """The results of many damages."""
 
     damages: int = 0
     without_effect: int = 0
@@ -80,11 +80,11 @@ class Tally:
     unclear: int = 0
     """Commands that ended with an error that icm does not expect."""
     wrong: int = 0
-    """Another adapter was written than that of the task."""
+    """The written adapter was not the adapter of the task."""
     lost: int = 0
-    """After the repair, a task was not as before, or something that was acknowledged was not there."""
+    """After the repair, a task was not as before, or an acknowledged fact was missing."""
     named: int = 0
-    """Files that were too large to be corrected; their tasks were named, and came back from the original."""
+    """Files too large to correct; their tasks were named, and restored from the original."""
     examples: list[str] = field(default_factory=list)
 
     @property
@@ -100,13 +100,13 @@ class Tally:
 
 
 class Damages:
-    """A store on a pair, which is damaged again and again.
+    """A store on a pair, which is damaged repeatedly.
 
     poems, silent    with checkpoints, a card, texts and vectors; without texts
     rules            two versions, each with a code
-    headed           a bias and a tokenizer beside its LoRA
+    headed           a bias and a tokenizer next to its LoRA
     essays           evicted, with a placeholder in its folder
-    large            weights that are too large to be corrected
+    large            weights that are too large to correct
     plain            without a code, until `icm encode plain`
     spare, gone      are evicted and removed
 
@@ -145,10 +145,10 @@ class Damages:
             **dict.fromkeys(self._losses(), self._lose),
             **{one.__name__.strip("_"): one for one in tries},
         }
-        """Kind of damage -> what does it and looks what follows."""
+        """Kind of damage -> function that applies it and checks the result."""
 
     def study(self, kind: str, count: int, draw: random.Random) -> Tally:
-        """Do one kind of damage so many times."""
+        """Apply one kind of damage repeatedly."""
         tally = Tally()
         for _ in range(count):
             tally.damages += 1
@@ -202,11 +202,11 @@ class Damages:
         self._look(draw, tally, kind)
 
     def _look(self, draw: random.Random, tally: Tally, what: str) -> None:
-        """Use a damaged store, repair it, and look whether every task is as it was.
+        """Use a damaged store, repair it, and check that every task is as before.
 
-        Most bits of a database mean nothing: if nothing is wrong at first, most of this is left out nine times of ten.
+        Most bits of a database mean nothing: if nothing is wrong at first, most of this is skipped nine times of ten.
         """
-        if draw.random() < 0.5:  # else what was read of a remote place is on this machine
+        if draw.random() < 0.5:  # else remote files may be read from the cache
             shutil.rmtree(self.root / "cache", ignore_errors=True)
         is_sure = "registry.db" in what and draw.random() < _SURE
         if is_sure and self.icm("verify --read-data", tally, what) == 0:
@@ -222,7 +222,7 @@ class Damages:
         if is_whole and what != BEFORE and not _contents_of(path) <= self._bundled:
             tally.note("wrong", f"export: {what}")
         done = [name for name, line in _WORK.items() if self.icm(line, tally, what) == 0]
-        for name in ("FORMAT", "BLOBS", "owner"):  # the hint says what belongs there
+        for name in ("FORMAT", "BLOBS", "owner"):  # the hint contains the right text
             if name in self.files:
                 self._write(name, self._kept[name])
         self.icm("verify --repair --yes", tally, what)
@@ -255,7 +255,7 @@ class Damages:
             tally.note("wrong", f"materialize {name}{' after the repair' * is_repaired}: {what}")
 
     def _bundle(self, kind: str, draw: random.Random, tally: Tally) -> None:
-        """Flip one bit of a bundle: nothing of it is imported, and what is written of it is right."""
+        """Flip one bit of a bundle: its import fails, and adapters written from it are correct."""
         path, taken = Path(shutil.copy(self.bundle, self.root / "flipped.icm")), self.root / "taken"
         what, name = flip(path, draw), draw.choice(sorted(self._bundled))[0]
         shutil.rmtree(taken, ignore_errors=True)
@@ -268,12 +268,12 @@ class Damages:
         shutil.rmtree(self.root / "out", ignore_errors=True)
         try:
             Bundle(path).materialize(name, self.root / "out")
-        except (IcmError, OSError, ValueError):  # the last two where wrong bytes were believed
+        except (IcmError, OSError, ValueError):  # the last two if wrong bytes were trusted
             return None
         return digest_of_folder(self.root / "out")
 
     def _placeholder(self, kind: str, draw: random.Random, tally: Tally) -> None:
-        """Flip one bit of a placeholder. Only its words for people, and the sizes in it, may be wrong."""
+        """Flip one bit of a placeholder. Only its text for users, and the sizes in it, may be wrong."""
         what: list[str] = []
         found = self._restore(lambda folder: what.append(flip(folder / PLACEHOLDER_NAME, draw)), tally)
         if found not in (None, self._restored):
@@ -310,7 +310,7 @@ class Damages:
         return digest_of_folder(out) if code == 0 else None
 
     def _states(self) -> dict[str, object]:
-        """Return all that is known of all tasks, but for what the work changes."""
+        """Return all records of all tasks, except fields that the commands change."""
         with self.pair.open() as store:
             versions = [one for name in store.names() for one in store.history(name) if name != "gone"]
             is_remote = store.blobs.is_remote
@@ -322,7 +322,7 @@ class Damages:
             }
 
     def _files(self) -> dict[str, list[str]]:
-        """Return the files by kind; those of the store folder are not empty."""
+        """Return the files by kind; files in the store folder are not empty."""
         kinds, names = defaultdict[str, set[str]](set), self.pair.files()
         for name in names:
             if name.startswith("manifests/"):
@@ -364,7 +364,7 @@ class Damages:
         self._do("ingest {loras}/essays --no-vectors")
         self.pair.save(BEFORE)
         self._before = {name: self._written(name) for name in ("rules", "essays")}
-        """What an old database still has; evicted bytes stay for a day in a remote place."""
+        """The content of an old database; evicted bytes stay for a day in remote storage."""
         write_lora(loras / "plain", seed=16)
         for line in (
             "encode essays --max-error 0.7",
@@ -386,7 +386,7 @@ class Damages:
 
 
 def _plain(task: Task, is_remote: bool) -> Task:
-    """Return a task without what the work changes."""
+    """Return a task without the fields that the commands change."""
     task = replace(task, seq=0, parent=None, note=None)
     if task.name == "essays" and is_remote:  # its original stays for a day
         return replace(task, code=None, final=replace(task.final, evicted_at=None))
@@ -394,7 +394,7 @@ def _plain(task: Task, is_remote: bool) -> Task:
         return replace(task, tags=())
     if task.name == "spare":
         return replace(task, final=replace(task.final, evicted_at=None))
-    if task.name == "plain":  # it is ingested again where the database does not know it
+    if task.name == "plain":  # it is ingested again if the database does not know it
         return replace(task, code=None, created_at="", final=replace(task.final, created_at=""))
     return task
 
@@ -421,14 +421,14 @@ def flip(path: Path, draw: random.Random) -> str:
 
 
 def overwrite(path: Path, data: bytes) -> None:
-    """Put other bytes in the place of a file, which may be one that nobody may write."""
+    """Replace the bytes of a file, which may be read-only."""
     path.unlink(missing_ok=True)
     path.write_bytes(data)
 
 
 @contextmanager
 def believing() -> Iterator[None]:
-    """Believe the bytes of all blobs, manifests and parts of bundles: a control, which has to be caught."""
+    """Trust the bytes of all blobs, manifests and parts of bundles: a control, which must be caught."""
 
     def read_blob(self: Blobs, digest: str) -> bytes:
         with self._backend.get(digest) as file:
@@ -450,7 +450,7 @@ def believing() -> Iterator[None]:
 
 @contextmanager
 def without_comparing() -> Iterator[None]:
-    """Prune whatever the database does not name, without comparing it with the manifests: a control as well."""
+    """Prune everything that the database does not name, without comparing it with the manifests: another control."""
 
     def sort(found: reachability.Walk, rest: dict[Any, list[reachability.Found]], *known: Any) -> None:
         found.garbage += [one for states in rest.values() for one in states]

@@ -1,4 +1,4 @@
-"""What each command is to reach, once it runs to its end."""
+"""The goal of each command that runs to its end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.faults.promises import comes_back_within, has_a_copy
 
 @dataclass(frozen=True)
 class End:
-    """What there is in the end.
+    """The final state.
 
     Attributes:
         store: The open store.
@@ -48,7 +48,7 @@ class End:
 
     @property
     def has_fleet(self) -> bool:
-        """Whether the tasks of the store are those of the fleet."""
+        """Whether the store has exactly the tasks of the fleet."""
         return self.tasks.keys() == set(self.names)
 
     @property
@@ -65,7 +65,7 @@ def _ingested(end: End) -> bool:
 
 def _evicted(end: End) -> bool:
     adapters = [one for task in end.tasks.values() for one in task.adapters]
-    # Where a lock may be lost on the way, young bytes stay until they are pruned.
+    # Where locks may get lost, young bytes stay until they are pruned.
     is_freed = end.store.blobs.is_remote or not any(end.store.blobs.exists(one.weights) for one in adapters)
     return is_freed and all(one.is_evicted for one in adapters)
 

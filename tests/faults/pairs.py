@@ -1,4 +1,4 @@
-"""The four pairs of database and blob place, on real servers, and a store on one of them that goes back to a state.
+"""The four pairs of database and blob place, on real servers, and a store on one of them with saved states.
 
 sqlite+folder      ROOT/store                         all of it
 sqlite+s3          ROOT/store, s3://icm/NUMBER        rows, bytes
@@ -33,11 +33,11 @@ PLAIN = PAIRS[0]
 
 @dataclass(frozen=True)
 class Servers:
-    """What runs.
+    """The running servers.
 
     Attributes:
-        postgres: The address of a database server, if one was asked for.
-        s3: The variables by which clients find an object store, if one was asked for.
+        postgres: The address of a database server, if requested.
+        s3: The variables that clients need to find an object store, if requested.
     """
 
     postgres: str | None = None
@@ -46,7 +46,7 @@ class Servers:
 
 @contextmanager
 def servers(root: Path, pairs: tuple[str, ...] = PAIRS) -> Iterator[Servers]:
-    """Run what some pairs need, in a folder, for a block.
+    """Run the servers that some pairs need, in a folder, for a block.
 
     Raises:
         CannotStart: The object store does not.
@@ -63,12 +63,12 @@ def servers(root: Path, pairs: tuple[str, ...] = PAIRS) -> Iterator[Servers]:
             stack.enter_context(mock.patch.dict(os.environ, s3))
             from registry.storage.blobs.objects import connect
 
-            connect("s3://icm/first", "tests").claim()  # it takes the server seconds
+            connect("s3://icm/first", "tests").claim()  # the server takes seconds
         yield Servers(postgres, s3)
 
 
 class Pair:
-    """One store, which is made, goes back to a state that it had, and is opened."""
+    """One store, with methods to create it, reset it to a saved state, and open it."""
 
     def __init__(self, name: str, root: Path, running: Servers) -> None:
         database, blobs = name.split("+")
@@ -83,19 +83,19 @@ class Pair:
 
     @property
     def address(self) -> str:
-        """What people give as `--store`."""
+        """The value of `--store`."""
         return self._database or str(self.folder)
 
     @property
     def blobs(self) -> str | None:
-        """What people give as `icm init --blobs`; None where that is not needed."""
+        """The value of `icm init --blobs`; None if not needed."""
         if self.prefix is not None:
             return f"s3://icm/{self.prefix}"
         return str(self.folder) if self._database else None
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is one folder, which the first command makes."""
+        """Whether it is one folder, which the first command creates."""
         return self.blobs is None
 
     def open(self, address: str = "", **options: Any) -> Store:
@@ -103,11 +103,11 @@ class Pair:
         return Store.open(address or self.address, **options)
 
     def make(self) -> None:
-        """Make an empty store where none is."""
+        """Create an empty store if there is none."""
         self.open(create=True, blobs=self.blobs).close()
 
     def exists(self) -> bool:
-        """Say whether there is a store by now."""
+        """Return whether there is a store."""
         try:
             with self.open(lock_timeout=30) as store:
                 next(store.blobs.all(), None)
@@ -123,7 +123,7 @@ class Pair:
         self._write_objects({})
 
     def save(self, state: str) -> None:
-        """Remember how it is now."""
+        """Save its current state."""
         shutil.rmtree(self._saved(state), ignore_errors=True)
         if self.folder.exists():
             shutil.copytree(self.folder, self._saved(state))
@@ -133,7 +133,7 @@ class Pair:
         self._objects[state] = self._read_objects()
 
     def put_back(self, state: str, *, only_database: bool = False) -> None:
-        """Make it as it was, or only its database."""
+        """Restore a saved state, or only its database."""
         saved = self._saved(state)
         if only_database and self._database == "":
             shutil.copy2(saved / "registry.db", self.folder)
@@ -161,7 +161,7 @@ class Pair:
         return bytes(obstore.get(self.objects, name).bytes())
 
     def write(self, name: str, data: bytes) -> None:
-        """Put other bytes in the place of a file, behind the back of the store."""
+        """Replace the bytes of a file without using the store."""
         if self.prefix is None:
             (self.folder / name).unlink(missing_ok=True)
             (self.folder / name).write_bytes(data)
@@ -171,7 +171,7 @@ class Pair:
         obstore.put(self.objects, name, data, use_multipart=False)
 
     def execute(self, *statements: str) -> None:
-        """Change the database, behind the back of the store."""
+        """Change the database without using the store."""
         if self._database:
             import psycopg
 
@@ -184,7 +184,7 @@ class Pair:
                 connection.execute(statement)
 
     def cut_connections(self) -> None:
-        """Let the database server end all connections to the store, as it does with those it takes for dead."""
+        """Make the database server end all connections to the store, as if they were dead."""
         self._execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{self._name}'")
 
     def _saved(self, state: str) -> Path:
@@ -207,7 +207,7 @@ class Pair:
 
     @cached_property
     def objects(self) -> Any:
-        """The client of the prefix, for harnesses that look behind the store."""
+        """The client of the prefix, for harnesses that bypass the store."""
         from obstore.store import from_url
 
         return from_url(f"s3://icm/{self.prefix}", client_options={"allow_http": True})
@@ -218,7 +218,7 @@ class Pair:
         return {name: bytes(obstore.get(self.objects, name).bytes()) for name in self._names()}
 
     def _write_objects(self, wanted: dict[str, bytes]) -> None:
-        """Put those back that are missing or other ones, and remove what is too much."""
+        """Restore missing and changed objects, and remove extra ones."""
         if self.prefix is None:
             return
         import obstore
@@ -231,7 +231,7 @@ class Pair:
                 obstore.put(self.objects, name, data, use_multipart=False)
 
     def _names(self) -> dict[str, str]:
-        """Return what is there, with what the server calls its content."""
+        """Return the existing objects with their ETags."""
         if self.prefix is None:
             return {}
         import obstore

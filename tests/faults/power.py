@@ -1,10 +1,10 @@
-"""What may be on a disk after a power loss: the system calls of a command, replayed up to a point.
+"""Possible disk contents after a power loss: the system calls of a command, replayed up to a point.
 
-    strace ──▶ calls ──▶ each change of a file or a folder, and what was synced later ──▶ a folder, as a crash left it
+    strace ──▶ calls ──▶ each change of a file or a folder, and later syncs ──▶ a folder, as a crash left it
 
-What was synced is there. Of what was not, anything may be: of the bytes of a file all, none, those up to some point,
-or any of them, the last one torn; of the names in a folder those up to some point, in each folder another one. That
-is more than a real file system loses, but what POSIX allows.
+Synced data survives. Of unsynced data, anything may survive: of the writes to a file all, none, a prefix or any subset,
+the last one torn; of the names in a folder a prefix, chosen for each folder. Real file systems lose less, but POSIX
+allows this.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PIECE = 512  # bytes that a disk writes at once
 
 @dataclass(frozen=True)
 class Call:
-    """One call that ended: its name, its arguments as strace writes them, what it returned, and of which file."""
+    """One completed call: its name, its arguments in strace's form, its return value, and its file."""
 
     name: str
     arguments: tuple[str, ...]
@@ -44,17 +44,17 @@ class _File:
 
     data: bytes | None = b""  # None for a folder
     writes: list[tuple[int, int, bytes | None]] = field(default_factory=list)  # when, where, what; None: cut there
-    names: list[tuple[int, str, _File | None]] = field(default_factory=list)  # when, which, what it means from then on
+    names: list[tuple[int, str, _File | None]] = field(default_factory=list)  # when, name, its new target
     syncs: list[int] = field(default_factory=list)
 
 
 class Disk:
-    """All that a command did to a folder.
+    """All changes of a folder by a command.
 
     Args:
         root: The folder.
         before: A copy of it from before the command.
-        calls: What the command did.
+        calls: The calls of the command.
     """
 
     def __init__(self, root: Path, before: Path, calls: Sequence[Call]) -> None:
@@ -62,12 +62,12 @@ class Disk:
         self._fill(str(root), self._files[str(root)])
         self.length = len(calls)
         self.told: list[tuple[int, str]] = []
-        """When a line was printed, and which."""
+        """The printed lines, with their times."""
         for when, call in enumerate(calls):
             self._apply(when, call)
 
     def crash(self, when: int, draw: random.Random, target: Path) -> None:
-        """Write what may be there after a power loss before the `when`-th call."""
+        """Write possible contents after a power loss before the `when`-th call."""
         shutil.rmtree(target, ignore_errors=True)
         _write(self._files[self._root], when, draw, target)
 
@@ -118,7 +118,7 @@ class Disk:
 
 
 def trace(command: Sequence[str], env: dict[str, str], log: Path) -> list[Call]:
-    """Run a command and return what it did."""
+    """Run a command and return its calls."""
     strace = [
         "strace",
         "-f",
@@ -182,7 +182,7 @@ def _read(path: Path) -> _File:
 
 
 def _write(file: _File, when: int, draw: random.Random, target: Path) -> None:
-    """Write a file, or a folder with all that is in it."""
+    """Write a file, or a folder with its contents."""
     synced = max((sync for sync in file.syncs if sync < when), default=-1)
     if file.data is not None:
         target.write_bytes(_content(file, when, synced, draw))

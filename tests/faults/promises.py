@@ -1,4 +1,4 @@
-"""What must be in a store, whatever was killed: what a command had acknowledged, and a copy of every adapter."""
+"""Promises of a store after any kill: it has all acknowledged results, and a copy of every adapter."""
 
 from __future__ import annotations
 

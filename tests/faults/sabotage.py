@@ -46,7 +46,7 @@ def refs_first() -> None:
 
 
 def errors_ignored() -> None:
-    """Take no notice of the error of every other put, which the store never does."""
+    """Ignore the error of every other put, which the store never does."""
     from registry.errors import RegistryError
     from registry.storage.blobs.local import LocalBatch
     from registry.storage.blobs.objects import ObjectBatch
@@ -76,7 +76,7 @@ def without_lock() -> None:
 
 
 def files_first() -> None:
-    """Delete originals before the manifest says that they are evicted, which the store never does."""
+    """Delete originals before the manifest records their eviction, which the store never does."""
     from registry.manifests import Task
     from registry.store import Store
 
@@ -96,7 +96,7 @@ def without_sync() -> None:
 
 
 def stops() -> None:
-    """Stop at a failpoint, the first time, in place of dying there."""
+    """Stop at a failpoint, the first time, instead of dying there."""
 
     class Stop:
         @property
@@ -107,13 +107,13 @@ def stops() -> None:
 
 
 def clock_jumps() -> None:
-    """Let the clock say another day each time it is asked."""
+    """Make the clock return another day each time."""
     real, draw = time.time, random.Random(1)
     time.time = lambda: real() + draw.uniform(-1e6, 1e6)
 
 
 def in_place() -> None:
-    """Write an output folder file by file where it will be, the configuration first."""
+    """Write an output folder file by file at its final location, the configuration first."""
     from icmlora.io import staging as output_folder
 
     def write(directory: Path, files: Mapping[str, bytes], *, force: bool = False) -> None:
@@ -126,7 +126,7 @@ def in_place() -> None:
 
 
 def bundle_in_place() -> None:
-    """Write a bundle where it will be, part by part."""
+    """Write a bundle part by part at its final location."""
     from icmlora.bundle import file as bundle
 
     class Pieces(io.FileIO):

@@ -1,9 +1,9 @@
-"""What SQLite asks of the operating system, and lets it fail: Python does not make these calls, and cannot patch them.
+"""Fault injection into SQLite's system calls, which Python does not make and cannot patch.
 
     SQLite ──▶ xOpen, xDelete ──▶ xRead, xWrite, xTruncate, xSync, xFileSize of each file ──▶ the system
 
-A layer in between, as in https://sqlite.org/vfs.html. A call that is to fail returns what SQLite's own layer makes of
-that error of the system.
+A layer in between, as in https://sqlite.org/vfs.html. A failing call returns the code that SQLite's own layer returns
+for that system error.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EIO = {
     "xSync": sqlite3.SQLITE_IOERR_FSYNC,
     "xFileSize": sqlite3.SQLITE_IOERR_FSTAT,
 }
-"""Which calls may fail -> what they return then."""
+"""Calls that may fail -> the code that they return then."""
 ENOSPC = {"xWrite": sqlite3.SQLITE_FULL, "xSync": sqlite3.SQLITE_IOERR_FSYNC}
 
 _ARGUMENTS: dict[str, tuple[Any, ...]] = {
@@ -71,16 +71,16 @@ class _Methods(Structure):
 
 @contextmanager
 def failing(number: int, codes: dict[str, int], times: float, *, is_torn: bool = False) -> Iterator[Callable[[], bool]]:
-    """Let the n-th of some calls fail, and as many after it, in all databases of this process that are opened now.
+    """Make the n-th of some calls fail, and following ones, in all databases of this process that are opened now.
 
     Args:
         number: n, from 1.
-        codes: Which calls -> what they return.
-        times: How many fail.
-        is_torn: Half of the bytes of a write are written all the same.
+        codes: Calls -> the codes that they return.
+        times: The number of calls that fail.
+        is_torn: Half of the bytes of a write are written nevertheless.
 
     Yields:
-        What says whether it came to that.
+        A function that returns whether a call failed.
     """
     count = 0
 
@@ -94,7 +94,7 @@ def failing(number: int, codes: dict[str, int], times: float, *, is_torn: bool =
 
 
 def is_reachable() -> bool:
-    """Say whether the SQLite of this Python is a library whose functions can be found."""
+    """Return whether Python's SQLite is a library whose functions can be found."""
     try:
         return bool(_layer())
     except (AttributeError, OSError):  # it is built into Python, or hides its names
@@ -102,7 +102,7 @@ def is_reachable() -> bool:
 
 
 class _Layer:
-    """What is put in between; it stays in memory, for files that are closed later."""
+    """The intercepting layer; it stays in memory, for files that are closed later."""
 
     def __init__(self) -> None:
         find = ctypes.CDLL(_sqlite3.__file__).sqlite3_vfs_find
@@ -130,7 +130,7 @@ class _Layer:
             setattr(self._vfs, name, address)
 
     def _between(self, name: str, address: int) -> int | None:
-        """Return the address of a function that makes a call of the system, unless it is to fail."""
+        """Return the address of a function that makes a system call, unless it is to fail."""
         kind = CFUNCTYPE(c_int, *_ARGUMENTS[name])
         real = kind(address)
 
@@ -151,7 +151,7 @@ class _Layer:
         return ctypes.cast(self._functions[-1], c_void_p).value
 
     def _take(self, file: int) -> None:
-        """Give an open file the methods of this layer: its first field has their address."""
+        """Set the methods of an open file to this layer: its first field has their address."""
         field = c_void_p.from_address(file)
         address = field.value
         assert address is not None
@@ -174,7 +174,7 @@ def _layer() -> _Layer:
 
 @contextmanager
 def ignoring_errors() -> Iterator[None]:
-    """Go on after an error of the disk as if there was none: the control, which has to be caught."""
+    """Ignore disk errors: the control, which must be caught."""
     errors = Database._errors
 
     @contextmanager

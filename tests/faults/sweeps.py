@@ -1,15 +1,15 @@
-"""Small commands of the registry, in which each call, each statement and each request goes wrong once.
+"""Fault injection into small registry commands: each call, statement and request fails once.
 
     kills        SIGKILL at a random time
-    power        what was not synced is lost, or not, or in part
+    power        unsynced data is lost, completely, partly or not at all
     calls        the n-th call of the file system fails, once or from then on; or every write takes a few bytes only
     sqlite       the n-th call of SQLite fails, once or from then on; or half of the bytes are written, and no more
-    statements   the connection to the database ends before the server gets the n-th statement, or after it has done it
+    statements   the connection to the database ends before the n-th statement reaches the server, or after it ran
     restarts     the database server ends at once, at a random time, and starts again
     requests     the object store answers the n-th request with an error, half a body, another bit, late, or never
 
 After each: the command succeeded, or there was one error of the store. Nothing that it acknowledged is lost, the store
-is sound, and the same command again gets where an undisturbed one does.
+is sound, and a retry of the command reaches the same result as an undisturbed run.
 """
 
 from __future__ import annotations
@@ -61,20 +61,20 @@ _LATE = 1.5  # seconds
 
 @dataclass
 class Tally:
-    """What many faults came to."""
+    """The results of many faults."""
 
     faults: int = 0
     refused: int = 0
     """The command ended with an error of the store."""
     unexpected: int = 0
-    """It ended with another error, or did not get on afterwards."""
+    """It ended with another error, or its retry failed."""
     acknowledged: int = 0
-    """Of what the commands had done before; each must still be there."""
+    """Facts that the commands had acknowledged; each must still be there."""
     lost: int = 0
     problems: int = 0
-    """What `icm verify --read-data` finds, at once or after the same command again."""
+    """Problems that `icm verify --read-data` finds, at once or after a retry."""
     other_ends: int = 0
-    """The same command again came to something else than an undisturbed one."""
+    """A retry reached another result than an undisturbed run."""
     examples: list[str] = field(default_factory=list)
 
     @property
@@ -90,11 +90,11 @@ class Tally:
 
 
 class Sweeps:
-    """One pair, and what goes wrong there.
+    """Faults on one pair.
 
     Args:
-        pair: The pair; its store is made anew.
-        folder: A folder for files beside it.
+        pair: The pair; its store is created again.
+        folder: A folder for other files.
     """
 
     def __init__(self, pair: Pair, folder: Path) -> None:
@@ -106,7 +106,7 @@ class Sweeps:
         self._ends = {name: self._end_of(name) for name in COMMANDS}
 
     def calls(self, names: Iterable[str] = COMMANDS, *, stride: int = 1) -> Tally:
-        """Let each call of the file system fail."""
+        """Make each call of the file system fail."""
         tally = Tally()
         for name in names:
             for code, times in _FAILING:
@@ -116,7 +116,7 @@ class Sweeps:
         return tally
 
     def sqlite(self, names: Iterable[str] = COMMANDS, *, stride: int = 1) -> Tally:
-        """Let each call that SQLite makes fail."""
+        """Make each call of SQLite fail."""
         tally = Tally()
         for name in names:
             for what, fault in _FAILING_SQLITE.items():
@@ -124,7 +124,7 @@ class Sweeps:
         return tally
 
     def _try_each(self, tally: Tally, name: str, what: str, fault: Callable[[int], Injected], stride: int) -> None:
-        """Let something go wrong at the first call, then at a later one, until the command makes no more."""
+        """Inject a fault at the first call, then at later ones, until the command makes no more."""
         number = 1
         while self._try(tally, name, f"{what} {number}", fault(number)):
             number += stride
@@ -145,7 +145,7 @@ class Sweeps:
         return tally
 
     def restarts(self, names: Iterable[str], count: int, draw: random.Random) -> Tally:
-        """Let the database server restart at random times, so many during each command."""
+        """Restart the database server at random times, several times during each command."""
         assert self.pair.postgres is not None
         tally = Tally()
         for name in names:
@@ -155,7 +155,7 @@ class Sweeps:
         return tally
 
     def requests(self, names: Iterable[str] = COMMANDS, *, stride: int = 1) -> Tally:
-        """Let each request to the object store go wrong, in one way after the other."""
+        """Make each request to the object store fail, in each of several ways."""
         tally, kinds = Tally(), _request_faults()
         with FaultyServer(os.environ["AWS_ENDPOINT_URL"]).running() as server, _impatient():
             for name in names:
@@ -177,7 +177,7 @@ class Sweeps:
         return contents(place)
 
     def _try(self, tally: Tally, name: str, what: str, injected: Injected, address: str = "") -> bool:
-        """Run a command in which something goes wrong, look what became of it, and say whether it came to that."""
+        """Run a command with a fault and check the result; return whether the fault was reached."""
         self.pair.put_back(_EMPTY)
         told: list[str] = []
         place, what = Place(partial(self.pair.open, address), self.folder, told.append), f"{name}: {what}"
@@ -198,7 +198,7 @@ class Sweeps:
         return True
 
     def kills(self, zygote: Zygote, names: Iterable[str], count: int, draw: random.Random, sabotage: str = "") -> Tally:
-        """Kill each command so many times, at random times; let it end after one to three kills."""
+        """Kill each command `count` times, at random times; complete it after one to three kills."""
         tally = Tally()
         for name in names:
             longest, killed = self._seconds(zygote, name), 0
@@ -216,9 +216,9 @@ class Sweeps:
         return tally
 
     def power_losses(self, names: Iterable[str], count: int, draw: random.Random, sabotage: str = "") -> Tally:
-        """Lose the power of this machine so many times for each command, and go on with what the disk may have.
+        """Simulate power losses of this machine during each command, and continue with a possible state of its disk.
 
-        Where rows or bytes are on another machine, it is lost in the end: what is there is as it was then.
+        If rows or bytes are on another machine, the power is lost after the last call: they have the state at the end.
         """
         tally, before, log = Tally(), self.folder / "before", self.folder / "strace"
         store = self.pair.folder.resolve()
@@ -253,7 +253,7 @@ class Sweeps:
         return zygote.run([SMALL, name, self.folder], env=env, out=out, sabotage=sabotage, then=then)
 
     def _look(self, tally: Tally, what: str, told: Sequence[str]) -> None:
-        """Look whether the store is sound, and has what it has told."""
+        """Check that the store is sound and still has every acknowledged fact."""
         tally.acknowledged += len(told)
         with self.pair.open() as store:
             lost = [fact for fact in told if not _holds(store, fact) and f"no {fact}" not in told]
@@ -262,7 +262,7 @@ class Sweeps:
         tally.count("problems", len(found), f"{what}: {found[:1]}")
 
     def _end(self, tally: Tally, name: str, what: str) -> None:
-        """Let the same command run to its end."""
+        """Run the same command to its end."""
         place, what = Place(self.pair.open, self.folder), f"{what}, again"
         try:
             COMMANDS[name](place)
@@ -282,7 +282,7 @@ def _holds(store: Store, fact: str) -> bool:
 
 @contextmanager
 def _calls(number: int, code: int, times: float) -> Iterator[IsReached]:
-    """Let the n-th call fail, and as many after it."""
+    """Make the n-th call fail, and `times` - 1 calls after it."""
     count = 0
 
     def failing(real: Callable[..., object]) -> Callable[..., object]:
@@ -301,7 +301,7 @@ def _calls(number: int, code: int, times: float) -> Iterator[IsReached]:
 
 @contextmanager
 def _short_writes() -> Iterator[IsReached]:
-    """Let the kernel take seven bytes of each write."""
+    """Make the kernel accept only seven bytes of each write."""
 
     class Short:
         def __getattr__(self, name: str) -> Any:
@@ -343,7 +343,7 @@ def _requests(server: FaultyServer, fault: Fault) -> Iterator[IsReached]:
 
 @contextmanager
 def _impatient() -> Iterator[None]:
-    """Wait a second where others wait for a minute."""
+    """Shorten waits of a minute to a second."""
     from registry.storage.blobs import objects
 
     with mock.patch.multiple(objects, _SILENCE=1, _DEADLINE=1.5):
@@ -352,7 +352,7 @@ def _impatient() -> Iterator[None]:
 
 @contextmanager
 def _folder_of_socket() -> Iterator[Path]:
-    """Yield a folder whose path is short, as that of a socket has to be."""
+    """Yield a folder with a short path, as sockets require."""
     folder = Path(tempfile.mkdtemp(prefix="icm-", dir="/tmp"))  # made for this alone
     try:
         yield folder

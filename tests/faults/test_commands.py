@@ -17,9 +17,9 @@ LOCKED = 11
 
 
 def prune_while_another_is_stopped(world: World, sabotage: str) -> tuple[int, list[str]]:
-    """Stop an ingest between its bytes and its refs, and begin to prune; return how that ended, and what broke.
+    """Stop an ingest between its bytes and its refs, and begin to prune; return how that ended, and broken promises.
 
-    A prune that gets so far knows what it deletes, then stops until the ingest is done.
+    A prune that gets this far has its list of files to delete, then stops until the ingest is done.
     """
     world.reset("ingest")
     statuses = []
@@ -35,7 +35,7 @@ def prune_while_another_is_stopped(world: World, sabotage: str) -> tuple[int, li
         point = {"ICM_FAILPOINT": "manifests-deleted"} if sabotage else {}
         then = let_both_go_on if sabotage else None
         statuses.append(world.icm(PRUNE, sabotage=sabotage, env={"ICM_LOCK_TIMEOUT": "1", **point}, then=then).status)
-        os.kill(ingesting, signal.SIGCONT)  # the other way it is done by now
+        os.kill(ingesting, signal.SIGCONT)  # in the other case it is done
 
     ran = world.run("ingest", sabotage="stops", env={"ICM_FAILPOINT": "blobs-durable"}, then=prune)
     assert ran.status == 0, ran.lines

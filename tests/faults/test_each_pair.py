@@ -25,7 +25,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def sweeps_on(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Callable[[str], Sweeps]:
-    """Return what goes wrong on a pair."""
+    """Return the failures on a pair."""
 
     def make(name: str) -> Sweeps:
         root = tmp_path_factory.mktemp("sweeps")
@@ -61,7 +61,7 @@ def test_failing_calls_of_sqlite_lose_nothing_and_one_that_is_ignored_is_caught(
         pytest.skip("the SQLite of this Python hides its functions")
     sweeps = sweeps_on(PLAIN)
     check(sweeps.sqlite(["evict_and_prune"], stride=199), 5)
-    with ignoring_errors():  # not of a prune, which tries until it went
+    with ignoring_errors():  # not of a prune, which retries until it succeeds
         assert sweeps.sqlite(["learn"], stride=61).lost > 0
 
 
@@ -78,7 +78,7 @@ def test_cut_connections_and_restarts_lose_nothing(sweeps_on: Callable[[str], Sw
     sweeps = sweeps_on(pair)
     check(sweeps.statements(["evict_and_prune"], stride=150), 3)
     check(sweeps.restarts(["evict_and_prune"], 1, random.Random(1)), 1)
-    gc.collect()  # what it has to say of cursors is said here
+    gc.collect()  # it reports errors of cursors here
 
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if "s3" in pair])

@@ -1,5 +1,5 @@
-"""SIGKILL while adapters give way to placeholders, and while they come back: in every folder there is always one of the
-two, and the same command again gets there."""
+"""SIGKILL while placeholders replace adapters, and while adapters return: every folder always has one of the two, and a
+rerun completes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Place:
         return found
 
     def is_back(self) -> bool:
-        """Say whether every adapter is in its folder, and no placeholder or half-written file is left anywhere."""
+        """Return whether every adapter is in its folder, without any placeholder or half-written file."""
         left = [path for path in self.loras.rglob("*") if ".icm-" in path.name or path.name == PLACEHOLDER_NAME]
         return not left and all(map(self._is_whole, FOLDERS))
 
@@ -70,7 +70,7 @@ class Place:
         return len(self._files(name)) == len(FILES) and all(map(self._is_right, self._files(name)))
 
     def _is_right(self, path: Path) -> bool:
-        """Say whether a file has the bytes of the original, or as many: a code gives a file of the same form."""
+        """Return whether a file has the bytes of the original, or its size: a code gives a file of the same form."""
         data, original = path.read_bytes(), (self.originals / path.relative_to(self.loras)).read_bytes()
         return data == original or (path.suffix == ".safetensors" and len(data) == len(original))
 
@@ -86,7 +86,7 @@ def place(zygote: Zygote, trained: Path, own_loras: Path, mixed_template: Path, 
 
 
 def kill_on_and_on(place: Place, *words: object, point: str) -> int:
-    """Run a command until it ends although it is killed whenever it comes to a point; return the number of kills."""
+    """Run a command until it ends, killing it each time it reaches a point; return the number of kills."""
     for kills in range(40):
         ran = place.icm(*words, point=point)
         assert place.broken() == []

@@ -27,7 +27,7 @@ _EXPECTED = {"repair": {"database", "row", "unlisted"}, "copy": {"unlisted"}}
 
 @dataclass(frozen=True)
 class Leftovers:
-    """What a killed command left: blobs that nothing reaches, temporary files, states that were not committed."""
+    """Leftovers of a killed command: unreachable blobs, temporary files, uncommitted states."""
 
     orphans: int = 0
     temporary: int = 0
@@ -37,11 +37,11 @@ class Leftovers:
 class World:
     """The folders of one campaign, and its store.
 
-    now/              the output of what is run, and the locations of base models
-    before/COMMAND/   what `reset` puts there: where the command starts
-    after/COMMAND/    what an undisturbed run of the command left there
+    now/              the output of commands, and the locations of base models
+    before/COMMAND/   the starting state of the command, which `reset` restores
+    after/COMMAND/    the state after an undisturbed run of the command
     laptop/           a trained store in a folder
-    cache/            copies of what was read from a remote place; emptied after each kill
+    cache/            cached remote files; emptied after each kill
 
     The pair keeps the states of the store under the same names.
     """
@@ -69,14 +69,14 @@ class World:
         return self.icm(COMMANDS[command].line + (" --force" if force else ""), **options)
 
     def again(self, command: str, **options: Any) -> Run:
-        """Run a command as whoever sees what its killed run left.
+        """Run a command as a user would after its killed run.
 
         An output that was complete before the kill is not overwritten without --force, and need not be.
         """
         return self.run(command, force=COMMANDS[command].has_output and self.output.exists(), **options)
 
     def icm(self, line: str, **options: Any) -> Run:
-        """Run one command line on the store that is worked on."""
+        """Run one command line on the store under test."""
         self._log += 1
         env = {"ICM_STORE": self.pair.address, "ICM_LOCK_TIMEOUT": "10", "XDG_CACHE_HOME": str(self._cache)}
         env |= {"XDG_STATE_HOME": str(self.root / "state"), "XDG_CONFIG_HOME": str(self.root / "now" / "config")}
@@ -94,11 +94,11 @@ class World:
         self.pair.put_back(f"before {command}")
 
     def reference(self, command: str) -> Contents:
-        """Return what an undisturbed run of a command wrote beside the store; the command was reset once."""
+        """Return the files that an undisturbed run of a command wrote outside the store; the command was reset once."""
         return contents(self.root / "after" / command / "out")
 
     def violations(self, command: str, events: list[dict[str, Any]], *, is_done: bool = False) -> list[str]:
-        """Return every promise that is broken after a kill; `events` is what the command had printed.
+        """Return every promise that is broken after a kill; `events` is the output of the command.
 
         Everything is read from where the store has it.
         """
@@ -123,14 +123,14 @@ class World:
         return found + [f"{command}: acknowledged, and lost: {event}" for event in lost]
 
     def ended_badly(self, command: str, ran: Run) -> list[str]:
-        """Return what is wrong with how a command that was not killed ended."""
-        # What was done before the kill is not done again; `missed` says if it is whole.
+        """Return the errors in the exit of a command that was not killed."""
+        # A rerun skips work done before the kill; `missed` checks that it is complete.
         done = COMMANDS[command].is_done
         is_there = bool(done) and any(event.get("kind") == done for event in ran.events)
         return [] if ran.status == 0 or is_there else [f"the rerun ended with {ran.status}: {ran.lines[-1:]}"]
 
     def missed(self, command: str) -> list[str]:
-        """Return what the command has not reached, after it ran to its end."""
+        """Return the goals that the command missed, after it ran to its end."""
         if self.pair.exists():
             names = {folder.name for folder in (self.root / "loras").iterdir()}
             with self.pair.open() as store:
@@ -140,7 +140,7 @@ class World:
         return [f"{command} did not reach its goal"]
 
     def leftovers(self) -> Leftovers:
-        """Count what nothing refers to."""
+        """Count the leftovers."""
         beside = len([*self.output.parent.glob("out.icm-*"), *self.output.parent.glob("config/icm/*.tmp")])
         if not self.pair.exists():
             return Leftovers(temporary=beside)
@@ -149,7 +149,7 @@ class World:
             return Leftovers(kinds["orphan"], len(leftovers(store)) + beside, kinds["uncommitted"])
 
     def prune(self) -> None:
-        """Delete what nothing refers to, without the hour of grace."""
+        """Delete the leftovers, without the hour of grace."""
         with self.pair.open() as store:
             store.prune(grace=0)
 
@@ -161,7 +161,7 @@ class World:
         return self.output.exists() and contents(self.output) == self.reference(command)
 
     def _need_template(self, command: str) -> None:
-        """Make the folders of a command, and first those of the commands that it starts from."""
+        """Create the folders of a command, after the folders of the commands that it starts from."""
         if (self.root / "after" / command).exists():
             return
         start = COMMANDS[command]

@@ -1,7 +1,7 @@
 """A process that has imported what takes long and forks a child per command line: a run to be killed starts at once.
 
     stdin   {"argv": [...], "env": {...}, "out": FILE, "sabotage": NAMES}     one JSON line per run
-            an empty line: wait for the one that began last
+            an empty line: wait for the run that started last
     stdout  the child's pid; once it is waited for, its exit status, negative for a signal
 
 It is a process of its own because torch refuses to train in the fork of a process that has trained.
@@ -23,14 +23,14 @@ from typing import Any
 
 KILLED = -signal.SIGKILL
 SMALL = "small"
-"""In place of a command of icm: one of `tests.registry.writing`, which tells what the store has acknowledged."""
+"""Instead of a command of icm: one of `tests.registry.writing`, which reports the facts that the store acknowledged."""
 _EVENT = re.compile(r"^\{(?:[^\n]*|\n.*?\n)\}$", re.DOTALL | re.MULTILINE)
 """An object on a line of its own, or a document, whose inner lines are indented."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What became of one command: its exit status and the lines it printed."""
+    """The outcome of one command: its exit status and output lines."""
 
     status: int
     lines: tuple[str, ...]
@@ -61,7 +61,7 @@ class Zygote:
         sabotage: str = "",
         then: Callable[[int], object] | None = None,
     ) -> Run:
-        """Run one command line; `then` gets the pid and may wait and kill it, or run others meanwhile."""
+        """Run one command line; `then` gets the pid and may wait and kill it, or run other commands."""
         out.touch()  # the child may be killed before it opens it
         order = {"argv": [str(word) for word in argv], "env": env, "out": str(out), "sabotage": sabotage}
         assert self._process.stdin is not None
@@ -89,7 +89,7 @@ class Zygote:
 
 
 def wait_until(pid: int, state: str) -> None:
-    """Wait until a process is stopped, "T", or is done and nobody has asked for it, "Z"."""
+    """Wait until a process is stopped, "T", or has ended and is not yet waited for, "Z"."""
     deadline = time.monotonic() + 120
     while Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != state:
         assert time.monotonic() < deadline
@@ -126,7 +126,7 @@ def _serve() -> None:
     from icmlora.fleet.ingest import files as ingest_files
     from icmlora.fleet.train import train as training
 
-    # So that a run of a second has several checkpoints and several commits to be killed between.
+    # A run of a second then has several checkpoints and commits, with kills between them.
     training._CHECKPOINT_SECONDS = 0.02
     ingest_files._BATCH_ADAPTERS = 2
     importing._BATCH_BYTES = 4096

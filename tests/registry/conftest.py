@@ -14,17 +14,17 @@ from tests.s3_server import S3Server
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let a run say which pair it is for."""
-    parser.addoption("--pair", choices=PAIRS, default=DEFAULT, help="what keeps the rows and the bytes of stores")
+    """Add the option for the pair of a run."""
+    parser.addoption("--pair", choices=PAIRS, default=DEFAULT, help="storage of rows and bytes")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Take the pair. The option is unknown in a run that did not begin with this folder."""
+    """Set the pair. The option is unknown in a run that did not start in this folder."""
     pair.name = config.getoption("--pair", DEFAULT)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests of what this pair has not: each says what that is, and why."""
+    """Skip the tests of features that this pair lacks, for the reason in their marks."""
     needs = {item: {part for mark in item.iter_markers("kept_in") for part in mark.args} for item in items}
     left = [item for item, parts in needs.items() if not parts <= set(pair.parts)]
     if left:

@@ -19,7 +19,7 @@ TEXT = "ab" * 32
 
 
 def new_store(place: Path | DatabaseUrl, *, lock_timeout: float = 5.0) -> Store:
-    """Open a store, made if it is absent: at a folder, or what stands for that in this run of pytest."""
+    """Open a store, creating it if absent: at a folder, or its substitute in this run of pytest."""
     address, blobs = pair.place_of(place) if isinstance(place, Path) else (place, None)
     return Store.open(address, create=True, lock_timeout=lock_timeout, command="test", blobs=blobs)
 
@@ -46,7 +46,7 @@ def adapter(store: Store, weights: bytes, *, step: int | None = None, **changes:
 
 
 def task(store: Store, name: str, *, weights: bytes | None = None, steps: Sequence[int] = (), **changes: Any) -> Task:
-    """Store the bytes of a task with a checkpoint per step, and return what is to be published."""
+    """Store the bytes of a task with a checkpoint per step, and return the task to publish."""
     checkpoints = tuple(adapter(store, f"weights of {name.lower()} at {step}".encode(), step=step) for step in steps)
     final = adapter(store, weights or f"weights of {name}".encode())
     return replace(Task(name=name, base_model=BASE, final=final, checkpoints=checkpoints), **changes)
@@ -86,7 +86,7 @@ def train(store: Store, names: Sequence[str] = (), *, data: bytes = b"generator"
 
 
 def evict(store: Store, name: str) -> Task:
-    """Record that the originals of a task are gone, and free their bytes."""
+    """Record the eviction of a task's originals, and free their bytes."""
 
     def gone(task: Task) -> Task:
         final = replace(task.final, evicted_at="2026-01-02T03:04:05Z")

@@ -1,4 +1,4 @@
-"""What the commands do with locks, one after the other, and a recorder of what they really do.
+"""The lock operations of each command, in order, and a recorder of the real ones.
 
 `tests/cli/test_lock_scripts.py` shows that the commands do nothing else.
 """
@@ -15,11 +15,11 @@ from registry.storage.locks import Patience
 from registry.storage.locks.flocks import FileLock
 
 Call = tuple[str, str]
-"""The kind of lock, "store" or "job", and what is done with it."""
+"""The kind of lock, "store" or "job", and the operation."""
 
 
 class Holder:
-    """The locks of one process, taken as `registry.store.Store` takes them."""
+    """The locks of one process, acquired as in `registry.store.Store`."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder, self._patience, self._name = folder, Patience(1e9), name
@@ -86,7 +86,7 @@ SCRIPTS: tuple[Callable[[Holder], None], ...] = (read, delete, evict, train, enc
 
 @contextmanager
 def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Call]]:
-    """Record what is done with locks in a block; what is done several times in a row is recorded once."""
+    """Record the lock operations in a block; a repeated operation is recorded once."""
     calls: list[Call] = []
 
     def note(lock: FileLock, what: str) -> None:

@@ -2,8 +2,8 @@
 
     pytest tests/registry --pair postgres+s3
 
-A test asks for a store at a folder, and `place_of` says where that is. What is only about SQLite's file, or about a
-folder of blobs, has a mark: `kept_in("sqlite", reason=...)`.
+A test requests a store at a folder, and `place_of` returns its address. Tests only for SQLite's file, or for a folder
+of blobs, have a mark: `kept_in("sqlite", reason=...)`.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class Pair:
 
     @property
     def parts(self) -> list[str]:
-        """What keeps the refs, and what keeps the bytes."""
+        """The storage of refs and of bytes."""
         return self.name.split("+")
 
     def place_of(self, root: Path) -> tuple[Path | DatabaseUrl, str | None]:
-        """Return the address of the store that stands for the one at a folder, and where it has its bytes."""
+        """Return the address of the store for a folder, and the location of its bytes."""
         if root not in self._places:
             database, blobs = self.parts
-            name = hashlib.sha256(bytes(root)).hexdigest()[:32]  # every process comes to the same place
+            name = hashlib.sha256(bytes(root)).hexdigest()[:32]  # every process gets the same location
             address = root if database == "sqlite" else DatabaseUrl(new_database(self.server, f"icm_{name}"))
             far = f"s3://icm/{name}" if blobs == "s3" else str(root)
             is_there = database == "sqlite" and (root / "FORMAT").exists()  # a copy of another store
@@ -64,7 +64,7 @@ class Pair:
 
 
 pair = Pair()
-"""The one of this run."""
+"""The pair of this run."""
 
 
 def damage(store: Store, statement: str) -> None:
@@ -80,13 +80,13 @@ def damage(store: Store, statement: str) -> None:
 
 
 def lose(store: Store, digest: str) -> None:
-    """Remove the bytes of a blob or manifest, as somebody else would."""
+    """Remove the bytes of a blob or manifest without using the store."""
     for files in (store.blobs, store.manifests):
         files._backend.delete(digest)
 
 
 def overwrite(store: Store, digest: str, change: Callable[[bytes], bytes]) -> None:
-    """Put other bytes in the place of a blob or manifest."""
+    """Replace the bytes of a blob or manifest."""
     backend = store.blobs._backend if store.blobs.exists(digest) else store.manifests._backend
     with backend.get(digest) as file:
         data = change(file.read())

@@ -1,4 +1,4 @@
-"""Where a store is, as people write it; what is shown of it has no credentials."""
+"""Addresses of stores in user spelling; displayed ones have no credentials."""
 
 from __future__ import annotations
 

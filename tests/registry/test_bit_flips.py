@@ -1,6 +1,6 @@
 """One flipped bit anywhere in a store never deletes, swaps or hides a task for good.
 
-a bit flips ──▶ commands go on as far as they can ──▶ verify, rebuild, repair ──▶ every task as it was
+a bit flips ──▶ commands continue if they can ──▶ verify, rebuild, repair ──▶ every task as before
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def go_on(place: Path) -> None:
 
 def repair(place: Path) -> None:
     """Do as `icm verify --repair` does."""
-    if (place / "FORMAT").read_text(errors="replace") != FORMAT_TEXT:  # the hint says what to write
+    if (place / "FORMAT").read_text(errors="replace") != FORMAT_TEXT:  # the hint contains the text to write
         (place / "FORMAT").chmod(0o644)
         (place / "FORMAT").write_text(FORMAT_TEXT)
     with new_store(place) as store:

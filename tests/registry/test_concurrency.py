@@ -17,7 +17,7 @@ from tests.registry.pairs import pair
 
 pytestmark = pytest.mark.kept_in("folder", reason="a fork of a process that has used an object store uses none")
 
-TIMEOUT = 60.0  # far above what is needed; the tests show that nobody fails, not how fast it is
+TIMEOUT = 60.0  # far above the need; the tests check that no process fails, not the speed
 
 
 def names(root: Path) -> set[str]:

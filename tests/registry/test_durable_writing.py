@@ -130,7 +130,7 @@ def test_a_link_in_the_path_to_a_file_is_followed_and_one_in_its_place_is_not(tm
     (tmp_path / "folder").symlink_to("real")
     (tmp_path / "file").symlink_to("real/file")
     assert fs.read_plain(tmp_path / "folder" / "file") == NEW
-    with pytest.raises(SourceRefused, match="is a symbolic link, and icm follows none"):
+    with pytest.raises(SourceRefused, match="is a symbolic link, which icm does not follow"):
         fs.read_plain(tmp_path / "file")
 
 

@@ -1,4 +1,4 @@
-"""Damage of a remote place is found and repaired by a machine that has copies of what it read."""
+"""A machine with cached files finds and repairs damage in remote storage."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def test_an_empty_file_is_read(tmp_path: Path) -> None:
 
 
 class TestRefusals:
-    """What is not read."""
+    """Files that are refused."""
 
     def test_a_symbolic_link_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(b"secret")

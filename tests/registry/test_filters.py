@@ -1,4 +1,4 @@
-"""The language of filters: what it reads, and what it says of the rest."""
+"""The filter language: valid filters, and errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def test_what_is_not_a_size_is_none(text: str) -> None:
         ("rank>=eight", "'eight' is not a number", "rank is the largest rank"),
         ("gain>nan", "'nan' is not a number", "gain is"),
         ("size>big", "'big' is not a size", "10MB"),
-        ("status=gone", "no status is 'gone'", "one of evicted, pinned, coded"),
-        ("tag=a b", "no tag is 'a b'", "tag=prod"),
+        ("status=gone", "'gone' is not a valid status", "one of evicted, pinned, coded"),
+        ("tag=a b", "'a b' is not a valid tag", "tag=prod"),
         ("note~\udc80", r"'\\udc80' is not text", ""),
     ],
 )

@@ -1,4 +1,4 @@
-"""A copy of a process that has a store in PostgreSQL open harms nothing, and is told to open it anew."""
+"""A fork of a process with an open store in PostgreSQL harms nothing, and gets an error that asks to open it again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from registry.store import Store
 from tests.pg_server import new_database
 
-# The parent has a lock when it forks, and two open transactions if it is busy, and goes on with them.
+# The parent has a lock when it forks, and two open transactions if it is busy, and continues with them.
 _SCRIPT = """
 import gc, os, sys
 from sqlalchemy import text

@@ -1,4 +1,4 @@
-"""Selections agree with Python, whatever is compared; `test_publishing` has an example of each filter."""
+"""Selections agree with Python for any comparison; `test_publishing` has an example of each filter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files that are locked, and what is written into them."""
+"""The lock files and their contents."""
 
 from __future__ import annotations
 

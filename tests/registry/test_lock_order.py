@@ -1,7 +1,7 @@
-"""No two commands wait for each other, in whatever order they come to their locks.
+"""No two commands deadlock, in any order of their lock requests.
 
-Two threads have the locks of two processes. They take turns at each attempt to take one, in every order with a few
-switches at any moment: a thread also lets the other one go on where it has to wait.
+Two threads have the locks of two processes. They alternate at attempts to acquire one, in every order with a few
+switches at any moment: a thread that has to wait also lets the other one continue.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from registry.storage.locks.flocks import FileLock
 from tests.registry.lock_scripts import SCRIPTS, Holder, encode, evict, train
 
 Script = Callable[[Holder], None]
-_STUCK = 4  # attempts in a row that fail; in between, each has given up all that it gives up
+_STUCK = 4  # failed attempts in a row; by then, each thread has released all locks that it releases
 
 
 class Stuck(Exception):
@@ -50,7 +50,7 @@ class Actor(threading.Thread):
             self._stopped.release()
 
     def step(self, *, end: bool = False) -> None:
-        """Let it go on to its next attempt, or end."""
+        """Run it until its next attempt or its end."""
         self._ends = end
         self._go.release()
         self._stopped.acquire()
@@ -67,7 +67,7 @@ class Actor(threading.Thread):
 
 @pytest.fixture(autouse=True)
 def in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let actors stop before each attempt, and wait without waiting."""
+    """Stop actors before each attempt, and make waits return at once."""
     real = flocks._try
 
     def attempt(fd: int, kind: int) -> bool:
@@ -75,7 +75,7 @@ def in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
         return actor.attempt(lambda: real(fd, kind)) if isinstance(actor, Actor) else real(fd, kind)
 
     monkeypatch.setattr(flocks, "_try", attempt)
-    monkeypatch.setattr(flocks, "HEAD_START", math.inf)  # whoever comes to read waits for as long as it takes
+    monkeypatch.setattr(flocks, "HEAD_START", math.inf)  # new readers wait without a limit
     monkeypatch.setattr(flocks, "_lock_holders", lambda file: set())
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
@@ -149,6 +149,6 @@ def test_the_harness_sees_two_that_wait_for_a_job_while_they_hold_the_store(
 def test_the_harness_sees_two_that_wait_to_be_alone_while_they_hold_the_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FileLock, "_given_up", lambda self: nullcontext())
+    monkeypatch.setattr(FileLock, "_released", lambda self: nullcontext())
     with pytest.raises(Stuck):
         list(explore((evict, evict), tmp_path, 2))

@@ -27,7 +27,7 @@ class TestFolder(LockPromises):
 
 
 class TestFolderAsOnWindows(TestFolder):
-    """Locks through portalocker, which Windows needs; what it calls is this system's."""
+    """Locks through portalocker, which Windows needs; here it uses the locks of this system."""
 
     @pytest.fixture(autouse=True)
     def without_fcntl(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Task names: what is allowed, and that nothing else is."""
+"""Task names: allowed and refused ones."""
 
 from __future__ import annotations
 

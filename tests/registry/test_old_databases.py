@@ -1,4 +1,4 @@
-"""An old copy of the database is used for a while: what was recorded since is neither deleted nor hidden for good."""
+"""After using an old copy of the database, later records are neither deleted nor permanently hidden."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Behind a real PgBouncer: a session for each connection is enough, one for each transaction is refused."""
+"""With a real PgBouncer: session pooling works, transaction pooling is refused."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def opened(url: str, store: str, command: str = "icm", patience: float = 0.0) ->
 
 
 def cut_all(url: str) -> None:
-    """Let the server end all other connections to a database, as it does when it restarts."""
+    """Make the server end all other connections to a database, as in a restart."""
     import psycopg
 
     with psycopg.connect(url, autocommit=True) as connection:

@@ -1,4 +1,4 @@
-"""What prune deletes, and what it must not."""
+"""Prune deletes garbage, and nothing else."""
 
 from __future__ import annotations
 
@@ -324,7 +324,7 @@ class TestAdopted:
 def test_a_new_task_does_not_take_the_place_of_one_that_the_database_hides(store: Store) -> None:
     state = ingest(store, "rust")
     damage(store, "DELETE FROM refs WHERE key = 'rust'")
-    with pytest.raises(DamagedStore, match="has versions of task 'rust' and no ref"):
+    with pytest.raises(DamagedStore, match="has versions of task 'rust' but no ref"):
         ingest(store, "rust", weights=b"others")
     store.rebuild()
     assert store.task("rust") == state

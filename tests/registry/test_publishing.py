@@ -210,7 +210,7 @@ def test_a_read_only_store_refuses_every_write(store: Store) -> None:
 
 
 class TestSelections:
-    """Which tasks are listed, and in which order; the same for rows and for manifests."""
+    """Listed tasks and their order; the same for rows and for manifests."""
 
     @pytest.fixture
     def fleet(self, store: Store) -> Store:

@@ -1,4 +1,4 @@
-"""The file of the database is written again, whatever it was, and at no moment is there half of one."""
+"""Rebuilding the database file works on any damage, and never leaves half of a file."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_store_that_does_not_know_its_number_is_damaged_and_gets_a_new_one(pat
     before = database_of(paths).meta()
     with new_store(paths.root) as store:
         damage(store, statement)
-        with pytest.raises(DamagedStore, match="does not say which store it is"):
+        with pytest.raises(DamagedStore, match="does not identify its store"):
             store.changes()
     rebuild(paths)
     after = database_of(paths).meta()

@@ -1,4 +1,4 @@
-"""A store in PostgreSQL is made once, says where its bytes are, and is refused where that is not what it was."""
+"""A store in PostgreSQL is created once, records the address of its bytes, and is refused with another address."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_a_store_that_does_not_know_its_number_is_rebuilt_in_a_folder(url: str, 
     with made(url, blobs) as store:
         ingest(store, "rust")
     execute(url, "DELETE FROM meta")
-    with pytest.raises(DamagedStore, match="does not say which store it is") as error:
+    with pytest.raises(DamagedStore, match="does not identify its store") as error:
         Store.open(url, create=create, blobs=str(blobs) if create else None)
     assert "icm init STORE --blobs LOCATION --recover" in str(error.value.hint)
     Store.open(tmp_path / "folder", create=True).close()

@@ -1,4 +1,4 @@
-"""Opening a store: making it, refusing what is none, read-only use."""
+"""Opening a store: creation, refusal of other folders, read-only use."""
 
 from __future__ import annotations
 

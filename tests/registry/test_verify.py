@@ -153,7 +153,7 @@ def test_an_unknown_name_cannot_be_checked(store: Store) -> None:
 
 
 class TestLeftovers:
-    """What a killed command leaves is no problem, and is told apart from an old database."""
+    """Leftovers of a killed command are no problem, and are distinguished from an old database."""
 
     def test_a_change_that_was_not_committed_is_a_remark(self, store: Store, rust: Task) -> None:
         state = replace(rust, note="x", parent=rust.manifest, seq=rust.seq + 1)

@@ -1,4 +1,4 @@
-"""Commands that write, as small ones: each makes the store, or goes on with what a killed or failed one left of it."""
+"""Small commands that write: each creates the store, or continues after a killed or failed command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FACTS: dict[str, Callable[[Store], bool]] = {
     "evicted": lambda store: store.task("rust").final.is_evicted,
     "version 2": lambda store: store.task("rust").version == 2,
 }
-"""What a command may have been told to be done."""
+"""The facts that the store may acknowledge to a command."""
 
 
 @dataclass
@@ -27,9 +27,9 @@ class Place:
     """Where a command works.
 
     Attributes:
-        open: Opens the store, which is made if it is absent.
-        folder: For files beside it.
-        tell: Is told each fact once the store has acknowledged it.
+        open: Opens the store, creating it if absent.
+        folder: For other files.
+        tell: Called with each fact that the store has acknowledged.
     """
 
     open: Callable[[], Store]
@@ -85,7 +85,7 @@ def learn(place: Place) -> None:
 
 
 def extend(place: Place) -> None:
-    """Replace the generator and all codes, and prune what came before."""
+    """Replace the generator and all codes, and prune the old ones."""
     with place.open() as store:
         _known(store, "rust")
         first = store.generator(BASE) or train(store, ["rust"])
@@ -139,13 +139,13 @@ COMMANDS = {
 
 
 def problems(place: Place) -> list[object]:
-    """Return what `icm verify --read-data` calls a problem."""
+    """Return the problems that `icm verify --read-data` finds."""
     with place.open() as store:
         return [finding for finding in store.verify(read_data=True) if finding.is_problem]
 
 
 def contents(place: Place) -> object:
-    """Return what a user sees of a store, free of times and numbers."""
+    """Return the store as a user sees it, without times and numbers."""
     with place.open() as store:
         return [
             (

@@ -169,11 +169,11 @@ def test_without_workers_ray_is_not_imported(fleet: Fleet, monkeypatch: pytest.M
 def test_a_password_is_sent_to_no_other_process(store: Store, address: str) -> None:
     context = Context(DatabaseUrl(address))
     with (
-        pytest.raises(RegistryError, match="contains a password, which icm sends to no other process") as caught,
+        pytest.raises(RegistryError, match="contains a password, which icm does not pass to other processes") as caught,
         worker_pool(context, store, device="cpu", workers="2"),
     ):
         pytest.fail("it started workers")
-    with pytest.raises(RegistryError, match="contains a password, which icm sends to no other process"):
+    with pytest.raises(RegistryError, match="contains a password, which icm does not pass to other processes"):
         pickle.dumps(context)
     assert "secret" not in f"{caught.value} {caught.value.hint}"
     assert "PGPASSWORD" in (caught.value.hint or "")

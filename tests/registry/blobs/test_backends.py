@@ -53,7 +53,7 @@ class TestMemory(BlobPromises):
 
 
 class TestRemoteMemory(TestMemory):
-    """The same, as one to which each call goes through a network."""
+    """The same, with each call going through a network."""
 
     is_remote = True
 

@@ -1,4 +1,4 @@
-"""Blobs in a local folder: where the files are, what is synced when, and what they may be read by."""
+"""Blobs in a local folder: file locations, order of syncs, and permissions."""
 
 from __future__ import annotations
 

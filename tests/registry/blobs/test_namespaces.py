@@ -76,7 +76,7 @@ def test_messages_say_what_is_missing_or_damaged(places: Places, number: int, wh
 
 def test_one_folder_has_copies_of_both(places: Places, tmp_path: Path) -> None:
     if not places[0].is_remote:
-        pytest.skip("what is at hand is not copied")
+        pytest.skip("local files are not copied")
     cache = BlobCache(tmp_path / "cache", 10_000)
     digests = []
     for place, data in zip(places, (b"blob", b"manifest"), strict=True):

@@ -1,4 +1,4 @@
-"""Blobs in an object store: the promises of every place on a real server, and what is true of object stores alone."""
+"""Blobs in an object store: the promises of every place on a real server, and specifics of object stores."""
 
 from __future__ import annotations
 
