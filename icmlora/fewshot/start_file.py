@@ -1,6 +1,6 @@
 """The bytes of a few-shot start, which a store keeps next to its generator.
 
-    ICMS 1 | length of head (4) | head: JSON, zlib | code of the mean (icmlora/generator/code.py) | checksum (8)
+    ICMS 1 | length of head (4) | head: JSON, zlib | code of the mean (icmlora/generator/codec/code.py) | checksum (8)
 
 The mean is stored as any adapter is: as a code of the generator. The head holds sizes, rates and slopes as whole
 eighths of an octave, in the natural order of the mean's modules.
@@ -14,10 +14,10 @@ from collections.abc import Callable
 from icmlora.adapter.model import Adapter
 from icmlora.errors import CodeError, GeneratorError
 from icmlora.fewshot.start import FewShotStart
-from icmlora.generator.codec import Codec
-from icmlora.generator.container import inflate, open_container, write_container
-from icmlora.generator.encoding import encode_adapter
-from icmlora.generator.limits import Limits
+from icmlora.generator.codec.codec import Codec
+from icmlora.generator.codec.encoding import encode_adapter
+from icmlora.generator.codec.limits import Limits
+from icmlora.generator.files.container import inflate, open_container, write_container
 
 MAGIC = b"ICMS\x01"
 _HEAD_LIMIT = 1 << 22  # largest head, in bytes

@@ -24,7 +24,7 @@ from registry.names import address_of as address_of
 
 if TYPE_CHECKING:
     from icmlora.base_models.finding.lookup import FoundBase
-    from icmlora.generator.versions import GeneratorFile
+    from icmlora.generator.codec.generator_file import GeneratorFile
     from registry.errors import IcmError
     from registry.manifests import Task
     from registry.storage.locks import Patience
@@ -110,7 +110,7 @@ class OpenedGenerator:
         """Return the generator of a digest; `read` returns the bytes of its file."""
         last = self._last  # once: another thread may replace it
         if last is None or last[0] != digest:
-            from icmlora.generator.versions import GeneratorFile  # an original is written without
+            from icmlora.generator.codec.generator_file import GeneratorFile  # an original is written without
 
             self._last = last = digest, GeneratorFile(read(digest))
         return last[1]

@@ -1,10 +1,8 @@
 """The generator: a conditional variational autoencoder over adapter tokens, and the codec that uses it.
 
-cvae, objective              the network, and its loss: the length of a code in bits
-tokens, sensitivity          adapters as weighted singular vectors
-quantizer, scales            tokens as integers, and the tables they are coded under
-codec, encoding              adapters <-> codes; code, packing, entropy_coding and container make the bytes
-relaxed                      a code that gradient steps can refine
-versions, file, network_file, differences                    the generator's own bytes
-initial_a/                   the A that training began with
+config, sensitivity, scales   the settings, the weights of the channels, and the tables that numbers are coded under
+initial_a/                    the A that training began with
+network/                      adapters as tokens, the network over them, and its loss: the length of a code in bits
+files/                        the bytes of a generator
+codec/                        adapters <-> codes
 """

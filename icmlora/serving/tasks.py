@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from icmlora.base_models.finding.tensors import BaseTensors
     from icmlora.fleet.resources.decoding import OriginalForm
-    from icmlora.generator.versions import GeneratorFile
+    from icmlora.generator.codec.generator_file import GeneratorFile
 
 _ADMITTED = 1
 """Adapters decoded at once: more would only compete for the CPU."""

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icmlora.errors import CodeError, DataError
-from icmlora.generator.container import add_checksum, check_magic, checked
-from icmlora.generator.entropy_coding import LIMIT, IntegerReader, IntegerWriter, clip
+from icmlora.generator.files.container import add_checksum, check_magic, checked
+from icmlora.generator.files.entropy_coding import LIMIT, IntegerReader, IntegerWriter, clip
 from icmlora.generator.scales import LARGEST, OCTAVE, SMALLEST
 from icmlora.task_vectors.vector import View
 

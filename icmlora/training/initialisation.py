@@ -7,9 +7,9 @@ import copy
 import torch
 
 from icmlora.generator.config import GeneratorConfig
-from icmlora.generator.cvae import CVAE, VIEWS, ConditionNet
+from icmlora.generator.network.cvae import CVAE, VIEWS, ConditionNet
+from icmlora.generator.network.tokenizing import tokenize
 from icmlora.generator.sensitivity import Sensitivity, even
-from icmlora.generator.tokenizing import tokenize
 from icmlora.io.devices import seed_everything
 from icmlora.training.source import AdapterSource
 

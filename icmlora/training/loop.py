@@ -24,12 +24,12 @@ from typing import NamedTuple
 import torch
 
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.generator.batch import Batch, PreparedAdapter, batched, prepare
-from icmlora.generator.cvae import CVAE
 from icmlora.generator.initial_a.subspace import initial_subspace
-from icmlora.generator.objective import Objective
-from icmlora.generator.tokenizing import tokenize
-from icmlora.generator.tokens import refuse_overflow
+from icmlora.generator.network.batch import Batch, PreparedAdapter, batched, prepare
+from icmlora.generator.network.cvae import CVAE
+from icmlora.generator.network.objective import Objective
+from icmlora.generator.network.tokenizing import tokenize
+from icmlora.generator.network.tokens import refuse_overflow
 from icmlora.io.devices import moved
 from icmlora.io.threads import ahead, one_thread
 from icmlora.training.config import STACKED, STEP_PARAMETERS

@@ -35,7 +35,7 @@ from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import Factors, added, factors_of
 from icmlora.base_models.running.modules import not_matrix
 from icmlora.errors import BaseModelUnsuited, DataError
-from icmlora.generator.relaxed import RelaxedCode
+from icmlora.generator.codec.relaxed import RelaxedCode
 from icmlora.training.config import REFINE_STEPS
 from icmlora.training.effect import LEAST_LOST, Effect, bounded, share_of_right
 from icmlora.training.teacher import READ_TOGETHER, Shortfall, Teacher, shortfalls, texts_with_gradients

@@ -11,8 +11,8 @@ import torch
 
 from icmlora.errors import AdapterRefused, GeneratorError
 from icmlora.generator.config import GeneratorConfig
-from icmlora.generator.cvae import CVAE
-from icmlora.generator.network_file import diverged
+from icmlora.generator.files.network_file import diverged
+from icmlora.generator.network.cvae import CVAE
 from icmlora.io.tensors import decode_torch, encode_torch
 from icmlora.training.config import TrainConfig
 

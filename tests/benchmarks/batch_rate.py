@@ -20,10 +20,10 @@ from typing import Any
 
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.formats.peft.peft import CONFIG_NAME
-from icmlora.generator.codec import Codec
+from icmlora.generator.codec.codec import Codec
+from icmlora.generator.codec.encoding import encode_adapter
 from icmlora.generator.config import config_for
-from icmlora.generator.encoding import encode_adapter
-from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.training.config import TrainConfig
 from icmlora.training.initialisation import fresh_network
 from icmlora.training.loop import fit

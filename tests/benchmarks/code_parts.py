@@ -23,12 +23,12 @@ import torch
 
 from icmlora.fleet.context import Context
 from icmlora.fleet.resources.loading import Models
-from icmlora.generator.code import Code, CodeHead
-from icmlora.generator.code_length import bin_bits
-from icmlora.generator.codec import Codec
+from icmlora.generator.codec.code import Code, CodeHead
+from icmlora.generator.codec.codec import Codec
 from icmlora.generator.config import GeneratorConfig
-from icmlora.generator.container import ABSENT, counts_to_bytes
+from icmlora.generator.files.container import ABSENT, counts_to_bytes
 from icmlora.generator.initial_a.draw import initial_to_bytes
+from icmlora.generator.network.code_length import bin_bits
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Parts:
 
 
 def fields_of(head: CodeHead, config: GeneratorConfig) -> dict[str, bytes]:
-    """Return the fields of a head as icmlora/generator/code.py writes them."""
+    """Return the fields of a head as icmlora/generator/codec/code.py writes them."""
     return {
         "step": struct.pack("<h", head.step),
         "condition": head.condition.tobytes(),

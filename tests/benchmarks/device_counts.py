@@ -26,9 +26,9 @@ from icmlora.base_models.finding.lookup import inspect_base  # noqa: E402
 from icmlora.base_models.kinds.causal_lm import CausalLM  # noqa: E402
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource  # noqa: E402
 from icmlora.formats.discovery.folder import load_adapter  # noqa: E402
-from icmlora.generator.codec import Codec  # noqa: E402
+from icmlora.generator.codec.codec import Codec  # noqa: E402
 from icmlora.generator.config import config_for  # noqa: E402
-from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes  # noqa: E402
+from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes  # noqa: E402
 from icmlora.training.initialisation import fresh_network  # noqa: E402
 from icmlora.training.loop import draws_of  # noqa: E402
 from registry.store import Store  # noqa: E402

@@ -37,10 +37,10 @@ from icmlora.fleet.resources.decoding import codec_of_task
 from icmlora.fleet.resources.loading import Models, read_original, read_runnable
 from icmlora.fleet.resources.texts import own_text
 from icmlora.formats.format import RunnableAdapter
+from icmlora.generator.codec.encoding import Encoded, encode_adapter
+from icmlora.generator.codec.limits import Limits
 from icmlora.generator.config import tolerance_of
-from icmlora.generator.encoding import Encoded, encode_adapter
 from icmlora.generator.initial_a.search import SeedSearch
-from icmlora.generator.limits import Limits
 from registry.manifests import Task
 from registry.store import Store
 from tests.benchmarks.performance.machine import describe_machine

@@ -32,7 +32,7 @@ from icmlora.fleet.encode import encode as encoding
 from icmlora.fleet.encode.encode import PendingCode, TaskEncoded, encode_tasks
 from icmlora.fleet.resources.loading import Models
 from icmlora.fleet.resources.workers import Tell, _cluster
-from icmlora.generator.limits import Limits
+from icmlora.generator.codec.limits import Limits
 from registry.manifests import Task
 from tests.benchmarks.performance.machine import describe_machine
 from tests.shared import paths_of

@@ -15,7 +15,7 @@ from icm_cli.errors import ExitCode
 from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
 from icmlora.formats.discovery.folder import load_adapter
-from icmlora.generator.codec import Codec
+from icmlora.generator.codec.codec import Codec
 from registry.errors import StoreFull
 from registry.manifests import Adapter as StoredAdapter
 from registry.manifests import Code

@@ -11,8 +11,8 @@ import pytest
 from icmlora.adapter.metrics import squared_error
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource
 from icmlora.formats.discovery.folder import load_adapter, save_adapter
-from icmlora.generator.codec import Codec
-from icmlora.generator.network_file import generator_from_bytes
+from icmlora.generator.codec.codec import Codec
+from icmlora.generator.files.network_file import generator_from_bytes
 from registry.store import Store
 from tests.cli.coded import codes, current
 from tests.cli.conftest import Ran

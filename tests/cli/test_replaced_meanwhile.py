@@ -20,7 +20,7 @@ from icmlora.fleet.evict.evict import Evictor
 from icmlora.fleet.evict.types import TaskEvicted
 from icmlora.fleet.measure.measure import TaskLosses
 from icmlora.fleet.vectors import vectors
-from icmlora.generator.versions import GeneratorFile
+from icmlora.generator.codec.generator_file import GeneratorFile
 from registry.manifests import File, Task
 from registry.store import Store
 from tests.cli.coded import codes, current, make_another_current, tasks_of

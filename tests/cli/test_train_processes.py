@@ -148,7 +148,7 @@ def test_two_processes_make_codes_as_small_as_one_does_and_only_the_first_one_pr
 DECODED = """import hashlib, sys
 from pathlib import Path
 from registry.store import Store
-from icmlora.generator.versions import GeneratorFile
+from icmlora.generator.codec.generator_file import GeneratorFile
 digest = hashlib.sha256()
 with Store.open(Path(sys.argv[1]), read_only=True) as store:
     for task in store.tasks():

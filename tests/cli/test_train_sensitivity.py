@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from icmlora.generator.network_file import generator_from_bytes
+from icmlora.generator.files.network_file import generator_from_bytes
 from icmlora.generator.sensitivity import Sensitivity
 from registry.store import Store
 from tests.cli.coded import current

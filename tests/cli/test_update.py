@@ -16,7 +16,7 @@ from icmlora.fleet.api import Fleet
 from icmlora.fleet.train import candidates as candidates
 from icmlora.fleet.train import run as training
 from icmlora.fleet.train.candidates import Candidate, UpdateCandidates
-from icmlora.generator.versions import GeneratorFile
+from icmlora.generator.codec.generator_file import GeneratorFile
 from registry.store import Store
 from tests.cli.coded import codes, current, make_another_current
 from tests.cli.conftest import Ran

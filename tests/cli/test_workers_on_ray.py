@@ -17,7 +17,7 @@ from icmlora.fleet.context import Context
 from icmlora.fleet.encode import encode as encoding
 from icmlora.fleet.encode.encode import encode_tasks
 from icmlora.fleet.resources.workers import _cluster, _Worker
-from icmlora.generator.limits import Limits
+from icmlora.generator.codec.limits import Limits
 from registry.errors import StoreNotFound
 from registry.store import Store
 from tests.cli.coded import tasks_of

@@ -16,9 +16,9 @@ from icmlora import Fleet
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import factors_of
-from icmlora.generator.codec import Codec
-from icmlora.generator.encoding import encode_adapter
-from icmlora.generator.relaxed import RelaxedCode
+from icmlora.generator.codec.codec import Codec
+from icmlora.generator.codec.encoding import encode_adapter
+from icmlora.generator.codec.relaxed import RelaxedCode
 from icmlora.task_vectors.extraction import extract_adapted, extract_context
 from icmlora.training.config import TrainConfig
 from icmlora.training.effect import Effect

@@ -9,9 +9,9 @@ from icmlora.fewshot import start_file, step
 from icmlora.fewshot.meta_training import MetaConfig
 from icmlora.fewshot.start import RANK, USUAL_SAMPLES, FewShotStart
 from icmlora.formats.discovery import placeholder
-from icmlora.generator import file as versions
-from icmlora.generator.code import ABSENT, MAGIC, CodeHead
+from icmlora.generator.codec.code import ABSENT, MAGIC, CodeHead
 from icmlora.generator.config import GeneratorConfig, config_for, keep_of, tolerance_of
+from icmlora.generator.files import file as versions
 from icmlora.generator.scales import OCTAVE
 from registry.storage.folder import FORMAT_TEXT, RESERVE_BYTES, StorePaths
 from tests.docs.pages import ROOT, cells_of, codes_in, section_of

@@ -9,7 +9,7 @@ from typing import Any
 from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter
 from icmlora.fleet.resources.loading import read_original
-from icmlora.generator.versions import GeneratorFile
+from icmlora.generator.codec.generator_file import GeneratorFile
 from registry.errors import DamagedStore, TaskNotFound
 from registry.manifests import Code
 from registry.store import Store

@@ -17,10 +17,10 @@ from peft import LoraConfig, get_peft_model
 from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.formats.peft.config import PREFIX
-from icmlora.generator.codec import Codec
+from icmlora.generator.codec.codec import Codec
+from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.initial_a.search import SeedSearch
-from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.training.loop import fit
 from tests.icmlora.small_fleet import BASE, MemoryAdapterSource, begin
 from tests.icmlora.tiny_base import tiny_model

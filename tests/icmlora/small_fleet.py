@@ -10,10 +10,10 @@ import torch
 
 from icmlora.adapter.layout import ModuleShape, target_modules
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.generator.codec import Codec
+from icmlora.generator.codec.codec import Codec
 from icmlora.generator.config import GeneratorConfig, config_for
+from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.initial_a.draw import InitialA
-from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.sensitivity import Sensitivity, even
 from icmlora.training.config import TrainConfig
 from icmlora.training.initialisation import fresh_network

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.generator.codec import Codec
+from icmlora.generator.codec.codec import Codec
 from icmlora.generator.config import config_for
-from icmlora.generator.cvae import CVAE
-from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.network.cvae import CVAE
 
 WIDTH = 256
 

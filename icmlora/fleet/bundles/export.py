@@ -12,8 +12,8 @@ from icmlora.bundle.index import MAX_CARD_BYTES, BundleIndex, blobs_of, bundled_
 from icmlora.errors import CodeError, DataError
 from icmlora.fleet.context import Context, select_tasks, use_case
 from icmlora.fleet.resources.stored_vectors import latest_vectors
-from icmlora.generator.code import generator_of
-from icmlora.generator.file import versions_of
+from icmlora.generator.codec.code import generator_of
+from icmlora.generator.files.file import versions_of
 from icmlora.io.staging import check_absent
 from registry.errors import DamagedStore
 from registry.manifests import Generator, Task, Vector

@@ -26,7 +26,7 @@ from icmlora.formats.format import check_companions
 from icmlora.formats.peft.config import AdapterConfig
 from icmlora.formats.peft.initial import converted_form
 from icmlora.formats.peft.peft import PEFT
-from icmlora.generator.code import generator_of
+from icmlora.generator.codec.code import generator_of
 from registry.encoding import encode, files_of
 from registry.errors import LostRace, StoreNotFound, TaskConflict
 from registry.manifests import State, Task, now
@@ -173,7 +173,7 @@ def _generators(store: Store, bundle: BundleFile) -> list[State]:
 
 def _check_parts(bundle: BundleFile, tasks: Sequence[Task]) -> None:
     """Check what the file format does not: that every version opens, and that codes and configurations belong to it."""
-    from icmlora.generator.versions import GeneratorFile
+    from icmlora.generator.codec.generator_file import GeneratorFile
 
     generator_file = GeneratorFile(bundle.read(bundle.index.generator.blob))
     for number in range(len(generator_file.digests)):

@@ -31,8 +31,8 @@ from icmlora.fleet.resources.task_code import is_same_code, replaced_bytes, with
 from icmlora.fleet.resources.texts import read_samples
 from icmlora.fleet.resources.workers import Tell, check_place, naming, worker_pool
 from icmlora.formats.catalogue import format_named
+from icmlora.generator.codec.limits import Limits
 from icmlora.generator.config import keep_of, quality_of, tolerance_of
-from icmlora.generator.limits import Limits
 from icmlora.io.devices import gradient_dtype
 from icmlora.training.config import REFINE_STEPS
 from icmlora.training.refinement import FOR_SHARE, WITHOUT_REFINE

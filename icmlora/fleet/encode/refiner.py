@@ -23,9 +23,9 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import factors_of
 from icmlora.fleet.resources.workers import Tell
-from icmlora.generator.codec import Codec
-from icmlora.generator.encoding import Encoded, SlotChoice, Steps, measured
-from icmlora.generator.relaxed import RelaxedCode
+from icmlora.generator.codec.codec import Codec
+from icmlora.generator.codec.encoding import Encoded, SlotChoice, Steps, measured
+from icmlora.generator.codec.relaxed import RelaxedCode
 from icmlora.generator.scales import OCTAVE
 from icmlora.training.effect import LEAST_LOST, Effect, Lost
 from icmlora.training.refinement import Refinable, RefineConfig, has_short_answers, items_for, refine

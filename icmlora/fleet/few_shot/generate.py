@@ -40,9 +40,9 @@ from icmlora.fleet.vectors.vectors import VECTOR_DTYPE, put_vectors
 from icmlora.fleet.write.cards import GeneratedCard
 from icmlora.formats.format import AdapterBytes, write_adapter_files
 from icmlora.formats.peft.peft import PEFT
-from icmlora.generator.encoding import Encoded, encode_adapter
-from icmlora.generator.limits import Limits
-from icmlora.generator.versions import GeneratorFile
+from icmlora.generator.codec.encoding import Encoded, encode_adapter
+from icmlora.generator.codec.generator_file import GeneratorFile
+from icmlora.generator.codec.limits import Limits
 from icmlora.io.devices import gradient_dtype, resolve_device
 from icmlora.io.staging import check_free
 from icmlora.task_vectors.distances import FEWEST, Familiarity, familiarity

@@ -29,8 +29,8 @@ from icmlora.fleet.resources.decoding import decode_code
 from icmlora.fleet.resources.loading import open_base, read_original
 from icmlora.fleet.resources.texts import read_samples
 from icmlora.fleet.train.run import base_models_with_tasks
-from icmlora.generator.codec import Codec
-from icmlora.generator.versions import GeneratorFile
+from icmlora.generator.codec.codec import Codec
+from icmlora.generator.codec.generator_file import GeneratorFile
 from icmlora.io.devices import gradient_dtype, resolve_device
 from icmlora.io.text import counted
 from registry.errors import GeneratorConflict

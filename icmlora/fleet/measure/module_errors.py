@@ -15,7 +15,7 @@ from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.resources.decoding import decode_code
 from icmlora.fleet.resources.loading import read_original
 from icmlora.formats.catalogue import format_named
-from icmlora.generator.versions import GeneratorFile
+from icmlora.generator.codec.generator_file import GeneratorFile
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from icmlora.base_models.modality import BaseModel
     from icmlora.fleet.resources.decoding import OriginalForm
     from icmlora.fleet.resources.stored_vectors import ComparableVectors
-    from icmlora.generator.versions import GeneratorFile
+    from icmlora.generator.codec.generator_file import GeneratorFile
 
 
 class BundleCodes:

@@ -13,13 +13,13 @@ from icmlora.errors import CodeError, DataError
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, AdapterFormat, RunnableAdapter, Template
 from icmlora.formats.peft.peft import CONTEXT_NAMES
-from icmlora.generator.versions import GeneratorFile
+from icmlora.generator.codec.generator_file import GeneratorFile
 from registry.errors import DamagedStore
 
 if TYPE_CHECKING:
     from icmlora.base_models.examples.context import TaskContext
     from icmlora.base_models.finding.tensors import BaseTensors
-    from icmlora.generator.codec import Codec
+    from icmlora.generator.codec.codec import Codec
     from icmlora.io.safetensors import RawTensor
     from registry.manifests import Adapter as StoredAdapter
     from registry.manifests import Code, Task

@@ -28,7 +28,7 @@ from registry.names import LoadIn
 
 if TYPE_CHECKING:
     from icmlora.fleet.resources.recalled_code import Exemplars
-    from icmlora.generator.versions import GeneratorFile
+    from icmlora.generator.codec.generator_file import GeneratorFile
     from registry.store import Store
 
 

@@ -106,7 +106,7 @@ def _tasks_of(store: Store) -> defaultdict[str, list[str]]:
 
 
 def _networks(store: Store, generator: Generator) -> int | None:
-    from icmlora.generator.file import versions_of
+    from icmlora.generator.files.file import versions_of
 
     try:
         return len(versions_of(store.blobs.read(generator.blob)))

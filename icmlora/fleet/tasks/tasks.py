@@ -346,8 +346,8 @@ def _own_template(store: Store, task: Task) -> str | None:
 
 def _initial(store: Store, task: Task) -> InitialA | None:
     """Read the initialisation seed from a task's code; None if a file is damaged, which `icm verify` reports."""
-    from icmlora.generator.code import Code, generator_of
-    from icmlora.generator.file import versions_of
+    from icmlora.generator.codec.code import Code, generator_of
+    from icmlora.generator.files.file import versions_of
 
     assert task.code is not None
     try:

@@ -117,7 +117,7 @@ def _error_fact(store: Store, task: Task, code: Code, recorded: float) -> str | 
     from icmlora.fleet.failures import FAILURES, as_error
     from icmlora.fleet.resources.decoding import decode_code
     from icmlora.fleet.resources.loading import read_original
-    from icmlora.generator.versions import GeneratorFile
+    from icmlora.generator.codec.generator_file import GeneratorFile
 
     try:
         decoded = decode_code(store, GeneratorFile(store.blobs.read(code.generator)), code)

@@ -23,15 +23,15 @@ from icmlora.fleet.context import Context
 from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource, layout_of
 from icmlora.fleet.train.run import TrainingRun, measured_sensitivity, options_of, train_network
-from icmlora.generator.code import generator_of
-from icmlora.generator.codec import Codec
+from icmlora.generator.codec.code import generator_of
+from icmlora.generator.codec.codec import Codec
+from icmlora.generator.codec.encoding import Encoded, encode_adapter
+from icmlora.generator.codec.generator_file import GeneratorFile
+from icmlora.generator.codec.limits import Limits
 from icmlora.generator.config import config_for
-from icmlora.generator.encoding import Encoded, encode_adapter
-from icmlora.generator.file import append_version
-from icmlora.generator.limits import Limits
-from icmlora.generator.network_file import generator_to_bytes
-from icmlora.generator.version_delta import differences_to_words
-from icmlora.generator.versions import GeneratorFile
+from icmlora.generator.files.file import append_version
+from icmlora.generator.files.network_file import generator_to_bytes
+from icmlora.generator.files.version_delta import differences_to_words
 from icmlora.training.config import TrainConfig, steps_for, stretched
 from icmlora.training.initialisation import fresh_network, tunable_network
 from icmlora.training.loop import draws_of

@@ -17,7 +17,7 @@ from icmlora.fleet.context import Context, StageBegun
 from icmlora.fleet.encode.encode import EncodeReport, encode_in
 from icmlora.fleet.failures import BaseModelFailed
 from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable, evaluate_in, measurable_in
-from icmlora.generator.limits import Limits
+from icmlora.generator.codec.limits import Limits
 from registry.errors import IcmError
 
 if TYPE_CHECKING:

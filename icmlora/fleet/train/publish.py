@@ -18,7 +18,7 @@ from registry.manifests import Code, CodeLimits, File, Generator, Task
 
 if TYPE_CHECKING:
     from icmlora.fleet.resources.adapter_source import StoreAdapterSource
-    from icmlora.generator.encoding import Encoded
+    from icmlora.generator.codec.encoding import Encoded
     from registry.store import Store
 
 REPLACED = "its adapter was replaced during training"

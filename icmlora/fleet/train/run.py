@@ -29,8 +29,8 @@ from icmlora.fleet.resources.adapter_source import StoreAdapterSource
 from icmlora.fleet.resources.loading import open_base
 from icmlora.fleet.resources.texts import read_samples
 from icmlora.fleet.train.publish import put_files
+from icmlora.generator.codec.encoding import Encoded
 from icmlora.generator.config import GeneratorConfig, config_for
-from icmlora.generator.encoding import Encoded
 from icmlora.generator.sensitivity import Sensitivity, sensitivity_of
 from icmlora.io.devices import gradient_dtype
 from icmlora.training.config import DEFAULT_QUALITY, TrainConfig
@@ -44,7 +44,7 @@ from registry.filters import Selection, parse_filter
 from registry.manifests import Run, Task
 
 if TYPE_CHECKING:
-    from icmlora.generator.cvae import CVAE
+    from icmlora.generator.network.cvae import CVAE
     from registry.store import Store
 
 _BATCH_SECONDS = 5.0  # between two batches of codes: storing each code alone would wait for the disk

@@ -37,17 +37,17 @@ from icmlora.fleet.train.run import (
     usable_source,
     wanted_config,
 )
-from icmlora.generator.codec import Codec
-from icmlora.generator.encoding import Encoded, encode_adapter
-from icmlora.generator.limits import Limits
-from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
-from icmlora.generator.versions import GeneratorFile
+from icmlora.generator.codec.codec import Codec
+from icmlora.generator.codec.encoding import Encoded, encode_adapter
+from icmlora.generator.codec.generator_file import GeneratorFile
+from icmlora.generator.codec.limits import Limits
+from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.training.ranks import Ranks, joined
 from registry.manifests import CodeLimits, Generator, WithRelativeError
 
 if TYPE_CHECKING:
     from icmlora.generator.config import GeneratorConfig
-    from icmlora.generator.cvae import CVAE
+    from icmlora.generator.network.cvae import CVAE
     from icmlora.training.config import TrainConfig
     from icmlora.training.state import TrainState
     from registry.store import Store

@@ -28,9 +28,9 @@ from icmlora.fleet.train.finish import FinishReport, finish
 from icmlora.fleet.train.publish import publish, put_files
 from icmlora.fleet.train.run import TrainingRun, base_models_with_tasks, run_metrics, usable_source
 from icmlora.fleet.train.train import CodeMade
+from icmlora.generator.codec.generator_file import GeneratorFile
+from icmlora.generator.codec.limits import Limits
 from icmlora.generator.config import tolerance_of
-from icmlora.generator.limits import Limits
-from icmlora.generator.versions import GeneratorFile
 from icmlora.io.devices import resolve_device
 from registry.filters import Selection
 from registry.manifests import CodeLimits, Generator

@@ -17,7 +17,7 @@ from itertools import islice
 from icmlora.adapter.layout import ModuleShape, target_modules
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import CodeError
-from icmlora.generator.container import inflate
+from icmlora.generator.files.container import inflate
 from icmlora.io.safetensors import MAX_DIMENSION, MAX_TENSORS
 from registry.names import is_module_name, natural_key
 

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from icmlora.adapter.arithmetic import truncated
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import CodeError
-from icmlora.generator.container import inflate
+from icmlora.generator.files.container import inflate
 from tests.benchmarks.baselines import e8
 from tests.benchmarks.baselines.baseline import PerAdapter
 from tests.benchmarks.baselines.head import ByteReader, Head

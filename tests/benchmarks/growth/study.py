@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import load_file
 
 from icmlora.adapter.metrics import squared_error
-from icmlora.generator.codec import Codec
+from icmlora.generator.codec.codec import Codec
+from icmlora.generator.codec.encoding import encode_adapter
 from icmlora.generator.config import config_for
-from icmlora.generator.encoding import encode_adapter
-from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.training.config import TrainConfig, steps_for
 from icmlora.training.initialisation import fresh_network
 from icmlora.training.loop import fit

@@ -24,7 +24,7 @@ from icmlora.base_models.kinds.causal_lm import CausalLM
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.reading import examples_for
 from icmlora.base_models.running.lora_hooks import Factors, factors_of
-from icmlora.generator.relaxed import RelaxedCode
+from icmlora.generator.codec.relaxed import RelaxedCode
 from icmlora.io.devices import gradient_dtype
 from icmlora.io.staging import writing_file
 from icmlora.training.effect import Effect

@@ -19,7 +19,7 @@ from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.formats.peft.peft import CONFIG_NAME
 from icmlora.generator.config import GeneratorConfig, config_for
-from icmlora.generator.cvae import CVAE
+from icmlora.generator.network.cvae import CVAE
 from icmlora.generator.sensitivity import Sensitivity, even
 from icmlora.training.initialisation import fresh_network
 from tests.icmlora.small_fleet import MemoryAdapterSource

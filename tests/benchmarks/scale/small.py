@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from icmlora.adapter.model import Adapter
-from icmlora.generator.codec import Codec
+from icmlora.generator.codec.codec import Codec
+from icmlora.generator.codec.encoding import encode_adapter
 from icmlora.generator.config import config_for
-from icmlora.generator.encoding import encode_adapter
+from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.initial_a.search import SeedSearch
-from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.sensitivity import MeanSquares, sensitivity_of
 from icmlora.training.config import TrainConfig
 from icmlora.training.initialisation import fresh_network

@@ -10,9 +10,9 @@ import torch
 
 from icmlora.adapter.canonical import canonicalize
 from icmlora.adapter.model import Adapter
-from icmlora.generator.codec import Codec
-from icmlora.generator.encoding import encode_adapter, measured
-from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.codec.codec import Codec
+from icmlora.generator.codec.encoding import encode_adapter, measured
+from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
 from tests.benchmarks.scale.large import LAYERS, RANK, make_adapter, make_network, shapes, spectra_of
 from tests.benchmarks.scale.small import measure_tasks, trained_codec
 from tests.cli.tiny_fleet import write_lora

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from icmlora.generator.codec import Codec
-from icmlora.generator.encoding import encode_adapter
-from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.codec.codec import Codec
+from icmlora.generator.codec.encoding import encode_adapter
+from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
 from tests.benchmarks.performance.machine import peak_memory
 from tests.benchmarks.scale.large import make_adapter, make_network, shapes, spectra_of
 

@@ -38,11 +38,11 @@ _CODE = """import json, os, resource, statistics, sys, time
 from pathlib import Path
 import torch
 from safetensors.torch import load_file
-from icmlora.generator.encoding import encode_adapter
+from icmlora.generator.codec.encoding import encode_adapter
 from icmlora import load_adapter
 from icmlora.fleet.context import Context
-from icmlora.generator.limits import Limits
-from icmlora.generator.versions import GeneratorFile
+from icmlora.generator.codec.limits import Limits
+from icmlora.generator.codec.generator_file import GeneratorFile
 store, adapter, what = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 weights = adapter / "adapter_model.safetensors" if adapter.is_dir() else adapter
 with Context(store).open() as opened:

@@ -21,10 +21,10 @@ from icmlora.fewshot.meta_training import MetaConfig, meta_train
 from icmlora.fewshot.start import FewShotStart, untrained_fewshot_start
 from icmlora.fewshot.start_file import fewshot_start_from_bytes, fewshot_start_to_bytes, mean_code
 from icmlora.formats.discovery.folder import load_adapter
-from icmlora.generator.codec import Codec
+from icmlora.generator.codec.codec import Codec
 from icmlora.generator.config import config_for
-from icmlora.generator.cvae import CVAE
-from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.network.cvae import CVAE
 from icmlora.task_vectors.extraction import extract_context
 from icmlora.training.initialisation import fresh_network
 from tests.benchmarks.adapters_alone import AdaptersAlone

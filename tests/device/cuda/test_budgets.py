@@ -18,8 +18,8 @@ from icmlora.base_models.finding.lookup import inspect_base
 from icmlora.base_models.kinds.causal_lm import CausalLM
 from icmlora.base_models.modality import BaseModel
 from icmlora.formats.discovery.folder import load_adapter
-from icmlora.generator.codec import Codec
-from icmlora.generator.encoding import encode_adapter
+from icmlora.generator.codec.codec import Codec
+from icmlora.generator.codec.encoding import encode_adapter
 from icmlora.training.loop import draws_of
 from icmlora.training.refinement import RefineConfig, items_for
 from tests.device import workloads

@@ -15,7 +15,7 @@ from icmlora.bundle.file import open_bundle, write_bundle
 from icmlora.errors import BundleError, DataError, IcmLoraError
 from icmlora.fleet.bundles.bundles import Bundle
 from icmlora.fleet.write.materialize import TooLossy
-from icmlora.generator.encoding import encode_adapter
+from icmlora.generator.codec.encoding import encode_adapter
 from registry.manifests import Claim, Code, File, Task
 from tests.icmlora import bundles
 from tests.icmlora.small_fleet import BASE, codec, make_adapter, same, trained_file

@@ -15,9 +15,9 @@ from icmlora.adapter.model import Adapter
 from icmlora.errors import GeneratorError, IcmLoraError
 from icmlora.fewshot.start import FewShotStart, untrained_fewshot_start
 from icmlora.fewshot.start_file import MAGIC, fewshot_start_from_bytes, fewshot_start_to_bytes, mean_code
-from icmlora.generator.codec import Codec
-from icmlora.generator.container import add_checksum
-from icmlora.generator.network_file import generator_from_bytes
+from icmlora.generator.codec.codec import Codec
+from icmlora.generator.files.container import add_checksum
+from icmlora.generator.files.network_file import generator_from_bytes
 from tests.icmlora.small_fleet import codec, make_adapter, same, trained_file
 
 MEAN = make_adapter(0)

@@ -12,7 +12,7 @@ import pytest
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource
 from icmlora.fleet.train.publish import EVICTED, REPLACED, Published, publish
 from icmlora.fleet.train.run import TrainingRun
-from icmlora.generator.encoding import Encoded
+from icmlora.generator.codec.encoding import Encoded
 from registry.manifests import Code, CodeLimits, File, Generator, Measurement, Task, now
 from registry.store import Store
 from tests.registry.examples import BASE, TEXT, adapter, new_store, put, task

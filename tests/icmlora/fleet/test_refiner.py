@@ -16,8 +16,8 @@ from icmlora.base_models.modality import BaseModel
 from icmlora.fleet.encode import refiner
 from icmlora.fleet.encode.refiner import Coarse, Refiner, coarse_for, near, refine_all
 from icmlora.formats.discovery.folder import load_adapter
-from icmlora.generator.codec import Codec
-from icmlora.generator.encoding import Steps
+from icmlora.generator.codec.codec import Codec
+from icmlora.generator.codec.encoding import Steps
 from icmlora.training.effect import Lost
 from icmlora.training.refinement import FOR_SHARE
 from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter

@@ -17,7 +17,7 @@ from icmlora.fleet.evict.restore import AdapterRestored, RestoreReport
 from icmlora.formats import catalogue
 from icmlora.formats.discovery.placeholder import PLACEHOLDER_NAME, placeholder_to_json, read_placeholder
 from icmlora.formats.peft.peft import PEFT
-from icmlora.generator.codec import Codec
+from icmlora.generator.codec.codec import Codec
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import blob_of, damage, equal, files_of, stop_after
 from tests.icmlora.formats.toy_format import ToyFormat

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.generator.container import add_checksum, checked
+from icmlora.generator.files.container import add_checksum, checked
 
 
 @given(st.binary(max_size=64))

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import CodeError, OtherFormat
-from icmlora.generator.code import MAGIC, Code, CodeHead, generator_of
+from icmlora.generator.codec.code import MAGIC, Code, CodeHead, generator_of
 from icmlora.generator.config import GeneratorConfig, ModuleKind
-from icmlora.generator.container import ABSENT, add_checksum
+from icmlora.generator.files.container import ABSENT, add_checksum
 from icmlora.generator.initial_a.draw import InitialA, InitialModule
 from icmlora.generator.scales import EXTREME
 from tests.icmlora.small_fleet import mixed_fleet, module_name

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import CodeError
-from icmlora.generator.code import MAGIC, Code, CodeHead
-from icmlora.generator.container import add_checksum
-from icmlora.generator.encoding import encode_adapter
-from icmlora.generator.limits import Limits
+from icmlora.generator.codec.code import MAGIC, Code, CodeHead
+from icmlora.generator.codec.encoding import encode_adapter
+from icmlora.generator.codec.limits import Limits
+from icmlora.generator.files.container import add_checksum
 from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import codec, make_adapter, make_vectors
 

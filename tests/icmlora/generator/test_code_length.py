@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from icmlora.generator.code_length import bin_bits
+from icmlora.generator.network.code_length import bin_bits
 from icmlora.generator.scales import GAUSSIAN_SHARE, SMALLEST_SCALE, WIDE, probabilities, reach_of
 
 values_of = arrays.arrays(np.float32, st.integers(1, 40), elements=st.floats(-40, 40, width=32))

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from icmlora.adapter.metrics import dw_norm, squared_error
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, CodeError, GeneratorError
-from icmlora.generator import codec as codec_module
-from icmlora.generator.codec import Codec
-from icmlora.generator.encoding import encode_adapter
-from icmlora.generator.limits import Limits
-from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.codec import codec as codec_module
+from icmlora.generator.codec.codec import Codec
+from icmlora.generator.codec.encoding import encode_adapter
+from icmlora.generator.codec.limits import Limits
+from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.training.loop import fit
 from tests.icmlora.small_fleet import (
     begin,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import CodeError
-from icmlora.generator.container import inflate, open_container, split_fields, write_container
+from icmlora.generator.files.container import inflate, open_container, split_fields, write_container
 
 PREFIX = b"ICMX\x01"
 DATA = write_container(PREFIX, b"the head", b"the body")

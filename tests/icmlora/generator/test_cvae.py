@@ -6,8 +6,8 @@ import dataclasses
 
 import torch
 
-from icmlora.generator.stack import stacked
-from icmlora.generator.tokenizing import tokenize
+from icmlora.generator.network.stack import stacked
+from icmlora.generator.network.tokenizing import tokenize
 from tests.icmlora.small_fleet import codec, make_adapter, make_vectors
 
 

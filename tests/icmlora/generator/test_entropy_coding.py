@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import CodeError
-from icmlora.generator.entropy_coding import LIMIT, IntegerReader, Integers, IntegerWriter, clip
+from icmlora.generator.files.entropy_coding import LIMIT, IntegerReader, Integers, IntegerWriter, clip
 from icmlora.generator.scales import LARGEST, SMALLEST, probabilities, reach_of
 
 SCALE = st.integers(SMALLEST, LARGEST)

@@ -13,15 +13,15 @@ from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import CodeError, GeneratorError
-from icmlora.generator.code import Code
-from icmlora.generator.codec import Codec
+from icmlora.generator.codec.code import Code
+from icmlora.generator.codec.codec import Codec
+from icmlora.generator.codec.encoding import encode_adapter
+from icmlora.generator.codec.limits import Limits
 from icmlora.generator.config import MAX_SLOTS, GeneratorConfig, ModuleKind, config_for
-from icmlora.generator.container import ABSENT
-from icmlora.generator.encoding import encode_adapter
+from icmlora.generator.files.container import ABSENT
+from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.generator.initial_a.draw import InitialA, InitialModule, initial_from_bytes, initial_to_bytes
 from icmlora.generator.initial_a.search import initial_under
-from icmlora.generator.limits import Limits
-from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
 from icmlora.training.config import TrainConfig
 from icmlora.training.initialisation import fresh_network
 from icmlora.training.loop import fit

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import GeneratorError
-from icmlora.generator.container import add_checksum
-from icmlora.generator.file import MAGIC
-from icmlora.generator.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.files.container import add_checksum
+from icmlora.generator.files.file import MAGIC
+from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
 from tests.icmlora.small_fleet import codec, trained_file
 
 

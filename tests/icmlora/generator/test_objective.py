@@ -10,14 +10,14 @@ import torch
 
 from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.generator.batch import batched, prepare
-from icmlora.generator.cvae import CVAE
-from icmlora.generator.encoding import encode_adapter
+from icmlora.generator.codec.encoding import encode_adapter
 from icmlora.generator.initial_a.subspace import InitialSubspace, initial_subspace
-from icmlora.generator.objective import Bits, Objective, worth_writing
-from icmlora.generator.tokenizing import tokenize
-from icmlora.generator.tokens import KindTokens
-from icmlora.generator.water_filling import WaterFilling
+from icmlora.generator.network.batch import batched, prepare
+from icmlora.generator.network.cvae import CVAE
+from icmlora.generator.network.objective import Bits, Objective, worth_writing
+from icmlora.generator.network.tokenizing import tokenize
+from icmlora.generator.network.tokens import KindTokens
+from icmlora.generator.network.water_filling import WaterFilling
 from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import (
     BASE,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import CodeError, GeneratorError
-from icmlora.generator.network_file import parameters_to_words, words_to_parameters
+from icmlora.generator.files.network_file import parameters_to_words, words_to_parameters
 
 State = dict[str, torch.Tensor]
 

@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.adapter.model import Adapter
-from icmlora.generator.cvae import CVAE, TaskState
-from icmlora.generator.entropy_coding import LIMIT
+from icmlora.generator.codec.packing import split_sides
+from icmlora.generator.codec.quantizer import Norms, Slots, TokenQuantizer, centred, norm_of
+from icmlora.generator.codec.runs import Nonzeros
+from icmlora.generator.files.entropy_coding import LIMIT
 from icmlora.generator.initial_a.subspace import InitialSubspace, initial_subspace
-from icmlora.generator.packing import split_sides
-from icmlora.generator.quantizer import Norms, Slots, TokenQuantizer, centred, norm_of
-from icmlora.generator.runs import Nonzeros
+from icmlora.generator.network.cvae import CVAE, TaskState
+from icmlora.generator.network.tokenizing import tokenize
+from icmlora.generator.network.tokens import KindTokens
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, centres
-from icmlora.generator.tokenizing import tokenize
-from icmlora.generator.tokens import KindTokens
 from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import codec, make_adapter, with_factors
 

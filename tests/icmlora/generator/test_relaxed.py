@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from icmlora.adapter.model import Adapter, LoraModule
-from icmlora.generator.codec import Codec, OpenCode
-from icmlora.generator.encoding import encode_adapter, measured
-from icmlora.generator.entropy_coding import Integers
-from icmlora.generator.limits import Limits
-from icmlora.generator.packing import KindIntegers
-from icmlora.generator.quantizer import centred
-from icmlora.generator.relaxed import RelaxedCode
+from icmlora.generator.codec.codec import Codec, OpenCode
+from icmlora.generator.codec.encoding import encode_adapter, measured
+from icmlora.generator.codec.limits import Limits
+from icmlora.generator.codec.packing import KindIntegers
+from icmlora.generator.codec.quantizer import centred
+from icmlora.generator.codec.relaxed import RelaxedCode
+from icmlora.generator.files.entropy_coding import Integers
 from icmlora.generator.scales import LARGEST, SMALLEST
 from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.small_fleet import codec, make_vectors, mixed_fleet

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import GeneratorError
-from icmlora.generator import encoding
-from icmlora.generator.encoding import coarsest, encode_adapter, measured
-from icmlora.generator.limits import Limits
+from icmlora.generator.codec import encoding
+from icmlora.generator.codec.encoding import coarsest, encode_adapter, measured
+from icmlora.generator.codec.limits import Limits
 from tests.icmlora.small_fleet import BASE
 from tests.icmlora.untrained import untrained_codec
 

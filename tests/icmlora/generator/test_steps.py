@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.generator.codec import Codec
-from icmlora.generator.encoding import SlotChoice, Steps
+from icmlora.generator.codec.codec import Codec
+from icmlora.generator.codec.encoding import SlotChoice, Steps
 from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.untrained import untrained_codec, with_directions
 

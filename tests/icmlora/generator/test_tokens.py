@@ -13,8 +13,8 @@ from icmlora.adapter.metrics import dw_norm, squared_error
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused, GeneratorError
 from icmlora.generator.config import GeneratorConfig, config_for
-from icmlora.generator.tokenizing import tokenize
-from icmlora.generator.tokens import (
+from icmlora.generator.network.tokenizing import tokenize
+from icmlora.generator.network.tokens import (
     KindTokens,
     detokenize,
     refuse_overflow,

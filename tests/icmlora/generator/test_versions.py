@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import CodeError, GeneratorError, NotCovered
-from icmlora.generator.container import CHECKSUM_SIZE, add_checksum
-from icmlora.generator.encoding import encode_adapter
-from icmlora.generator.file import MAGIC_OF_VERSIONS, append_version, versions_of
-from icmlora.generator.network_file import WEIGHTS, generator_to_bytes
-from icmlora.generator.version_delta import differences_to_words, words_to_changed
-from icmlora.generator.versions import GeneratorFile
+from icmlora.generator.codec.encoding import encode_adapter
+from icmlora.generator.codec.generator_file import GeneratorFile
+from icmlora.generator.files.container import CHECKSUM_SIZE, add_checksum
+from icmlora.generator.files.file import MAGIC_OF_VERSIONS, append_version, versions_of
+from icmlora.generator.files.network_file import WEIGHTS, generator_to_bytes
+from icmlora.generator.files.version_delta import differences_to_words, words_to_changed
 from icmlora.training.config import TrainConfig
 from icmlora.training.initialisation import fresh_network, tunable_network
 from icmlora.training.loop import fit

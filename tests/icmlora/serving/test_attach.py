@@ -188,7 +188,7 @@ def test_an_adapter_that_comes_back_is_not_decoded_again(
     first = logits(model).clone()
     model = attach(model, fleet, "rules")
     with monkeypatch.context() as patched:
-        patched.setattr("icmlora.generator.codec.Codec.decode", lambda *args: pytest.fail("it is decoded again"))
+        patched.setattr("icmlora.generator.codec.codec.Codec.decode", lambda *args: pytest.fail("it is decoded again"))
         torch.testing.assert_close(logits(attach(model, fleet, "poems")), first)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import DataError, OtherFormat
-from icmlora.generator.container import add_checksum
+from icmlora.generator.files.container import add_checksum
 from icmlora.task_vectors.file import arrays_from_bytes, vectors_from_bytes, vectors_to_bytes
 from icmlora.task_vectors.vector import View
 

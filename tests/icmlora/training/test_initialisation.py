@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from icmlora.adapter.model import Adapter
-from icmlora.generator.cvae import CVAE
-from icmlora.generator.tokenizing import tokenize
+from icmlora.generator.network.cvae import CVAE
+from icmlora.generator.network.tokenizing import tokenize
 from icmlora.training import initialisation
 from icmlora.training.config import TrainConfig
 from icmlora.training.initialisation import fresh_network, grown_network

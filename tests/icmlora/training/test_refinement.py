@@ -17,10 +17,10 @@ from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import added, factors_of
 from icmlora.errors import BaseModelUnsuited, DataError
 from icmlora.formats.discovery.folder import load_adapter
-from icmlora.generator.codec import Codec
-from icmlora.generator.encoding import SlotChoice, Steps, encode_adapter
-from icmlora.generator.limits import Limits
-from icmlora.generator.relaxed import RelaxedCode
+from icmlora.generator.codec.codec import Codec
+from icmlora.generator.codec.encoding import SlotChoice, Steps, encode_adapter
+from icmlora.generator.codec.limits import Limits
+from icmlora.generator.codec.relaxed import RelaxedCode
 from icmlora.training import refinement, teacher
 from icmlora.training.effect import Effect
 from icmlora.training.refinement import FOR_SHARE, Refinable, RefineConfig, items_for, refine

@@ -14,12 +14,12 @@ from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.metrics import dw_norm, squared_error
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import GeneratorError
-from icmlora.generator.codec import OpenCode
-from icmlora.generator.encoding import encode_adapter
-from icmlora.generator.entropy_coding import Integers
+from icmlora.generator.codec.codec import OpenCode
+from icmlora.generator.codec.encoding import encode_adapter
+from icmlora.generator.codec.limits import Limits
+from icmlora.generator.codec.packing import KindIntegers
+from icmlora.generator.files.entropy_coding import Integers
 from icmlora.generator.initial_a.draw import InitialA, InitialModule
-from icmlora.generator.limits import Limits
-from icmlora.generator.packing import KindIntegers
 from tests.icmlora.peft_made import initial_of, peft_codec, peft_fleet, peft_made
 from tests.icmlora.small_fleet import same, with_factors
 

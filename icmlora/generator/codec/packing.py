@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icmlora.errors import CodeError
-from icmlora.generator.code import CodeHead
-from icmlora.generator.container import ABSENT
-from icmlora.generator.entropy_coding import IntegerReader, Integers, IntegerWriter
+from icmlora.generator.codec.code import CodeHead
+from icmlora.generator.codec.quantizer import Slots, TokenQuantizer
+from icmlora.generator.codec.runs import Nonzeros
+from icmlora.generator.files.container import ABSENT
+from icmlora.generator.files.entropy_coding import IntegerReader, Integers, IntegerWriter
 from icmlora.generator.initial_a.subspace import InitialSubspace
-from icmlora.generator.quantizer import Slots, TokenQuantizer
-from icmlora.generator.runs import Nonzeros
 from icmlora.generator.scales import EXTREME
 from icmlora.io.threads import side_by_side
 

@@ -23,15 +23,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from icmlora.generator import entropy_coding as entropy
-from icmlora.generator.cvae import CVAE, TaskState
-from icmlora.generator.entropy_coding import Integers, Scales
+from icmlora.generator.codec.runs import ChannelOrder, Nonzeros, Profiles, Runs
+from icmlora.generator.files import entropy_coding as entropy
+from icmlora.generator.files.entropy_coding import Integers, Scales
 from icmlora.generator.initial_a.subspace import InitialSubspace
-from icmlora.generator.runs import ChannelOrder, Nonzeros, Profiles, Runs
+from icmlora.generator.network.cvae import CVAE, TaskState
+from icmlora.generator.network.stack import INPUTS, OUTPUTS, places_of
+from icmlora.generator.network.tokens import KindTokens
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, STRENGTHS, centre_table
 from icmlora.generator.sensitivity import Sensitivity
-from icmlora.generator.stack import INPUTS, OUTPUTS, places_of
-from icmlora.generator.tokens import KindTokens
 
 _CPU = torch.device("cpu")
 _SHORT = 31  # largest magnitude in the small table of centres

@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 import torch
 
-from icmlora.generator.batch import Batch, Subspaces
-from icmlora.generator.code_length import bin_bits
-from icmlora.generator.cvae import CVAE, Prediction, features_of
+from icmlora.generator.network.batch import Batch, Subspaces
+from icmlora.generator.network.code_length import bin_bits
+from icmlora.generator.network.cvae import CVAE, Prediction, features_of
+from icmlora.generator.network.stack import INPUTS, OUTPUTS, Values, joined
+from icmlora.generator.network.tokens import Pairs, slot_errors
 from icmlora.generator.scales import OCTAVE
-from icmlora.generator.stack import INPUTS, OUTPUTS, Values, joined
-from icmlora.generator.tokens import Pairs, slot_errors
 
 
 class Bits(NamedTuple):

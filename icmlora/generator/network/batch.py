@@ -1,6 +1,6 @@
 """Input of one training step: the tokens of some adapters, and all numbers that do not depend on the network.
 
-    adapters ──prepare──▶ tokens in steps ──batched──▶ Batch ──▶ `icmlora.generator.objective`
+    adapters ──prepare──▶ tokens in steps ──batched──▶ Batch ──▶ `icmlora.generator.network.objective`
                once for each               for each step
 
 The time of a step on a card depends on its number of operators, so the CPU makes all indices here during another step.
@@ -16,12 +16,12 @@ import torch
 from torch.nn import functional
 
 from icmlora.generator.config import GeneratorConfig
-from icmlora.generator.cvae import VIEWS
 from icmlora.generator.initial_a.subspace import Bases, InitialSubspace, bases_of
+from icmlora.generator.network.cvae import VIEWS
+from icmlora.generator.network.stack import INPUTS, OUTPUTS, Stack, stacked
+from icmlora.generator.network.tokens import KindTokens
+from icmlora.generator.network.water_filling import WaterFilling
 from icmlora.generator.sensitivity import Sensitivity
-from icmlora.generator.stack import INPUTS, OUTPUTS, Stack, stacked
-from icmlora.generator.tokens import KindTokens
-from icmlora.generator.water_filling import WaterFilling
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from icmlora.generator.entropy_coding import Integers, Places, Sizes
+from icmlora.generator.files.entropy_coding import Integers, Places, Sizes
 from icmlora.generator.scales import LARGEST, SMALLEST
 
 _BYTE = 127  # largest magnitude that fits into a byte

@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 
 from icmlora.errors import CodeError, GeneratorError
 from icmlora.generator.config import GeneratorConfig
-from icmlora.generator.container import write_container
-from icmlora.generator.cvae import CVAE, VIEWS
-from icmlora.generator.entropy_coding import IntegerReader, Integers, IntegerWriter, clip
-from icmlora.generator.file import MAGIC, config_in, split_network
+from icmlora.generator.files.container import write_container
+from icmlora.generator.files.entropy_coding import IntegerReader, Integers, IntegerWriter, clip
+from icmlora.generator.files.file import MAGIC, config_in, split_network
+from icmlora.generator.network.cvae import CVAE, VIEWS
 from icmlora.generator.scales import LARGEST, OCTAVE, SMALLEST, tables_digest
 
 # A parameter of an ordinary row takes half a byte; rows of zeros, which a fresh network has, take next to nothing.

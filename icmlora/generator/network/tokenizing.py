@@ -15,8 +15,8 @@ import torch
 from icmlora.adapter.canonical import singular_rows, stacked_rows, together
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.generator.config import GeneratorConfig
+from icmlora.generator.network.tokens import KindTokens
 from icmlora.generator.sensitivity import Sensitivity
-from icmlora.generator.tokens import KindTokens
 from icmlora.io.threads import side_by_side
 
 

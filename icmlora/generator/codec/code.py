@@ -9,7 +9,7 @@ generators of more than 254 rank slots `kept`, and the ranks of the initial A, t
 
 `kept` holds the number of rank slots coded for each (kind, layer), the largest number (255 or 65,535) where the adapter
 has no such module. The words hold the rounded log-norms and the vectors of these slots, kind by kind
-(icmlora/generator/packing.py). The number of integers follows from the head and the generator, so a code cannot
+(icmlora/generator/codec/packing.py). The number of integers follows from the head and the generator, so a code cannot
 claim more memory than its generator's own layout allows.
 """
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from icmlora.errors import CodeError
 from icmlora.generator.config import GeneratorConfig
-from icmlora.generator.container import (
+from icmlora.generator.files.container import (
     ABSENT,
     check_magic,
     counts_from_bytes,

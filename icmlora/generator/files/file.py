@@ -11,7 +11,7 @@ checksum covers everything before it, from the beginning of the file.
 A version's name is the SHA-256 of the file when this version was its last. The digest can still be computed after the
 file has grown, so a code still names the very bytes it was made under, and they decode it as before.
 
-This module does not import torch: listing generators needs no network (icmlora/generator/network_file.py reads one).
+This module does not import torch: listing generators needs no network (`network_file` reads one).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from icmlora.errors import CodeError, GeneratorError
 from icmlora.generator.config import GeneratorConfig
-from icmlora.generator.container import CHECKSUM_SIZE, add_checksum, check_magic, inflate, open_container
+from icmlora.generator.files.container import CHECKSUM_SIZE, add_checksum, check_magic, inflate, open_container
 
 MAGIC, MAGIC_OF_VERSIONS = b"ICMG\x04", b"ICMG\x05"
 _HEADER_LIMIT = 1 << 20  # largest header, in bytes

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from icmlora.errors import CodeError
-from icmlora.generator.entropy_coding import IntegerReader, Integers, IntegerWriter, clip
-from icmlora.generator.network_file import TABLES, WEIGHTS, diverged, read_side, scales_of, write_side
+from icmlora.generator.files.entropy_coding import IntegerReader, Integers, IntegerWriter, clip
+from icmlora.generator.files.network_file import TABLES, WEIGHTS, diverged, read_side, scales_of, write_side
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST
 
 _EIGHTHS = -3 * OCTAVE  # exponent of tensors that are stored in whole eighths

@@ -29,10 +29,10 @@ from torch.nn.functional import silu
 
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.initial_a.subspace import InitialSubspace
+from icmlora.generator.network.stack import INPUTS, OUTPUTS, Places, Stack, places_of
+from icmlora.generator.network.tokens import KindTokens
 from icmlora.generator.scales import OCTAVE
 from icmlora.generator.sensitivity import Sensitivity
-from icmlora.generator.stack import INPUTS, OUTPUTS, Places, Stack, places_of
-from icmlora.generator.tokens import KindTokens
 
 VIEWS = ("adapted", "context")
 

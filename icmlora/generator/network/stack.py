@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from icmlora.generator.tokens import KindTokens
+from icmlora.generator.network.tokens import KindTokens
 
 INPUTS, OUTPUTS = 0, 1  # the sides of a token
 

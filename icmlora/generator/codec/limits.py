@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from icmlora.errors import OptionsConflict
+from icmlora.generator.network.water_filling import WaterFilling
 from icmlora.generator.scales import OCTAVE
-from icmlora.generator.water_filling import WaterFilling
 
 _LARGE = 0.5  # larger squared errors grow more slowly than theory expects, as slots are left out
 

@@ -17,16 +17,16 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from icmlora.adapter.metrics import relative
-from icmlora.generator.code import CodeHead
-from icmlora.generator.codec import Codec
-from icmlora.generator.container import ABSENT
-from icmlora.generator.cvae import TaskState
-from icmlora.generator.objective import worth_writing
-from icmlora.generator.packing import KindIntegers, written_slots
-from icmlora.generator.quantizer import Means, Slots, norm_of
+from icmlora.generator.codec.code import CodeHead
+from icmlora.generator.codec.codec import Codec
+from icmlora.generator.codec.packing import KindIntegers, written_slots
+from icmlora.generator.codec.quantizer import Means, Slots, norm_of
+from icmlora.generator.files.container import ABSENT
+from icmlora.generator.network.cvae import TaskState
+from icmlora.generator.network.objective import worth_writing
+from icmlora.generator.network.tokens import KindTokens, squared_norm
 from icmlora.generator.scales import STRENGTHS
 from icmlora.generator.sensitivity import Sensitivity
-from icmlora.generator.tokens import KindTokens, squared_norm
 from icmlora.io.threads import side_by_side
 
 _Parts = list[tuple[float, float]]  # squared error and squared norm of some modules each

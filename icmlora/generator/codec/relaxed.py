@@ -21,15 +21,15 @@ from torch import nn
 
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.running.lora_hooks import Factors
-from icmlora.generator.code_length import bin_bits
-from icmlora.generator.codec import Codec
-from icmlora.generator.entropy_coding import LIMIT
+from icmlora.generator.codec.codec import Codec
+from icmlora.generator.codec.packing import KindIntegers
+from icmlora.generator.codec.quantizer import norm_of
+from icmlora.generator.files.entropy_coding import LIMIT
 from icmlora.generator.initial_a.subspace import Bases, bases_of
-from icmlora.generator.packing import KindIntegers
-from icmlora.generator.quantizer import norm_of
+from icmlora.generator.network.code_length import bin_bits
+from icmlora.generator.network.tokenizing import tokenize
+from icmlora.generator.network.tokens import KindTokens
 from icmlora.generator.scales import OCTAVE, SMALLEST, STRENGTHS, centre_table
-from icmlora.generator.tokenizing import tokenize
-from icmlora.generator.tokens import KindTokens
 from icmlora.io.devices import moved
 
 
@@ -211,7 +211,7 @@ class RelaxedCode:
         return self._centred(values.detach().round().clamp(-LIMIT, LIMIT), scales) + (values - values.detach())
 
     def _centred(self, whole: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Return the mean of each integer's bin: `icmlora.generator.quantizer.centred`, on the device."""
+        """Return the mean of each integer's bin: `icmlora.generator.codec.quantizer.centred`, on the device."""
         if whole.device.type != "cpu":
             return self._looked_up(whole, scales)
         places = (whole != 0).flatten().nonzero().squeeze(1)  # few are nonzero; but a card would have to wait for them

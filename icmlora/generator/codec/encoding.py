@@ -23,18 +23,18 @@ from numpy.typing import NDArray
 from icmlora.adapter.metrics import error_and_norm, relative
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import GeneratorError
-from icmlora.generator.code import CodeHead
-from icmlora.generator.codec import Codec
-from icmlora.generator.container import ABSENT
-from icmlora.generator.cvae import TaskState
+from icmlora.generator.codec.code import CodeHead
+from icmlora.generator.codec.codec import Codec
+from icmlora.generator.codec.limits import Limits, Measured
+from icmlora.generator.codec.rounding import Rounded, Rounding
+from icmlora.generator.files.container import ABSENT
 from icmlora.generator.initial_a.draw import InitialA
-from icmlora.generator.limits import Limits, Measured
-from icmlora.generator.rounding import Rounded, Rounding
+from icmlora.generator.network.cvae import TaskState
+from icmlora.generator.network.stack import stacked
+from icmlora.generator.network.tokenizing import tokenize
+from icmlora.generator.network.tokens import KindTokens, Modules, refuse_overflow, refuse_underflow
+from icmlora.generator.network.water_filling import WaterFilling
 from icmlora.generator.scales import OCTAVE
-from icmlora.generator.stack import stacked
-from icmlora.generator.tokenizing import tokenize
-from icmlora.generator.tokens import KindTokens, Modules, refuse_overflow, refuse_underflow
-from icmlora.generator.water_filling import WaterFilling
 from icmlora.io.threads import one_thread
 
 # Range of steps below and above the expected one, in eighths of an octave: 2^-16 of it is below float32's resolution.

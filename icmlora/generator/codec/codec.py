@@ -6,7 +6,7 @@
     code ──▶ condition, latent ────▶ prediction ──+ integers──▶ tokens ──▶ adapter               decode
     task vectors ──▶ condition ────▶ prediction ──────────────▶ tokens ──▶ adapter               generate
 
-An adapter is encoded by icmlora/generator/encoding.py, which searches for the quantiser step.
+An adapter is encoded by icmlora/generator/codec/encoding.py, which searches for the quantiser step.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from numpy.typing import NDArray
 from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter
 from icmlora.errors import CodeError, GeneratorError
-from icmlora.generator.code import Code, CodeHead, generator_of
-from icmlora.generator.container import ABSENT
-from icmlora.generator.cvae import VIEWS, TaskState, predicted_tokens
+from icmlora.generator.codec.code import Code, CodeHead, generator_of
+from icmlora.generator.codec.packing import KindIntegers, pack, unpack
+from icmlora.generator.codec.quantizer import TokenQuantizer, norm_of
+from icmlora.generator.files.container import ABSENT
+from icmlora.generator.files.network_file import TrainedGenerator
 from icmlora.generator.initial_a.subspace import initial_subspace
-from icmlora.generator.network_file import TrainedGenerator
-from icmlora.generator.packing import KindIntegers, pack, unpack
-from icmlora.generator.quantizer import TokenQuantizer, norm_of
+from icmlora.generator.network.cvae import VIEWS, TaskState, predicted_tokens
+from icmlora.generator.network.tokens import Modules, assembled, detokenize, modules_of
 from icmlora.generator.scales import STRENGTHS
-from icmlora.generator.tokens import Modules, assembled, detokenize, modules_of
 from icmlora.io.threads import one_thread, side_by_side
 
 _LARGE = 1 << 18  # bytes of a code above which a second thread saves more than it costs

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import CodeError, GeneratorError, NotCovered
-from icmlora.generator.code import generator_of
-from icmlora.generator.codec import Codec
-from icmlora.generator.cvae import CVAE
-from icmlora.generator.file import versions_of
-from icmlora.generator.network_file import TrainedGenerator, generator_from_bytes
+from icmlora.generator.codec.code import generator_of
+from icmlora.generator.codec.codec import Codec
+from icmlora.generator.files.file import versions_of
+from icmlora.generator.files.network_file import TrainedGenerator, generator_from_bytes
+from icmlora.generator.network.cvae import CVAE
 
 
 class GeneratorFile:
@@ -65,7 +65,7 @@ class GeneratorFile:
 
 def _changed(net: CVAE, words: bytes) -> CVAE:
     """Apply the differences of a version to a network, in place."""
-    from icmlora.generator.version_delta import words_to_changed  # the first version of a generator has none
+    from icmlora.generator.files.version_delta import words_to_changed  # the first version of a generator has none
 
     try:
         net.load_state_dict(words_to_changed(words, net.state_dict()))

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from icmlora.generator.initial_a.subspace import InitialSubspace
+from icmlora.generator.network.stack import INPUTS, OUTPUTS
+from icmlora.generator.network.tokens import KindTokens, squared_norm
 from icmlora.generator.scales import OCTAVE
 from icmlora.generator.sensitivity import Sensitivity
-from icmlora.generator.stack import INPUTS, OUTPUTS
-from icmlora.generator.tokens import KindTokens, squared_norm
 from icmlora.io.threads import one_thread
 
 _PARTS = 16  # groups of channels of about equal weight, as the step need not be exact

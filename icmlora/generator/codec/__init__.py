@@ -1,0 +1,1 @@
+"""Encode adapters as codes, and decode codes to adapters."""
