@@ -1,4 +1,4 @@
-# ruff: noqa: D102  # a protocol describes the methods of its classes
+# a protocol describes the methods of its classes
 """An open bundle as a source of codes: it answers with the tasks that a store would have after `icm import`.
 
 The quality that a bundle states for its codes is a claim: nothing here has measured it. Never imports torch.

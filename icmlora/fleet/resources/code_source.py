@@ -1,4 +1,4 @@
-# ruff: noqa: D102  # a protocol describes the methods of its classes
+# a protocol describes the methods of its classes
 """Sources of codes: an open store, or an open bundle. Readers of codes are written once, for both.
 
 Never imports torch by itself.
