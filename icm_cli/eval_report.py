@@ -6,8 +6,8 @@ import math
 from functools import partial
 from typing import TYPE_CHECKING
 
-from icm_cli.failures import print_failure, print_skipped
 from icm_cli.output import Field
+from icm_cli.report import print_event, print_skipped
 from icm_cli.session import Session
 from icm_cli.text import SOURCES, errors_json, figure
 from icmlora.fleet.measure.metric_result import MetricResult, measured_in
@@ -30,16 +30,16 @@ _SHORT = {"perplexity": "ppl", "bits per byte": "bpb"}
 
 def measured(report: EvaluateReport) -> str:
     """Return the number of measured tasks as text."""
-    return f"measured {counted(len(report.tasks), 'task')}"
+    return f"measured {counted(len(report.done), 'task')}"
 
 
 def sum_up(session: Session, report: EvaluateReport) -> None:
     """Print tables of the results, and the skipped tasks with reasons."""
-    shown = [source for source in SOURCES if any(source in task.sources for task in report.tasks)]
+    shown = [source for source in SOURCES if any(source in task.sources for task in report.done)]
     with_gain = [source for source in shown if source not in ("base", "original")]
-    metrics = dict.fromkeys(task.sources["base"].score.metric for task in report.tasks) or {"": None}
+    metrics = dict.fromkeys(task.sources["base"].score.metric for task in report.done) or {"": None}
     for metric in metrics:  # one table per kind of base model
-        tasks = [task for task in report.tasks if task.sources["base"].score.metric == metric]
+        tasks = [task for task in report.done if task.sources["base"].score.metric == metric]
         _print_table(session, tasks, shown, with_gain)
     for source in with_gain:
         gain = report.gain_of(source)
@@ -51,7 +51,7 @@ def sum_up(session: Session, report: EvaluateReport) -> None:
             f"retained gain of `{source}`: mean {gain.mean:.3f}, worst {gain.worst:.3f} "
             f"({gain.worst_task}){measured_in(gain.precisions)}"
         )
-    for task in report.tasks:
+    for task in report.done:
         scores = {source: result.score for source, result in task.sources.items()}
         if sentence := no_gain(task.task, scores, [task.sources[s].retained_gain for s in with_gain if s in scores]):
             session.out.line(sentence)
@@ -66,9 +66,10 @@ def sum_up(session: Session, report: EvaluateReport) -> None:
             session.out.note(f"{text}: {', '.join(names)}")
     for note in report.notes:
         session.out.note(note)
-    if precision := measured_in(task.precision for task in report.tasks):
+    if precision := measured_in(task.precision for task in report.done):
         session.out.note(f"measured with the base model in{precision}")
-    print_skipped(session.out, report.left_out, "no measurements")
+    for group in report.skipped:
+        print_skipped(session, group, "no measurements")
 
 
 def _print_table(session: Session, tasks: list[TaskEvaluated], shown: list[Source], with_gain: list[Source]) -> None:
@@ -118,7 +119,7 @@ def print_measured(session: Session, event: Event) -> None:
     """Print a measured or failed task, as JSON lines or warnings."""
     from icmlora.fleet.measure.evaluate import TaskEvaluated
 
-    print_failure(session, event)
+    print_event(session, event)
     if isinstance(event, TaskEvaluated):
         sources, with_context = (
             {source: _as_json(result) for source, result in results.items()}

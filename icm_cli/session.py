@@ -6,20 +6,19 @@ def ls(session: Session, limit: ...) -> None:      ->  icm ls [--limit N] [--sto
 
 from __future__ import annotations
 
-import functools
 import inspect
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 
 import typer
 
 from icm_cli.config import Settings, cache_folder, load_settings
-from icm_cli.errors import INTERRUPTED, ExitCode, Interrupted, StdoutClosed
+from icm_cli.errors import ExitCode, Interrupted
 from icm_cli.options import JsonOpt, LockTimeoutOpt, NoProgressOpt, QuietOpt, StoreOpt, VerboseOpt
 from icm_cli.output import Output
 from icmlora.errors import Cancelled
@@ -143,7 +142,11 @@ class Session:
 
     def device(self, flag: str | None) -> str:
         """Return the device from the flag, the environment or the configuration."""
-        return flag if flag is not None else self.settings.device.value
+        return str(self.setting("device", flag))
+
+    def setting(self, name: str, flag: object) -> object:
+        """Return a setting from the flag, the environment or the configuration."""
+        return flag if flag is not None else getattr(self.settings, name).value
 
     @contextmanager
     def _catching_signals(self) -> Iterator[list[int]]:
@@ -181,55 +184,13 @@ def end(
         raise typer.Exit(code)
 
 
-def command(function: Callable[Concatenate[Session, P], None]) -> Callable[..., None]:
-    """Add the global options to a command and pass it a `Session`."""
-    signature = inspect.signature(function, eval_str=True)
-    own = list(signature.parameters.values())[1:]
-
-    @functools.wraps(function)
-    def run(*, ctx: typer.Context, **values: object) -> None:
-        given = {field.name: values.pop(field.name) for field in fields(GlobalOptions)}
-        options = GlobalOptions(**given)  # type: ignore[arg-type]  # Typer has converted them
-        options = options.over(ctx.obj)
-        if ctx.invoked_subcommand is not None:  # a group that is also a command, called with a subcommand
-            ctx.obj = options
-            return
-        session = _start(options, ctx.command_path)
-        try:
-            try:
-                cast(Callable[..., None], function)(session, **values)
-                sys.stdout.flush()
-            finally:
-                session.warn_damaged()  # also if the command fails
-            if session.damaged:
-                session.out.hint("run `icm verify` to see what is damaged and how to repair it")
-                raise typer.Exit(ExitCode.DAMAGED)
-        except (KeyboardInterrupt, Cancelled) as error:
-            raise Interrupted(INTERRUPTED) from error
-        except BrokenPipeError as error:
-            raise StdoutClosed("stdout was closed") from error
-
-    context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
-    parameters = [context, *keywords, *global_parameters()]
-    run.__doc__ = _reflowed(inspect.cleandoc(function.__doc__ or ""))
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run
-
-
-def _reflowed(text: str) -> str:
-    """Join the lines of each paragraph without indented lines, so that the help fits any width."""
-    paragraphs = text.split("\n\n")
-    return "\n\n".join(part if "\n " in part else part.replace("\n", " ") for part in paragraphs)
-
-
 def global_parameters() -> list[inspect.Parameter]:
     """Return the global options as parameters for Typer."""
     own = inspect.signature(GlobalOptions, eval_str=True).parameters.values()
     return [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
 
 
-def _start(options: GlobalOptions, name: str) -> Session:
+def start(options: GlobalOptions, name: str) -> Session:
+    """Begin the run of a command."""
     out = Output(as_json=options.json, quiet=options.quiet, verbosity=options.verbose, progress=not options.no_progress)
     return Session(out, load_settings(store=options.store, lock_timeout=options.lock_timeout), name)

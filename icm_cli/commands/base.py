@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from icm_cli.command import plain_command as command
 from icm_cli.errors import UsageProblem
 from icm_cli.options import LoaderOpt, argument, option
 from icm_cli.output import Column
-from icm_cli.session import Session, command
+from icm_cli.session import Session
 from icm_cli.text import joined_text
 from icmlora.io.text import counted
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from icm_cli.command import plain_command as command
 from icm_cli.errors import Interrupted, UsageProblem
 from icm_cli.guard_report import guard_json, print_guard
 from icm_cli.options import DeviceOpt, TaskArg, option
-from icm_cli.session import Session, command
+from icm_cli.session import Session
 from icmlora.errors import Cancelled
 from icmlora.io.text import counted, human_size
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from icm_cli.command import plain_command as command
 from icm_cli.errors import UsageProblem
 from icm_cli.options import DtypeName, argument, option
 from icm_cli.output import Column, Field, Output
-from icm_cli.session import Session, command, end
+from icm_cli.session import Session, end
 from icm_cli.text import as_fields, figure
 from icmlora.errors import Cancelled
 from icmlora.io.text import counted, human_size, parse_bytes

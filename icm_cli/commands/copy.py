@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from icm_cli.command import plain_command as command
 from icm_cli.errors import ExitCode
 from icm_cli.options import SomeTasksArg, argument
-from icm_cli.session import Session, command
+from icm_cli.session import Session
 from icmlora.io.text import counted, human_size
 
 FromArg = Annotated[str, argument("STORE1", "Store to copy from: a folder, or postgresql://HOST/DATABASE.")]

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from icm_cli.command import plain_command as command
 from icm_cli.config import config_file, log_file
 from icm_cli.errors import ExitCode
 from icm_cli.options import option
-from icm_cli.session import Session, command
+from icm_cli.session import Session
 from icmlora.io.text import human_size
 
 if TYPE_CHECKING:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
+from icm_cli.command import plain_command as command
 from icm_cli.options import BaseModelOpt, SomeTasksArg, option
 from icm_cli.output import Field
-from icm_cli.session import Session, command
+from icm_cli.session import Session
 from icm_cli.text import as_fields, figure
 from icmlora.io.text import counted, some
 

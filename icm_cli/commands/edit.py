@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
+from icm_cli.command import plain_command as command
 from icm_cli.errors import UsageProblem
 from icm_cli.options import TasksArg, option
 from icm_cli.output import Field
-from icm_cli.session import Session, command
+from icm_cli.session import Session
 
 if TYPE_CHECKING:
     from icmlora.fleet.tasks.tasks import EditReport

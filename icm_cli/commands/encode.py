@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
+from icm_cli.command import plain_command as command
 from icm_cli.encode_report import print_encoded, print_evict_hint, sum_up
 from icm_cli.options import (
     BaseModelOpt,
@@ -18,7 +19,7 @@ from icm_cli.options import (
     quality_option,
     refine_option,
 )
-from icm_cli.session import Session, command, end
+from icm_cli.session import Session, end
 from icmlora.io.text import counted, parse_bytes
 from icmlora.training.config import REFINE_STEPS
 

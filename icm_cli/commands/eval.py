@@ -7,9 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from icm_cli.command import plain_command as command
 from icm_cli.eval_report import MEASURE_REST, measured, print_measured, sum_up
 from icm_cli.options import DeviceOpt, ShardOpt, SomeTasksArg, WorkersOpt, option
-from icm_cli.session import Session, command, end
+from icm_cli.session import Session, end
 from icmlora.fleet.measure.metric_result import MAX_TOKENS
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def evaluate(
 
     report, stopped = session.run("eval", work, partial(print_measured, session))
     sum_up(session, report)
-    if report.tasks and max_tokens != MAX_TOKENS:
+    if report.done and max_tokens != MAX_TOKENS:
         fact = f"`icm stats` shows these figures until the next `icm eval` with the default of {MAX_TOKENS} tokens"
         session.out.note(fact)
 

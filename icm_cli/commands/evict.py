@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
+from icm_cli.command import plain_command as command
 from icm_cli.errors import ExitCode
 from icm_cli.options import DeviceOpt, DryRunOpt, SomeTasksArg, WorkersOpt, option
 from icm_cli.output import Field, Output
-from icm_cli.session import Session, command, end
+from icm_cli.session import Session, end
 from icm_cli.text import as_fields, coded_size, figure
 from icmlora.fleet.measure.metric_result import gain_text
 from icmlora.io.text import counted, human_size

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from icm_cli.command import plain_command as command
 from icm_cli.errors import ExitCode
 from icm_cli.options import BaseModelOpt, SomeTasksArg, argument, option
-from icm_cli.session import Session, command
+from icm_cli.session import Session
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:

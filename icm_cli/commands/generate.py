@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from icm_cli.command import plain_command as command
 from icm_cli.errors import Interrupted
 from icm_cli.guard_report import guard_json, guard_text
 from icm_cli.options import BaseModelOpt, DeviceOpt, DtypeName, ForceOpt, OutputOpt, argument, option
-from icm_cli.session import Session, command
+from icm_cli.session import Session
 from icmlora.errors import Cancelled
 from icmlora.fleet.measure.metric_result import measured_in
 from icmlora.io.text import counted, human_size

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from icm_cli.command import plain_command as command
 from icm_cli.errors import ExitCode
 from icm_cli.options import BundleArg, DryRunOpt, argument, option
-from icm_cli.session import Session, command
+from icm_cli.session import Session
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:

@@ -12,10 +12,12 @@ from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
-from icm_cli.failures import print_skipped, print_vectors_event
+from icm_cli.command import plain_command as command
+from icm_cli.commands.vectors import print_vectors_detail
 from icm_cli.options import DeviceOpt, DryRunOpt, argument, option
 from icm_cli.output import Column, Mode, Output
-from icm_cli.session import Session, command, end
+from icm_cli.report import print_event, print_skipped
+from icm_cli.session import Session, end
 from icm_cli.text import grouped, joined_text, path_shown
 from icmlora.io.text import counted, escape, human_size, some
 
@@ -139,21 +141,24 @@ def ingest(
         raise
     if not printed:
         _print_totals(session, report, dry_run=dry_run)
-    partly = _print_extracted(session.out, report.vectors)
+    partly = _print_extracted(session, report.vectors)
     _print_notes(session, report, dry_run=dry_run, is_named=name is not None or name_from is not None)
     done = f"{len(report.ingested)} of {counted(report.found, 'task')} ingested"
     end(done, stopped=stopped, partly=partly or bool(report.problems))
 
 
-def _print_extracted(out: Output, extracted: VectorReport | None) -> bool:
+def _print_extracted(session: Session, extracted: VectorReport | None) -> bool:
     """Print the results for task vectors; return whether any failed."""
     if extracted is None:
         return False
-    if extracted.tasks or not extracted.failed:
-        out.line(f"extracted the vectors of {counted(len(extracted.tasks), 'task')}")
+    out = session.out
+    if extracted.done or not extracted.failed:
+        out.line(f"extracted the vectors of {counted(len(extracted.done), 'task')}")
     for note in extracted.notes:
         out.note(note)
-    return print_skipped(out, extracted.left_out, "no vectors") or bool(extracted.failed)
+    for group in extracted.skipped:
+        print_skipped(session, group, "no vectors")
+    return extracted.is_partial
 
 
 def _print_event(session: Session, problems: list[InputProblem], printed: list[IngestReport], event: Event) -> None:
@@ -180,7 +185,8 @@ def _print_event(session: Session, problems: list[InputProblem], printed: list[I
         printed.append(cast("IngestReport", event.report))
         _print_totals(session, printed[0], dry_run=False)
     else:
-        print_vectors_event(session, event)
+        print_event(session, event)
+        print_vectors_detail(session, event)
 
 
 def _print_totals(session: Session, report: IngestReport, *, dry_run: bool) -> None:

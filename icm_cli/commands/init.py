@@ -6,8 +6,9 @@ import os
 from dataclasses import replace
 from typing import Annotated
 
+from icm_cli.command import plain_command as command
 from icm_cli.options import argument, option
-from icm_cli.session import Session, command
+from icm_cli.session import Session
 from icmlora.io.text import counted
 
 StoreArg = Annotated[

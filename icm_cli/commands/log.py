@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from icm_cli.command import plain_command as command
 from icm_cli.options import TaskArg
 from icm_cli.output import Field
-from icm_cli.session import Session, command
+from icm_cli.session import Session
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated
 
+from icm_cli.command import plain_command as command
 from icm_cli.errors import UsageProblem
 from icm_cli.options import BaseModelOpt, FiltersOpt, FromOpt, LimitOpt, SortOpt, option
 from icm_cli.output import Column, Field
-from icm_cli.session import Session, command
+from icm_cli.session import Session
 from icm_cli.text import claim_json, claim_text, coded_size, errors_json
 from icmlora.fleet.measure.metric_result import gain_text, relative_error
 from icmlora.fleet.rows import claim_of, limits_of, was_never_here

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from icm_cli.command import plain_command as command
 from icm_cli.errors import ExitCode, UsageProblem
 from icm_cli.options import BaseModelOpt, option
 from icm_cli.output import Field
-from icm_cli.session import Session, command
+from icm_cli.session import Session
 from icm_cli.text import grouped
 from icmlora.io.text import counted, human_percent, some
 

@@ -7,9 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from icm_cli.command import plain_command as command
 from icm_cli.errors import UsageProblem
 from icm_cli.options import DtypeName, ForceOpt, FromOpt, SeedOpt, argument, option
-from icm_cli.session import Session, command
+from icm_cli.session import Session
 from icm_cli.text import claim_json, claim_text
 from icmlora.fleet.measure.metric_result import measured_in
 

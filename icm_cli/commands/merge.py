@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from icm_cli.command import plain_command as command
 from icm_cli.errors import Interrupted, UsageProblem
 from icm_cli.options import DtypeName, ForceOpt, TasksArg, option
-from icm_cli.session import Session, command
+from icm_cli.session import Session
 from icm_cli.text import as_fields
 from icmlora.errors import Cancelled
 from icmlora.io.text import human_size

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from icm_cli.command import plain_command as command
 from icm_cli.errors import UsageProblem
 from icm_cli.options import BaseModelOpt, DeviceOpt, LoaderOpt, option
 from icm_cli.output import Column
-from icm_cli.session import Session, command
+from icm_cli.session import Session
 from icmlora.io.text import counted
 
 SamplesOpt = Annotated[

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from icm_cli.command import plain_command as command
 from icm_cli.errors import ExitCode
-from icm_cli.failures import print_failure, skipped_text
 from icm_cli.options import DeviceOpt, option
-from icm_cli.session import Session, command
+from icm_cli.report import print_event, print_skipped
+from icm_cli.session import Session
 from icm_cli.text import groups_json
 from icmlora.io.text import counted, human_size
 
@@ -73,7 +74,7 @@ def report(
     """
     from icmlora.fleet.report.report import write_report
 
-    with session.working("report", lambda event: print_failure(session, event)) as context:
+    with session.working("report", lambda event: print_event(session, event)) as context:
         done = write_report(
             context,
             output,
@@ -110,12 +111,9 @@ def _print_result(session: Session, done: ReportSummary) -> bool:
     for found in done.pictures:
         if found.distances is not None:
             out.line(f"{found.task}, image distance: {_distances_text(found.distances)}")
-    for base in done.left_out:
-        text = skipped_text(base, "no outputs")
-        out.warn(text, kind="base_model_left_out", base_model=base.base_model, tasks=list(base.tasks), hint=base.hint)
-        if base.hint is not None:
-            out.hint(base.hint)
-    return not (done.failed or done.left_out)
+    for group in done.skipped:
+        print_skipped(session, group, "no outputs")
+    return not (done.failed or done.skipped)
 
 
 def _distances_text(distances: Distances) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from icm_cli.command import plain_command as command
 from icm_cli.errors import ExitCode
 from icm_cli.options import DryRunOpt, FromOpt, argument
 from icm_cli.output import Field, Output
-from icm_cli.session import Session, command, end
+from icm_cli.session import Session, end
 from icm_cli.text import as_fields, figure, path_shown
 from icmlora.fleet.measure.metric_result import gain_text
 from icmlora.io.text import counted, human_size

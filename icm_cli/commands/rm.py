@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from icm_cli.command import plain_command as command
 from icm_cli.options import DryRunOpt, TasksArg, YesOpt
-from icm_cli.session import Session, command
+from icm_cli.session import Session
 from icmlora.io.text import counted, human_size
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from icm_cli import engine_config
+from icm_cli.command import plain_command as command
 from icm_cli.engine_config import Engine
 from icm_cli.errors import CliError, UsageProblem
 from icm_cli.options import FromOpt, option
-from icm_cli.session import Session, command
+from icm_cli.session import Session
 from icmlora.io.text import counted, escape, escape_lines, parse_bytes, utc
 
 if TYPE_CHECKING:

@@ -6,10 +6,11 @@ from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Annotated
 
+from icm_cli.command import plain_command as command
 from icm_cli.eval_report import no_gain
 from icm_cli.options import TaskArg, option
 from icm_cli.output import Field
-from icm_cli.session import Session, command
+from icm_cli.session import Session
 from icm_cli.text import SOURCES, as_fields, claim_json, claim_text, figure, groups_json
 from icmlora.fleet.measure.metric_result import MetricResult, gain_text, measured_in
 from icmlora.fleet.stats.bill_text import limits_text

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
+from icm_cli.command import plain_command as command
 from icm_cli.options import option
 from icm_cli.output import Field
-from icm_cli.session import Session, command
+from icm_cli.session import Session
 from icm_cli.text import as_fields, coded_size, errors_json, figure
 from icmlora.fleet.measure.metric_result import gain_text, measured_in
 from icmlora.fleet.stats.bill_text import claims_text, disk_lines, saving_text, shortfalls

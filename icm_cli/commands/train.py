@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 import typer
 
 from icm_cli import encode_report, eval_report
+from icm_cli.command import plain_command as command
 from icm_cli.encode_report import print_replaced
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
-from icm_cli.failures import print_failure
 from icm_cli.options import (
     BaseModelOpt,
     DeviceOpt,
@@ -24,7 +24,8 @@ from icm_cli.options import (
     refine_option,
 )
 from icm_cli.output import Output
-from icm_cli.session import Session, command
+from icm_cli.report import print_event
+from icm_cli.session import Session
 from icm_cli.text import as_fields
 from icmlora.errors import OtherProcessFailed
 from icmlora.fleet.measure.metric_result import measured_in
@@ -336,7 +337,7 @@ def _print_event(session: Session, event: Event) -> None:
 def _print_few_shot(session: Session, event: Event) -> None:
     from icmlora.fleet.few_shot.train import EpisodeDone, FewShotTrained
 
-    print_failure(session, event)
+    print_event(session, event)
     if isinstance(event, EpisodeDone):
         session.out.event("episode", **{**asdict(event.at), "base_model": event.base_model, "task": event.task})
     elif isinstance(event, FewShotTrained):

@@ -55,7 +55,7 @@ from icmlora.fleet.write.merge import merge
 from registry.names import DatabaseUrl, address_of
 
 
-class Fleet(Context):
+class Fleet:
     """The tasks of a store, and everything that can be done with them.
 
         fleet = Fleet("store", on_event=print)
@@ -92,7 +92,7 @@ class Fleet(Context):
         on_event: Callable[[Event], None] = ignore,
     ) -> None:
         cache = Path(cache) if isinstance(cache, str) else cache
-        super().__init__(address_of(store), cache, lock_timeout, command, on_event)
+        self.context = Context(address_of(store), cache, lock_timeout, command, on_event)
 
     # From adapters to codes and back.
     init = init

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar
 
 from icmlora.errors import Cancelled, DataError, InvalidShard
+from icmlora.fleet.params import params_of
 from registry.names import Address
 from registry.names import address_of as address_of
 
@@ -38,6 +39,8 @@ R = TypeVar("R")
 @dataclass(frozen=True)
 class Event:
     """Base class of everything that a use case reports while it works."""
+
+    TYPE: ClassVar[str] = ""  # of its JSON line, whose other fields are those of the class; empty for none
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,13 @@ class OpenedGenerator:
         return OpenedGenerator, ()
 
 
+class HasContext(Protocol):
+    """A `Context`, or a `Fleet`, which has one."""
+
+    @property
+    def context(self) -> Context: ...
+
+
 @dataclass(frozen=True)
 class Context:
     """The store to work on, how long to wait for it, and who listens."""
@@ -134,6 +144,11 @@ class Context:
     on_event: Callable[[Event], None] = ignore
     generator: OpenedGenerator = field(default_factory=OpenedGenerator, compare=False)  # for decoding again and again
     patience: Patience | None = field(default=None, compare=False)  # what is left of the timeout, within a command
+
+    @property
+    def context(self) -> Context:
+        """The context itself: use cases accept a `Context` or a `Fleet`."""
+        return self
 
     @property
     def path(self) -> Path:
@@ -168,9 +183,7 @@ class Context:
         """Return the same for one command: its waits take no longer than the timeout, all of them together."""
         from registry.storage.locks import Patience
 
-        patience = Patience(self.lock_timeout, lambda text: self.on_event(Waiting(text)))
-        known = self.address, self.cache_folder, self.lock_timeout, self.command, self.on_event, self.generator
-        return Context(*known, patience)  # not `replace`: a `Fleet` is made from other arguments
+        return replace(self, patience=Patience(self.lock_timeout, lambda text: self.on_event(Waiting(text))))
 
     def _tell_damage(self, task: str, error: IcmError) -> None:
         self.on_event(TaskDamaged(task, error.message, error.hint))
@@ -185,15 +198,23 @@ class Context:
         return lambda note: self.progress(len(done), total, note)
 
 
-def use_case(function: Callable[Concatenate[Context, P], R]) -> Callable[Concatenate[Context, P], R]:
-    """Make a function something that can be done with a store: a method of `Fleet`, and what a command calls.
+def use_case(function: Callable[Concatenate[Context, P], R]) -> Callable[Concatenate[HasContext, P], R]:
+    """Declare a function that works on a store: a method of `Fleet`, and the source of a command's options and help.
 
-    All waits of one call for other processes end at the timeout, together; those of what it calls count too.
+    All waits of one call for other processes share the timeout, including those of the use cases that it calls.
+    Numbers outside the limits of their `Param` raise `OptionsConflict`.
     """
 
     @wraps(function)
-    def call(context: Context, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return function(context if context.patience is not None else context.with_patience(), *args, **kwargs)
+    def call(source: HasContext, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        context = source.context
+        if context.patience is not None:
+            return function(context, *args, **kwargs)
+        declared = params_of(function)
+        for name, value in kwargs.items():
+            if name in declared:
+                declared[name].check(name, value)
+        return function(context.with_patience(), *args, **kwargs)
 
     return call
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from icmlora.base_models.kinds.custom_model import CustomModality
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound, BaseModelUnsuited, Cancelled, IcmLoraError
 from icmlora.fleet.context import Context, Event, TaskFailed
+from icmlora.fleet.results import Report, Skipped
 from icmlora.io.memory import is_on_card, out_of_memory, ran_out
 from registry.errors import DamagedStore, IcmError
 
@@ -64,23 +65,10 @@ class BaseUnavailable:
     error: BaseModelNotFound | BaseModelUnsuited
 
 
-@dataclass(frozen=True)
-class BaseModelLeftOut(Event):
-    """The tasks of one base model could not be run."""
-
-    base_model: str
-    tasks: Sequence[str]
-    reason: str
-    hint: str | None
-    # Whether there is nothing to mend: icm cannot run models of this kind.
-    is_unsuited: bool
-
-    @classmethod
-    def because_of(
-        cls, base_model: str, tasks: Sequence[str], error: BaseModelNotFound | BaseModelUnsuited
-    ) -> BaseModelLeftOut:
-        """Describe an exception."""
-        return cls(base_model, tuple(tasks), error.message, error.hint, isinstance(error, BaseModelUnsuited))
+def skipped_base(base_model: str, tasks: Sequence[str], error: BaseModelNotFound | BaseModelUnsuited) -> Skipped:
+    """Return the tasks of a base model that cannot be loaded or run. A kind that icm cannot run is no problem."""
+    is_problem = not isinstance(error, BaseModelUnsuited)
+    return Skipped("base_model_left_out", tuple(tasks), error.message, error.hint, is_problem, base_model)
 
 
 @dataclass(frozen=True)
@@ -116,17 +104,12 @@ def one_of_several(context: Context, report: _ReportOfBases, base_model: str, al
         context.on_event(report.failed[-1])
 
 
-class _Report(Protocol):
-    failed: list[TaskFailed]
-    left_out: list[BaseModelLeftOut]
-
-
 @dataclass
 class FailureLog:
     """Notes in a report which tasks have no result, and lets the results of the others through."""
 
     context: Context
-    report: _Report
+    report: Report[Any]
     total: int  # tasks of all base models
     _missing: list[BaseModelNotFound] = field(default_factory=list)
 
@@ -148,7 +131,7 @@ class FailureLog:
         if unavailable:
             first = next(iter(unavailable.values()))
             self._missing += [first] if isinstance(first, BaseModelNotFound) else []
-            self.report.left_out.append(BaseModelLeftOut.because_of(base_model, list(unavailable), first))
+            self.report.skipped.append(skipped_base(base_model, list(unavailable), first))
 
     def check(self, base_models: int) -> None:
         """Raise `BaseModelNotFound` if none of so many base models was found."""

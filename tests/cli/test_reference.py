@@ -18,7 +18,8 @@ from icmlora.fleet.few_shot.train import SAMPLE_TOKENS
 from icmlora.fleet.ingest.ingest import ingest
 from icmlora.fleet.report.report import write_report
 from icmlora.fleet.tasks.duplicates import find_duplicates
-from icmlora.fleet.vectors.vectors import SAMPLES_READ, extract_vectors
+from icmlora.fleet.vectors.extraction import SAMPLES_READ
+from icmlora.fleet.vectors.vectors import extract_vectors
 from icmlora.generator.config import _TOLERANCES
 from icmlora.task_vectors.vector import VectorSettings
 

@@ -36,7 +36,7 @@ from icmlora.fleet.few_shot.train import SAMPLE_TOKENS, read_few_shot_start
 from icmlora.fleet.resources.adapter_row import new_adapter
 from icmlora.fleet.resources.loading import open_base
 from icmlora.fleet.resources.stored_vectors import comparable_vectors, comparison_key
-from icmlora.fleet.vectors.vectors import VECTOR_DTYPE, put_vectors
+from icmlora.fleet.vectors.extraction import VECTOR_DTYPE, put_vectors
 from icmlora.fleet.write.cards import GeneratedCard
 from icmlora.formats.format import AdapterBytes, write_adapter_files
 from icmlora.formats.peft.peft import PEFT

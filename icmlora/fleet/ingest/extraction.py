@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from icmlora.errors import AdapterRefused, BaseModelMismatch, BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError
 from icmlora.fleet.context import Context, TaskFailed, locate_base
-from icmlora.fleet.failures import BaseModelLeftOut
+from icmlora.fleet.failures import skipped_base
 from icmlora.formats.catalogue import format_named
 
 if TYPE_CHECKING:
@@ -55,11 +55,10 @@ def extract(context: Context, report: IngestReport, tasks: Mapping[str, str], de
         context.on_event(failure)
     except BaseModelNotFound as error:  # none of them can be loaded
         bases = {label: [name for name in tasks if tasks[name] == label] for label in tasks.values()}
-        left_out = [BaseModelLeftOut.because_of(label, names, error) for label, names in bases.items()]
-        report.vectors = VectorReport(left_out=left_out)
+        report.vectors = VectorReport(skipped=[skipped_base(label, names, error) for label, names in bases.items()])
     except Cancelled as stop:
         report.vectors = stop.report if isinstance(stop.report, VectorReport) else VectorReport()
         raise
     finally:
-        done = set() if report.vectors is None else {entry.task for entry in report.vectors.tasks}
+        done = set() if report.vectors is None else {entry.task for entry in report.vectors.done}
         report.without_vectors = [task for task in report.without_vectors if task not in done]

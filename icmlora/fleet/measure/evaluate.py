@@ -19,20 +19,20 @@ from icmlora.fleet.context import (
     Context,
     Event,
     Shard,
-    TaskFailed,
     has_loaders,
     locate_base,
     reporting,
     select_tasks,
     use_case,
 )
-from icmlora.fleet.failures import FAILURES, BaseModelLeftOut, BaseUnavailable, Failed, FailureLog, as_error
+from icmlora.fleet.failures import FAILURES, BaseUnavailable, Failed, FailureLog, as_error
 from icmlora.fleet.measure.measure import SOURCES, SourceResult, TaskLosses, record_measurements
 from icmlora.fleet.measure.metric_result import MAX_TOKENS
 from icmlora.fleet.resources.decoding import read_context
 from icmlora.fleet.resources.loading import Models
 from icmlora.fleet.resources.texts import adapter_template, own_text
 from icmlora.fleet.resources.workers import Tell, check_place, worker_pool
+from icmlora.fleet.results import Report
 from icmlora.fleet.stats.bill import Spread
 from icmlora.formats.catalogue import format_named
 from registry.errors import TaskNotFound
@@ -57,27 +57,18 @@ class TaskEvaluated(Event):
 
 
 @dataclass
-class EvaluateReport:
+class EvaluateReport(Report[TaskEvaluated]):
     """The results of `evaluate`."""
 
-    tasks: list[TaskEvaluated] = field(default_factory=list)
     without_data: list[str] = field(default_factory=list)
     without_original: list[str] = field(default_factory=list)
     outdated: list[str] = field(default_factory=list)
-    failed: list[TaskFailed] = field(default_factory=list)
-    left_out: list[BaseModelLeftOut] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def is_partial(self) -> bool:
-        """Whether a task that icm can run was not measured."""
-        return bool(self.failed) or any(not base.is_unsuited for base in self.left_out)
 
     def gain_of(self, source: str) -> Spread | None:
         """Sum up the retained gain of one source; None where no task has one."""
         return Spread.of(
             (task.task, result.retained_gain, task.precision)
-            for task in self.tasks
+            for task in self.done
             for name, result in task.sources.items()
             if name == source
         )
@@ -156,7 +147,7 @@ def evaluate_in(
             check_examples(given, path=data, any_row=has_loaders())
         chosen = _tasks_with_text(store, tasks, shard, report, is_given=data is not None)
         failures = FailureLog(context, report, len(chosen))
-        tell = context.counting(report.tasks, len(chosen))
+        tell = context.counting(report.done, len(chosen))
         by_base = {label: list(group) for label, group in groupby(chosen, key=lambda task: task.base_model)}
         with worker_pool(context, store, device=device, workers=workers) as pool:
             for base_model, of_base in by_base.items():
@@ -229,7 +220,7 @@ def _record(context: Context, store: Store, name: str, made: _TaskResults | None
         return
     if made.note is not None and made.note not in report.notes:
         report.notes.append(made.note)
-    report.tasks.append(made.outcome)
+    report.done.append(made.outcome)
     report.without_original += [] if "original" in made.outcome.sources else [name]
     report.outdated += [] if is_current else [name]
     context.on_event(made.outcome)

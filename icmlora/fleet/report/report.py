@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.errors import DataError, IcmLoraError
-from icmlora.fleet.context import Context, TaskFailed, use_case
-from icmlora.fleet.failures import BaseModelLeftOut, BaseUnavailable, Failed, FailureLog
+from icmlora.fleet.context import Context, use_case
+from icmlora.fleet.failures import BaseUnavailable, Failed, FailureLog
 from icmlora.fleet.map.map import map_of
 from icmlora.fleet.map.picture import draw_map
 from icmlora.fleet.report.facts import facts_of
 from icmlora.fleet.report.page import Map, Page, render
 from icmlora.fleet.report.rate_picture import Quality, rate_picture
 from icmlora.fleet.report.task_table import task_table
+from icmlora.fleet.results import Report
 from icmlora.fleet.stats.stats import bill_of
 from icmlora.formats.catalogue import format_named
 from icmlora.io.staging import check_absent, writing_file
@@ -40,25 +41,22 @@ MAX_MAPPED = 1000
 
 
 @dataclass
-class ReportSummary:
-    """The result of `write_report`."""
+class ReportSummary(Report["TaskOutputs | TaskPictures"]):
+    """The result of `write_report`: the outputs that the page shows, and chosen tasks without outputs."""
 
-    file: Path  # the page
+    file: Path = Path()  # the page
     size: int = 0  # its bytes
     tasks: int = 0  # how many tasks are in its table
     maps: list[str] = field(default_factory=list)  # the base models whose task maps are on it
     quality: Quality | None = None  # what the rate picture shows against bytes; None where no code was measured
     outputs: list[str] = field(default_factory=list)  # the tasks whose outputs it shows
     pictures: list[TaskPictures] = field(default_factory=list)  # pictures of image tasks
-    # Chosen tasks without outputs, because something is wrong with them.
-    failed: list[TaskFailed] = field(default_factory=list)
-    left_out: list[BaseModelLeftOut] = field(default_factory=list)  # base models of chosen tasks that could not be run
 
     @property
     def failures(self) -> dict[str, str]:
         """Why a chosen task has no outputs, by its name."""
         failed = {failure.task: failure.message for failure in self.failed}
-        return failed | {task: entry.reason for entry in self.left_out for task in entry.tasks}
+        return failed | {task: entry.reason for entry in self.skipped for task in entry.tasks}
 
 
 @use_case
@@ -92,7 +90,7 @@ def write_report(
         force: Replace a file that exists.
 
     Returns:
-        A summary of the page. Its `pictures` have the distances of image tasks; its `failed` and `left_out` list
+        A summary of the page. Its `pictures` have the distances of image tasks; its `failed` and `skipped` list
         chosen tasks without outputs, with reasons.
 
     Raises:
@@ -108,7 +106,7 @@ def write_report(
     for option, number in numbers.items():
         if number is not None and number < 1:
             raise DataError(f"{option} must be at least 1")
-    report = ReportSummary(page_file)
+    report = ReportSummary(file=page_file)
     with context.open(read_only=True) as store:
         chosen = list({task.name: task for task in map(store.task, outputs)}.values())
         drawing = steps, seeds, image_size

@@ -6,10 +6,11 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound, DataError
 from icmlora.fleet.context import Context, Event, locate_base, use_case
+from icmlora.fleet.params import DryRun, Param, age
 from registry.errors import DamagedStore
 from registry.manifests import Code, Task
 from registry.verify import OF_FILES as OF_FILES
@@ -155,15 +156,28 @@ def repair_files(context: Context, findings: Sequence[Finding] | None = None) ->
 
 @use_case
 def prune(
-    context: Context, *, grace: float | None = None, empty_quarantine: bool = False, dry_run: bool = False
+    context: Context,
+    *,
+    grace: Annotated[
+        float | None,
+        Param(
+            "Delete only files older than AGE, such as 30m or 7d. Default: 1h, or 24h in an object store.",
+            "--grace --older-than AGE",
+            min=0,
+            parse=age,
+        ),
+    ] = None,
+    empty_quarantine: Annotated[bool, Param("Also delete the damaged files in quarantine.")] = False,
+    dry_run: DryRun = False,
 ) -> PruneReport:
-    """Delete files that no task needs, earlier states of tasks, and files that killed commands left.
+    """Delete files that no task needs and leftovers of interrupted commands.
 
-    Args:
-        context: The store.
-        grace: Seconds; younger files stay, so that a running ingest is safe. By default an hour, in an object store 24.
-        empty_quarantine: Delete the files in quarantine too.
-        dry_run: Only report what would be deleted.
+    These are earlier states of tasks, files of removed or evicted tasks, and generators that no code needs. Nothing is
+    deleted if the database disagrees with the manifests. Files newer than --grace are kept, so a running `icm ingest`
+    is safe.
+
+    Example:
+      icm prune --dry-run
     """
     with context.open(read_only=dry_run) as store:
         return store.prune(grace=grace, empty_quarantine=empty_quarantine, dry_run=dry_run)

@@ -20,7 +20,7 @@ from icmlora.errors import DataError, NotRecognized
 from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.resources.code_source import CodeSource, open_store
 from icmlora.fleet.resources.stored_vectors import NO_VECTORS, LeftOut, comparison_key
-from icmlora.fleet.vectors.vectors import SAMPLES_READ, VECTOR_DTYPE
+from icmlora.fleet.vectors.extraction import SAMPLES_READ, VECTOR_DTYPE
 from icmlora.io.devices import resolve_device
 from icmlora.task_vectors.extraction import extract_context
 from icmlora.task_vectors.recognition import Recognition, Recognizer, TooFewVectors

@@ -29,7 +29,7 @@ from icmlora.fleet.context import Context
 from icmlora.fleet.ingest.ingest import ingest
 from icmlora.fleet.resources.loading import open_base, read_runnable
 from icmlora.fleet.resources.stored_vectors import comparable_vectors
-from icmlora.fleet.vectors.vectors import VECTOR_DTYPE
+from icmlora.fleet.vectors.extraction import VECTOR_DTYPE
 from icmlora.task_vectors.distances import cosine_distances, mean_vectors
 from icmlora.task_vectors.extraction import extract_adapted, extract_context
 from icmlora.task_vectors.file import vectors_to_bytes

@@ -27,7 +27,7 @@ from icmlora.base_models.examples.media_archive import read_examples
 from icmlora.base_models.finding.lookup import inspect_base
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.reading import examples_for
-from icmlora.fleet.vectors.vectors import VECTOR_DTYPE
+from icmlora.fleet.vectors.extraction import VECTOR_DTYPE
 from icmlora.task_vectors.extraction import extract_context
 from tests.benchmarks.domain_fleet.domains import DOMAINS
 from tests.benchmarks.domain_fleet.pieces import take
