@@ -329,7 +329,7 @@ def read_plain(path: Path, *, max_bytes: int = MAX_SOURCE_BYTES, first: CheckFir
 
 def _not_opened(path: Path, error: OSError) -> SourceRefused:
     if error.errno == errno.ELOOP:
-        return SourceRefused("is a symbolic link, and icm follows none", reason="symlink", path=path)
+        return SourceRefused("is a symbolic link, which icm does not follow", reason="symlink", path=path)
     if error.errno in _SPECIAL:
         return _special(path)
     return SourceRefused(f"cannot be read: {error.strerror}", reason="unreadable", path=path)

@@ -163,10 +163,12 @@ def _check_word(field: Field, operator: Operator, value: str) -> None:
     if not value or not value.isascii() or not value.isprintable() or " " in value:
         example = field.choices[0] if field.choices else "prod"
         raise InvalidFilter(
-            f"no {field.name} is {escape(value, 40)!r}", hint=f"write a single word, such as '{field.name}={example}'"
+            f"{escape(value, 40)!r} is not a valid {field.name}",
+            hint=f"write a single word, such as '{field.name}={example}'",
         )
     if field.choices and operator != "~" and value.lower() not in field.choices:
-        raise InvalidFilter(f"no {field.name} is {escape(value, 40)!r}", hint=f"use one of {', '.join(field.choices)}")
+        hint = f"use one of {', '.join(field.choices)}"
+        raise InvalidFilter(f"{escape(value, 40)!r} is not a valid {field.name}", hint=hint)
 
 
 def _known() -> str:

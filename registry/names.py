@@ -224,7 +224,7 @@ class DatabaseUrl:
         if _PASSWORD.search(self.secret):
             hint = "remove it from the address, and set PGPASSWORD or write ~/.pgpass on each machine"
             raise RegistryError(
-                f"the address {self} contains a password, which icm sends to no other process", hint=hint
+                f"the address {self} contains a password, which icm does not pass to other processes", hint=hint
             )
 
     def __reduce__(self) -> tuple[type[DatabaseUrl], tuple[str]]:

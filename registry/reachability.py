@@ -170,7 +170,7 @@ def _compare(
             if is_named(store, name, digest):  # else another process replaced it since
                 found.missing.setdefault(digest, []).append(what)
     if row is None:
-        return [f"{what} has versions and no ref"], states
+        return [f"{what} has versions but no ref"], states
     facts = []
     state = states.get(row["manifest"])
     if state is not None:

@@ -94,7 +94,7 @@ def _check_versions(connection: Connection, names: Sequence[tuple[str, str]]) ->
         for some in chunks([key for of, key in names if of == kind]):
             query = select(HISTORY.c.key).where(HISTORY.c.kind == kind, HISTORY.c.key.in_(some))
             if (key := connection.scalar(query.limit(1))) is not None:
-                raise DamagedStore(f"the database has versions of {kind} {key!r} and no ref", hint=REPAIR_HINT)
+                raise DamagedStore(f"the database has versions of {kind} {key!r} but no ref", hint=REPAIR_HINT)
 
 
 def replace_rows(connection: Connection, table: Table, key: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:

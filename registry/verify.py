@@ -146,7 +146,7 @@ def _of_newer(store: StateStore, newer: Sequence[Found]) -> Iterator[Finding]:
         if kind == Generator.KIND or all(_is_next(store, one) for one in some):
             uncommitted.append((kind, key))
             continue
-        fact = f"{kind} {key!r} has {len(some)} states that the database does not have"
+        fact = f"{kind} {key!r} has {len(some)} states that are missing from the database"
         digest = some[-1].info.digest
         named = (key,) if kind == "task" else ()
         yield Finding("unlisted", fact, store.manifests.place(digest), digest, named)

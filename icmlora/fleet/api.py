@@ -94,6 +94,11 @@ class Fleet:
         cache = Path(cache) if isinstance(cache, str) else cache
         self.context = Context(address_of(store), cache, lock_timeout, command, on_event)
 
+    @property
+    def path(self) -> Path:
+        """The folder of the store; raises `DataError` if it is in a database."""
+        return self.context.path
+
     # From adapters to codes and back.
     init = init
     ingest = ingest

@@ -124,7 +124,7 @@ class Database(ABC):
             meta = Meta(*rows[0])
             if isinstance(meta.store, str) and isinstance(meta.changes, int) and isinstance(meta.seq, int):
                 return meta
-        raise DamagedStore(f"{self.place} does not say which store it is", path=self.place, hint=self.meta_hint)
+        raise DamagedStore(f"{self.place} does not identify its store", path=self.place, hint=self.meta_hint)
 
     def changes(self) -> int:
         """Return how many transactions have written."""

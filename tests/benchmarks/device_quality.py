@@ -62,7 +62,7 @@ def measured(store: Path, folders: list[Path], base: Path, command: list[str], d
     line = [*command, "--store", str(store), "train", "--device", device, "--no-eval", "--no-progress"]
     subprocess.run(line, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=sys.stderr)
     report = fleet.evaluate(sources=("code",), device="cpu")
-    gains = {task.task: task.sources["code"].retained_gain for task in report.tasks}
+    gains = {task.task: task.sources["code"].retained_gain for task in report.done}
     sizes = {row.name: row.code_size for row in fleet.tasks() if row.code_size is not None}
     return {
         "code_bytes": sum(sizes.values()),

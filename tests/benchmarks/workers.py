@@ -72,7 +72,7 @@ def measure(source: Path, tasks: list[str], refine: int, case: str) -> dict[str,
         statuses = {task.status for task in report.tasks}
         if statuses != {"encoded"}:
             raise SystemExit(f"{case}: {statuses}; {[task.reason for task in report.tasks if task.reason]}")
-        with fleet.open(read_only=True) as store:
+        with fleet.context.open(read_only=True) as store:
             codes = [task.code and task.code.blob for task in store.named(tasks)]
         return {"seconds": round(seconds, 2), "load": round(load, 2), "codes": codes}
 

@@ -73,11 +73,11 @@ def test_an_adapter_without_a_label_says_what_to_do_and_is_then_moved(icm: Icm, 
     folder = write_adapter(tmp_path / "poems", base_model_name_or_path=None)
     ran = icm("ingest", folder, "--store", tmp_path / "store")
     assert "it names no base model; specify one with `icm ingest --base-model NAME`" in ran.err
-    assert icm("ls", "-f", "status=original-only", "--store", tmp_path / "store", "-q").out == "poems\n"
+    assert icm("ls", "-F", "status=original-only", "--store", tmp_path / "store", "-q").out == "poems\n"
     assert icm("ingest", folder, "--base-model", BASE, "--store", tmp_path / "store").code == 0
     (task,) = icm("ls", "--store", tmp_path / "store", "--json").document
     assert (task["base_model"], task["original_only"]) == (BASE, None)
-    assert icm("ls", "-f", "status=original-only", "--store", tmp_path / "store", "-q").out == ""
+    assert icm("ls", "-F", "status=original-only", "--store", tmp_path / "store", "-q").out == ""
 
 
 def test_tasks_are_listed_by_any_label_of_their_base_model(icm: Icm, tmp_path: Path) -> None:

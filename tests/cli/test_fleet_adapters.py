@@ -55,7 +55,7 @@ def test_vectors_that_were_extracted_before_a_stop_stay(mixed: Path) -> None:
         Fleet(mixed, on_event=stop).extract_vectors(device="cpu", again=True)
     report = stopped.value.report
     assert isinstance(report, VectorReport)
-    assert [task.task for task in report.tasks] == ["poems"]
+    assert [task.task for task in report.done] == ["poems"]
 
 
 @pytest.mark.parametrize("source", ["original", "code", "generate"])

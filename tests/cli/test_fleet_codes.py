@@ -77,7 +77,7 @@ def test_a_stopped_encode_lets_go_of_the_base_model(trained: Path) -> None:
 def test_evaluate_returns_every_source_and_sums_up_their_gains(trained: Path) -> None:
     fleet = Fleet(trained)
     report = fleet.evaluate(["poems"], sources=["code"], device="cpu")
-    (task,) = report.tasks
+    (task,) = report.done
     assert set(task.sources) == {"base", "original", "code"}
     gain, measured = report.gain_of("code"), task.sources["code"].retained_gain
     assert (None if gain is None else gain.mean) == measured
@@ -87,7 +87,7 @@ def test_an_evaluation_that_is_stopped_reports_what_it_measured(trained: Path) -
     with pytest.raises(Cancelled) as stopped:
         Fleet(trained, on_event=stopping_after(TaskEvaluated)).evaluate(device="cpu")
     assert isinstance(stopped.value.report, EvaluateReport)
-    assert [task.task for task in stopped.value.report.tasks] == ["poems"]
+    assert [task.task for task in stopped.value.report.done] == ["poems"]
 
 
 def test_what_can_be_measured_depends_on_held_out_text_and_base_model(trained: Path) -> None:

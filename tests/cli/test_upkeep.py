@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from icm_cli.commands.prune import seconds
-from icm_cli.errors import ExitCode, UsageProblem
+from icm_cli.errors import ExitCode
+from icmlora.errors import OptionsConflict
+from icmlora.fleet.params import age as seconds
 from registry.store import Store
 from tests.cli.conftest import Ran
 from tests.cli.fleet import BASE, write_adapter
@@ -194,7 +195,7 @@ def test_ages_have_units(age: str, expected: int) -> None:
 
 @pytest.mark.parametrize("age", ["", "h", "-1h", "1w", "1.5h", "9999999999"])
 def test_an_invalid_age_is_refused(age: str) -> None:
-    with pytest.raises(UsageProblem, match="invalid age"):
+    with pytest.raises(OptionsConflict, match="invalid age"):
         seconds(age)
 
 

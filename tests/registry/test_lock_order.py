@@ -149,6 +149,6 @@ def test_the_harness_sees_two_that_wait_for_a_job_while_they_hold_the_store(
 def test_the_harness_sees_two_that_wait_to_be_alone_while_they_hold_the_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FileLock, "_released", lambda self: nullcontext())
+    monkeypatch.setattr(FileLock, "_given_up", lambda self: nullcontext())
     with pytest.raises(Stuck):
         list(explore((evict, evict), tmp_path, 2))

@@ -177,7 +177,7 @@ def measured(icm: Icm, names: Sequence[str]) -> dict[str, Any]:
     report = Fleet(icm.store).evaluate(names, sources=["code"], device="cpu")
     sizes = {task["name"]: task for task in json.loads(icm("ls", "--json"))}
     found = {}
-    for task in report.tasks:
+    for task in report.done:
         row: dict[str, Any] = {source: _score(result) for source, result in task.sources.items()}
         size = sizes[task.task]
         row |= {"retained_gain": task.sources["code"].retained_gain, "rank": size["rank"]}

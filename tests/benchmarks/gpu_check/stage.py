@@ -87,7 +87,7 @@ def generate(fleet: Fleet, device: str, samples: str) -> dict[str, Any]:
 def evaluate(fleet: Fleet, device: str, tasks: Sequence[str]) -> dict[str, Any]:
     """Measure originals and codes."""
     report = fleet.evaluate(tasks, sources=("original", "code"), device=device, again=True)
-    losses = {f"{task.task}/{name}": one.score.value for task in report.tasks for name, one in task.sources.items()}
+    losses = {f"{task.task}/{name}": one.score.value for task in report.done for name, one in task.sources.items()}
     return {"losses": losses}
 
 

@@ -127,7 +127,7 @@ def test_a_damaged_base_model_does_not_stop_an_ingest(given: Path, base: Path, t
     extra = extra_of(fleet, "copies")
     assert extra.packed_size > extra.size // 2
     assert extracted is not None
-    assert [(left_out.base_model, list(left_out.tasks)) for left_out in extracted.left_out] == [(LABEL, ["copies"])]
+    assert [(left_out.base_model, list(left_out.tasks)) for left_out in extracted.skipped] == [(LABEL, ["copies"])]
 
 
 def test_the_original_needs_no_base_model(fleet: Fleet, given: Path, base: Path, out: Path) -> None:

@@ -297,7 +297,7 @@ def test_what_was_measured_elsewhere_travels_along_as_a_claim(learned: Fleet, ot
 
 def test_a_bundle_answers_with_the_tasks_of_a_store_that_imported_it(file: Path, other: Fleet) -> None:
     other.import_bundle(file)
-    with Bundle(file).open() as bundled, open_store(other) as stored:
+    with Bundle(file).open() as bundled, open_store(other.context) as stored:
         sources: tuple[CodeSource, CodeSource] = (bundled, stored)
         assert bundled.names() == stored.names() == list(TASKS)
         for name in TASKS:

@@ -22,21 +22,21 @@ def text(tmp_path: Path) -> Path:
 
 
 def test_base_model_and_original_are_always_measured(learned: Fleet) -> None:
-    (task,) = learned.evaluate(["apples"], sources=[], device="cpu").tasks
+    (task,) = learned.evaluate(["apples"], sources=[], device="cpu").done
     assert set(task.sources) == {"base", "original"}
     assert task.sources["original"].score.value < task.sources["base"].score.value
     assert task.sources["base"].retained_gain is None
 
 
 def test_a_gain_is_the_share_of_what_the_original_gains(learned: Fleet) -> None:
-    (task,) = learned.evaluate(["apples"], sources=["code"], device="cpu").tasks
+    (task,) = learned.evaluate(["apples"], sources=["code"], device="cpu").done
     losses = {name: result.score.value for name, result in task.sources.items()}
     gain = (losses["base"] - losses["code"]) / (losses["base"] - losses["original"])
     assert task.sources["code"].retained_gain == pytest.approx(gain)
 
 
 def test_every_result_is_recorded(learned: Fleet) -> None:
-    (task,) = learned.evaluate(["ships"], device="cpu").tasks
+    (task,) = learned.evaluate(["ships"], device="cpu").done
     recorded = {one.source: one.value for one in tasks_in(learned)["ships"].measured}
     assert recorded == {name: result.score.value for name, result in task.sources.items()}
     assert set(recorded) == {"base", "original", "code", "recalled"}
@@ -53,7 +53,7 @@ def test_what_was_measured_is_not_measured_again(learned: Fleet) -> None:
 @pytest.mark.slow
 def test_the_best_and_the_worst_gain_are_summed_up(learned: Fleet) -> None:
     report = learned.evaluate(sources=["code"], device="cpu")
-    gains = {task.task: task.sources["code"].retained_gain or 0.0 for task in report.tasks}
+    gains = {task.task: task.sources["code"].retained_gain or 0.0 for task in report.done}
     summary = report.gain_of("code")
     assert summary is not None
     assert (summary.tasks, summary.worst, summary.worst_task) == (
@@ -66,18 +66,18 @@ def test_the_best_and_the_worst_gain_are_summed_up(learned: Fleet) -> None:
 
 
 def test_fewer_tokens_can_be_scored(learned: Fleet) -> None:
-    (task,) = learned.evaluate(["apples"], sources=[], max_tokens=5, device="cpu").tasks
+    (task,) = learned.evaluate(["apples"], sources=[], max_tokens=5, device="cpu").done
     assert task.sources["base"].score.count <= 4 * 5  # four texts
 
 
 def test_tasks_without_text_are_named(fleet: Fleet) -> None:
     report = fleet.evaluate(sources=[], device="cpu")
-    assert (report.without_data, [task.task for task in report.tasks]) == (["silent"], ["poems", "rules"])
+    assert (report.without_data, [task.task for task in report.done]) == (["silent"], ["poems", "rules"])
 
 
 def test_given_text_measures_tasks_without_text_of_their_own(fleet: Fleet, text: Path) -> None:
     report = fleet.evaluate(["silent"], sources=["code"], data=text, device="cpu")
-    assert ([task.task for task in report.tasks], report.without_data) == (["silent"], [])
+    assert ([task.task for task in report.done], report.without_data) == (["silent"], [])
     assert {one.source for one in tasks_in(fleet)["silent"].measured} == {"base", "original", "code"}
 
 
@@ -127,7 +127,7 @@ def test_an_original_that_is_gone_has_no_gain_to_compare_with(learned: Fleet) ->
     learned.evict(["apples"], max_error=0.7)
     report = learned.evaluate(["apples"], sources=["code"], device="cpu")
     assert report.without_original == ["apples"]
-    assert report.tasks[0].sources["code"].retained_gain is None
+    assert report.done[0].sources["code"].retained_gain is None
 
 
 def test_an_original_that_was_measured_before_it_went_still_counts(learned: Fleet) -> None:
@@ -135,14 +135,14 @@ def test_an_original_that_was_measured_before_it_went_still_counts(learned: Flee
     learned.evict(["apples"], max_error=0.7)
     report = learned.evaluate(["apples"], sources=["code"], device="cpu")
     assert report.without_original == []
-    assert report.tasks[0].sources["code"].retained_gain is not None
+    assert report.done[0].sources["code"].retained_gain is not None
 
 
 def test_a_stopped_evaluation_keeps_what_it_measured(learned: Fleet) -> None:
     with pytest.raises(Cancelled) as stopped:
         Fleet(learned.path, on_event=stop_after(1, TaskEvaluated)).evaluate(sources=[], device="cpu")
     assert isinstance(stopped.value.report, EvaluateReport)
-    assert [task.task for task in stopped.value.report.tasks] == ["apples"]
+    assert [task.task for task in stopped.value.report.done] == ["apples"]
     assert {name: len(tasks_in(learned)[name].measured) for name in ("apples", "ships")} == {"apples": 2, "ships": 0}
     assert is_sound(learned)
 

@@ -65,7 +65,7 @@ def test_only_tasks_whose_base_model_is_here_can_get_vectors(new: Fleet, loras: 
     new.add_base_model("tiny/llama", base_folder)
     extracted = (again := new.ingest([loras])).vectors
     assert extracted is not None
-    assert ([task.task for task in extracted.tasks], again.without_vectors) == (TASKS, [])
+    assert ([task.task for task in extracted.done], again.without_vectors) == (TASKS, [])
 
 
 def test_vectors_are_extracted_only_if_they_are_wanted(new: Fleet, loras: Path, base_folder: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_stopped_extraction_reports_what_was_ingested_and_extracted(
     report = stopped.value.report
     assert isinstance(report, IngestReport)
     assert report.vectors is not None
-    assert ([task.task for task in report.vectors.tasks], len(report.ingested)) == (TASKS[:1], 3)
+    assert ([task.task for task in report.vectors.done], len(report.ingested)) == (TASKS[:1], 3)
     assert report.without_vectors == TASKS[1:]
 
 
@@ -199,7 +199,7 @@ def test_a_changed_adapter_in_the_same_folder_is_the_next_version(fleet: Fleet, 
     first = fleet.show("odes").task
     (task,) = fleet.ingest([write_lora(tmp_path / "odes", seed=99)]).ingested
     assert (task.status, task.version, task.new) == ("version", 2, 1)
-    with fleet.open(read_only=True) as store:
+    with fleet.context.open(read_only=True) as store:
         assert [one.final.weights for one in store.history("odes")] == [
             first.final.weights,
             store.task("odes").final.weights,
@@ -235,7 +235,7 @@ def test_a_new_version_has_no_code_and_no_vectors_and_the_old_one_keeps_them(fle
     task = fleet.show("poems").task
     assert (ingested.status, task.version, task.code, task.vectors) == ("version", 2, None, ())
     assert equal(fleet.load("poems"), load_adapter(other))
-    with fleet.open(read_only=True) as store:
+    with fleet.context.open(read_only=True) as store:
         assert store.task("poems@1") == first
 
 

@@ -68,7 +68,7 @@ def test_a_wrong_row_is_found_and_ends_the_check(fleet: Fleet) -> None:
 
 def test_a_code_with_another_error_than_recorded_is_found(fleet: Fleet) -> None:
     assert fleet.verify(decode=True) == []
-    with fleet.open() as store:
+    with fleet.context.open() as store:
         store.update("rules", lambda task: replace(task, code=replace(task.code, squared_error=1e-6)))  # type: ignore[type-var]
     (finding,) = fleet.verify(decode=True)
     assert (finding.kind, finding.tasks, finding.is_problem) == ("code", ("rules",), True)
@@ -76,7 +76,7 @@ def test_a_code_with_another_error_than_recorded_is_found(fleet: Fleet) -> None:
 
 
 def test_a_code_that_cannot_be_decoded_is_found(fleet: Fleet) -> None:
-    with fleet.open() as store:
+    with fleet.context.open() as store:
         blob = File(store.blobs.put(b"not a code"), len(b"not a code"))
         store.update("rules", lambda task: replace(task, code=replace(task.code, blob=blob)))  # type: ignore[type-var]
     (finding,) = [finding for finding in fleet.verify(decode=True) if finding.is_problem]
@@ -131,7 +131,7 @@ def size_of_files(fleet: Fleet) -> int:
 
 def remove(fleet: Fleet) -> None:
     """Remove a task while the store is in use, so that its bytes stay."""
-    with fleet.open(read_only=True):
+    with fleet.context.open(read_only=True):
         assert Fleet(fleet.path, lock_timeout=0).remove(["rules"]).freed is None
 
 
@@ -165,7 +165,7 @@ def test_young_files_are_spared(fleet: Fleet) -> None:
 
 def test_pruning_waits_for_whoever_uses_the_store(fleet: Fleet) -> None:
     (fleet.path / "tmp" / "left-over").write_bytes(b"x")
-    with fleet.open(read_only=True), pytest.raises(StoreLocked) as error:
+    with fleet.context.open(read_only=True), pytest.raises(StoreLocked) as error:
         Fleet(fleet.path, lock_timeout=0).prune(grace=0)
     assert "--lock-timeout" in str(error.value.hint)
     assert Fleet(fleet.path, lock_timeout=0).prune(grace=0).temporary_files == 1

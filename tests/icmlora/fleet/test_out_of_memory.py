@@ -70,20 +70,20 @@ def test_only_that_task_is_not_measured(fleet: Fleet, monkeypatch: pytest.Monkey
         gc.collect()
         assert used
         assert not any(reference() is not None for reference in used)
-    assert [task.task for task in report.tasks] == ["apples", "trains"]
+    assert [task.task for task in report.done] == ["apples", "trains"]
     (failed,) = report.failed
     assert (failed.task, failed.kind) == ("ships", "out_of_memory")
     assert failed.hint is not None
     assert failed.hint.startswith(f"use a lower --max-tokens, or run `icm base add {LABEL} PATH --load-in nf4`")
     assert is_sound(fleet)
-    assert len(fleet.evaluate(sources=["code"], **CPU).tasks) == 3  # type: ignore[arg-type]
+    assert len(fleet.evaluate(sources=["code"], **CPU).done) == 3  # type: ignore[arg-type]
 
 
 @pytest.mark.one_case
 def test_only_that_task_has_no_vectors(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     with too_long(monkeypatch, error, tokens=400):  # the texts of a support set are read one after the other
         report = fleet.extract_vectors(again=True, **CPU)  # type: ignore[arg-type]
-    assert [task.task for task in report.tasks] == ["apples", "trains"]
+    assert [task.task for task in report.done] == ["apples", "trains"]
     assert [(failed.task, failed.kind) for failed in report.failed] == [("ships", "out_of_memory")]
 
 

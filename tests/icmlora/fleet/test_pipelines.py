@@ -23,13 +23,13 @@ def data(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_its_tasks_have_no_vectors(images: Fleet) -> None:
     report = images.extract_vectors(device="cpu")
-    (left_out,) = report.left_out
-    assert (left_out.is_unsuited, WHAT in left_out.reason, report.tasks) == (True, True, [])
+    (left_out,) = report.skipped
+    assert (left_out.is_problem, WHAT in left_out.reason, report.done) == (False, True, [])
 
 
 def test_its_tasks_are_not_measured(images: Fleet, data: Path) -> None:
     report = images.evaluate(data=data, device="cpu")
-    assert [WHAT in left_out.reason for left_out in report.left_out] == [True]
+    assert [WHAT in left_out.reason for left_out in report.skipped] == [True]
 
 
 @pytest.mark.slow

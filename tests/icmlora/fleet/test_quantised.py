@@ -74,10 +74,10 @@ def test_a_base_model_of_which_that_cannot_be_done_is_refused_and_nothing_change
 
 
 def test_what_is_measured_stands_beside_what_was_measured_in_full_precision(learned: Fleet, base: Path) -> None:
-    (full,) = learned.evaluate(["ships"], sources=["code"], **CPU).tasks
+    (full,) = learned.evaluate(["ships"], sources=["code"], **CPU).done
     before = recorded(learned, "ships")
     learned.add_base_model(LABEL, base, load_in="nf4")
-    (few,) = learned.evaluate(["ships"], sources=["code"], **CPU).tasks
+    (few,) = learned.evaluate(["ships"], sources=["code"], **CPU).done
     assert (full.precision, few.precision) == ("float32", "nf4")
     after = recorded(learned, "ships")
     assert {key: value for key, value in after.items() if key[1] == "float32"} == before
@@ -87,7 +87,7 @@ def test_what_is_measured_stands_beside_what_was_measured_in_full_precision(lear
     assert all(losses[source] != before[source, "float32"] for source in losses)
     learned.add_base_model(LABEL, base)
     files = files_of(learned.path)
-    assert learned.evaluate(["ships"], sources=["code"], **CPU).tasks == [full]  # measured before, and not again
+    assert learned.evaluate(["ships"], sources=["code"], **CPU).done == [full]  # measured before, and not again
     assert files_of(learned.path) == files
 
 

@@ -110,7 +110,7 @@ def test_removed_bytes_are_freed_at_once(fleet: Fleet) -> None:
 
 def test_removed_bytes_stay_while_another_process_uses_the_store(fleet: Fleet) -> None:
     weights = fleet.show("rules").task.final.weights
-    with fleet.open(read_only=True):
+    with fleet.context.open(read_only=True):
         assert Fleet(fleet.path, lock_timeout=0).remove(["rules"]).freed is None
     assert (names(fleet), has_blob(fleet, weights)) == (["poems", "silent"], True)
     fleet.prune(grace=0)
@@ -142,7 +142,7 @@ def test_edits_of_several_tasks_are_made_together(fleet: Fleet) -> None:
     with pytest.raises(TaskNotFound):
         fleet.edit(["rules", "nope"], note="x")
     assert fleet.show("rules").task.note is None
-    with fleet.open(read_only=True) as store:
+    with fleet.context.open(read_only=True) as store:
         before = store.changes()
         fleet.edit(["rules", "poems"], note="x", add_tags=["t"])
         fleet.edit(["rules", "RULES"], note="x")

@@ -27,7 +27,7 @@ def machine(folder: Path) -> Iterator[Path]:
 
 
 def located(fleet: Fleet) -> Path:
-    with fleet.open(read_only=True) as store:
+    with fleet.context.open(read_only=True) as store:
         return locate_base(store, LABEL).path
 
 
@@ -43,7 +43,7 @@ def test_each_finds_the_base_model_where_it_said_and_measures_the_same(learned: 
         with machine(tmp_path / name):
             assert located(learned) == base
             report = learned.evaluate(["ships"], sources=["code"], again=True, **CPU)
-            gains.append(report.tasks[0].sources["code"].retained_gain)
+            gains.append(report.done[0].sources["code"].retained_gain)
     assert gains[0] == gains[1] is not None
 
 

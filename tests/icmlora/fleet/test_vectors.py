@@ -28,8 +28,8 @@ def with_vectors(fleet: Fleet) -> list[str]:
 
 def test_the_report_counts_the_vectors_in_the_store(bare: Fleet) -> None:
     report = bare.extract_vectors(device="cpu")
-    assert {task.task: task.vectors for task in report.tasks} == {row.name: row.vectors for row in bare.tasks()}
-    assert {task.task: task.source for task in report.tasks} == {
+    assert {task.task: task.vectors for task in report.done} == {row.name: row.vectors for row in bare.tasks()}
+    assert {task.task: task.source for task in report.done} == {
         "poems": "samples", "rules": "samples", "silent": "probes",
     }  # fmt: skip
 
@@ -42,14 +42,14 @@ def test_a_task_without_samples_has_no_context_vectors(ingested: Fleet) -> None:
 def test_tasks_with_vectors_are_counted_and_left_alone(ingested: Fleet) -> None:
     before = files_of(ingested.path)
     report = ingested.extract_vectors(device="cpu")
-    assert (report.tasks, report.present) == ([], 3)
+    assert (report.done, report.present) == ([], 3)
     assert files_of(ingested.path) == before
 
 
 def test_extracting_again_gives_the_same_vectors(ingested: Fleet) -> None:
     before = [vector.blob for vector in ingested.show("silent").task.vectors]
     report = ingested.extract_vectors(["silent"], device="cpu", again=True)
-    assert (report.present, [task.task for task in report.tasks]) == (0, ["silent"])
+    assert (report.present, [task.task for task in report.done]) == (0, ["silent"])
     assert [vector.blob for vector in ingested.show("silent").task.vectors] == before
 
 
@@ -68,7 +68,8 @@ def test_an_evicted_original_has_nothing_to_run(fleet: Fleet, tmp_path: Path) ->
     file = fleet.export_bundle(tmp_path / "fleet.icm").file
     other = Fleet(tmp_path / "other")
     other.import_bundle(file)
-    assert other.extract_vectors(device="cpu", again=True) == VectorReport(evicted=["poems", "rules", "silent"])
+    (skipped,) = other.extract_vectors(device="cpu", again=True).skipped
+    assert (skipped.kind, skipped.tasks) == ("evicted", ("poems", "rules", "silent"))
 
 
 def test_a_device_that_does_not_exist_is_refused_before_the_store_is_opened(tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_a_device_that_does_not_exist_is_refused_before_the_store_is_opened(tmp_
 @pytest.mark.slow
 def test_a_missing_base_model_is_named_and_the_others_are_done(bare: Fleet, tmp_path: Path) -> None:
     bare.ingest([write_lora(tmp_path / "more" / "alien", base_model_name_or_path="acme/elsewhere")])
-    (left_out,) = bare.extract_vectors(device="cpu").left_out
+    (left_out,) = bare.extract_vectors(device="cpu").skipped
     assert (left_out.base_model, list(left_out.tasks)) == ("acme/elsewhere", ["alien"])
     assert with_vectors(bare) == ["poems", "rules", "silent"]
 
@@ -97,7 +98,7 @@ def test_after_a_stop_only_the_rest_is_extracted(bare: Fleet) -> None:
     with pytest.raises(Cancelled) as stopped:
         Fleet(bare.path, on_event=stop_after(1, VectorsExtracted)).extract_vectors(device="cpu")
     assert isinstance(stopped.value.report, VectorReport)
-    assert stopped.value.report.done == 1
+    assert len(stopped.value.report.done) == 1
     assert is_sound(bare)
     report = bare.extract_vectors(device="cpu")
-    assert (report.present, [task.task for task in report.tasks]) == (1, ["rules", "silent"])
+    assert (report.present, [task.task for task in report.done]) == (1, ["rules", "silent"])
