@@ -11,8 +11,8 @@ from icm_cli.app import run
 from icmlora import Cancelled, Fleet
 from icmlora.errors import InvalidWorkers
 from icmlora.fleet.context import Event, StageBegun
-from icmlora.fleet.encode.encode import EncodeReport, TaskEncoded
-from icmlora.fleet.measure.evaluate import EvaluateReport, TaskEvaluated
+from icmlora.fleet.encode.encode import TaskEncoded
+from icmlora.fleet.measure.evaluate import TaskEvaluated
 from icmlora.fleet.train.train import TrainReport
 from icmlora.fleet.train.update import UpdateReport
 from tests.cli.tiny_fleet import write_lora
