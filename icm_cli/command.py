@@ -36,6 +36,7 @@ import typer
 
 from icm_cli.errors import INTERRUPTED, ExitCode, Interrupted, StdoutClosed
 from icm_cli.options import argument, option
+from icm_cli.report import print_event
 from icm_cli.session import GlobalOptions, Session, global_parameters, start
 from icmlora.errors import Cancelled
 from icmlora.fleet.params import Param, param_of, parameters_of
@@ -66,9 +67,15 @@ class Call(Generic[R]):
         return self.use_case(self.session.context, **{**self.values, **changes})
 
     def run(self, on_event: Callable[[Event], None] | None = None, label: str | None = None, **changes: Any) -> R:
-        """Return the result and show progress. If the user stops the command, `stopped` of the report is set."""
+        """Return the result; show progress and print events. If the user stops it, the report is `stopped`."""
+
+        def listen(event: Event) -> None:
+            print_event(self.session, event)
+            if on_event is not None:
+                on_event(event)
+
         try:
-            with self.session.working(label or self.use_case.__name__, on_event) as context:
+            with self.session.working(label or self.use_case.__name__, listen) as context:
                 return self.use_case(context, **{**self.values, **changes})
         except Cancelled as stop:
             if stop.report is None:
