@@ -34,11 +34,11 @@ from typing import (
 
 import typer
 
-from icm_cli.errors import INTERRUPTED, ExitCode, Interrupted, StdoutClosed
+from icm_cli.errors import INTERRUPTED, ExitCode, Interrupted, StdoutClosed, UsageProblem
 from icm_cli.options import argument, option
 from icm_cli.report import print_event
 from icm_cli.session import GlobalOptions, Session, global_parameters, start
-from icmlora.errors import Cancelled
+from icmlora.errors import Cancelled, DataError
 from icmlora.fleet.params import Param, param_of, parameters_of
 
 if TYPE_CHECKING:
@@ -202,9 +202,16 @@ def _converted(
         elif value is None or value == []:
             found[name] = () if parameter.default is inspect.Parameter.empty else parameter.default
         else:
-            found[name] = value if param.parse is None else param.parse(value)
+            found[name] = value if param.parse is None else _parsed(param.parse, value)
             param.check(f"--{name.replace('_', '-')}", found[name])
     return found
+
+
+def _parsed(parse: Callable[[str], Any], text: str) -> Any:
+    try:
+        return parse(text)
+    except DataError as error:
+        raise UsageProblem(error.message, hint=error.hint) from error
 
 
 def _without_none(kind: Any) -> Any:
