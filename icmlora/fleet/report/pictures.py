@@ -27,7 +27,7 @@ from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
 from icmlora.fleet.context import locate_base
 from icmlora.fleet.failures import FAILURES, BaseUnavailable, Failed, as_error
 from icmlora.fleet.measure.module_errors import errors_of
-from icmlora.fleet.resources.decoding import decode_code, files_like_original, read_form
+from icmlora.fleet.resources.decoding import decode_code, read_form
 from icmlora.fleet.resources.loading import Models, read_original
 from icmlora.fleet.tasks.tasks import header_of
 from icmlora.formats.images.header_notes import frequent_tags, trigger_words
@@ -162,7 +162,7 @@ class Studio:
         if task.code is None:
             return found, ()
         decoded = decode_code(store, self._models.generator_file(task.code.generator), task.code)
-        files = files_like_original(decoded, read_form(store, task))
+        files = read_form(store, task).write(decoded)
         found["code"] = _Source(files.weights, dw_norm(decoded))
         return found, () if original is None else errors_of(final, original, decoded)
 

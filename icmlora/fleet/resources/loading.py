@@ -18,7 +18,7 @@ from icmlora.base_models.finding.lookup import FoundBase, inspect_base
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.quantised import check_load_in
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, OutputExists
-from icmlora.fleet.context import OpenedGenerator, locate_base
+from icmlora.fleet.context import GeneratorCache, locate_base
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import LoadedAdapter, RunnableAdapter
 from icmlora.generator.initial_a.search import SeedSearch
@@ -119,7 +119,7 @@ class Models:
         self.store, self.device = store, device
         self.seeds = SeedSearch()
         self._cache, self._on_facts = cache, on_facts
-        self._generator = OpenedGenerator()
+        self._generator = GeneratorCache()
         self._exemplars: tuple[str, Exemplars] | None = None
         self._bases: dict[tuple[str, torch.dtype], BaseModel | BaseModelNotFound | BaseModelUnsuited] = {}
         self._load_in: dict[str, LoadIn | None] = {}

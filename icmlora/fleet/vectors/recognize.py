@@ -18,7 +18,7 @@ from icmlora.base_models.examples.media_archive import read_examples
 from icmlora.base_models.reading import examples_for
 from icmlora.errors import DataError, NotRecognized
 from icmlora.fleet.context import Context, use_case
-from icmlora.fleet.resources.code_source import CodeSource, open_store
+from icmlora.fleet.resources.code_source import CodeSource, open_codes
 from icmlora.fleet.resources.stored_vectors import NO_VECTORS, LeftOut, comparison_key
 from icmlora.fleet.vectors.extraction import SAMPLES_READ, VECTOR_DTYPE
 from icmlora.io.devices import resolve_device
@@ -72,7 +72,7 @@ def recognize(
         DataError: The samples cannot be used, or too few tasks have context vectors.
         BaseModelNotFound: The base model is not on this machine.
     """
-    with open_store(context, read_only=False) as codes:
+    with open_codes(context, read_only=False) as codes:
         return recognize_among(codes, Path(samples), base_model, device, context.progress)
 
 

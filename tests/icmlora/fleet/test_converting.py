@@ -22,7 +22,7 @@ from icmlora import (
     load_adapter,
 )
 from icmlora.errors import BaseModelUnsuited
-from icmlora.fleet.write.materialize import Source
+from icmlora.fleet.write.sources import Source
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.base_models.test_gguf import write_tiny_gguf
 from tests.icmlora.fleet.kept_tasks import head, write_loha
@@ -260,11 +260,11 @@ def test_what_is_there_stays_without_force(fleet: Fleet, tmp_path: Path, adapter
 
 def test_an_unknown_format_is_refused(fleet: Fleet, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="unknown format 'onnx'"):
-        fleet.materialize("poems", tmp_path / "out", adapter_format="onnx")  # type: ignore[arg-type]
+        fleet.materialize("poems", tmp_path / "out", adapter_format="onnx")
     assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_number_format_is_refused(fleet: Fleet, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="unknown number format 'int8'"):
-        fleet.materialize("poems", tmp_path / "a.gguf", adapter_format="gguf", dtype="int8")
+        fleet.materialize("poems", tmp_path / "a.gguf", adapter_format="gguf", dtype="int8")  # type: ignore[arg-type]
     assert not (tmp_path / "a.gguf").exists()
