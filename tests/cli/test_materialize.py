@@ -346,8 +346,10 @@ def test_a_bundle_writes_for_llama_cpp_with_the_base_model_that_is_named(
     ids=" ".join,
 )
 def test_options_that_make_no_sense_together_are_wrong_usage(
-    icm: Icm, trained: Path, tmp_path: Path, words: tuple[str, ...]
+    icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    icm("export", "fleet.icm")
     assert icm("materialize", "rules", "-o", tmp_path / "a.gguf", *words).code == ExitCode.USAGE
     assert not (tmp_path / "a.gguf").exists()
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icmlora.errors import AdapterRefused, BaseModelNotFound, BaseModelUnsuited, OptionsConflict, located
+from icmlora.errors import AdapterRefused, BaseModelNotFound, BaseModelUnsuited, DataError, located
 from icmlora.formats import catalogue
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, AdapterFormat, AdapterSummary, RunnableAdapter
@@ -53,11 +53,11 @@ def format_to_write(name: str) -> AdapterFormat:
     """Return the format that somebody asks for.
 
     Raises:
-        OptionsConflict: There is none of that name.
+        DataError: There is none of that name.
     """
     names = [known.name for known in catalogue.FORMATS]
     if name not in names:
-        raise OptionsConflict(f"unknown format {name!r}", hint=f"choose one of {', '.join(names)}")
+        raise DataError(f"unknown format {name!r}", hint=f"choose one of {', '.join(names)}")
     return format_named(name)
 
 

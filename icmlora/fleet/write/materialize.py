@@ -20,6 +20,7 @@ from icmlora.fleet.params import DtypeName, Force, NamedTasks, Param
 from icmlora.fleet.params import Task as TaskName
 from icmlora.fleet.resources.adapter_row import original_files
 from icmlora.fleet.resources.code_source import Decoded, open_codes
+from icmlora.fleet.write.format_pairs import SourceAdapter, check_pair, convert_content, format_to_write
 from icmlora.fleet.write.sources import ResolvedSource, Source, resolve_source
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, check_target, write_adapter_files
@@ -102,6 +103,7 @@ def materialize(
             "kohya, comfyui, xlabs or lycoris, one file each. `icm convert --list-formats` lists possible conversions. "
             "Default: the adapter's own format.",
             "--format NAME",
+            parse=lambda name: format_to_write(name).name,
             completes="format",
         ),
     ] = None,
@@ -148,11 +150,7 @@ def materialize(
     if base_model is not None and (context.bundle is None or adapter_format not in _WITH_BASE):
         hint = "for tasks in a store, set the path of the base model with `icm base add NAME PATH`"
         raise OptionsConflict("--base-model needs --from and --format gguf or peft", hint=hint)
-    target, output = None, Path(directory)
-    if adapter_format is not None:  # most adapters keep theirs
-        from icmlora.fleet.write.format_pairs import check_pair, format_to_write
-
-        target = format_to_write(adapter_format)
+    output, target = Path(directory), None if adapter_format is None else format_to_write(adapter_format)
     check_target(output, target, as_file=True, force=force)
     with open_codes(context, base_model=base_model) as codes:
         stored = codes.get(task)
@@ -165,8 +163,6 @@ def materialize(
         found.check_error(max_error)
         content = made = render(found, dtype=None if is_converted else dtype, pad_rank=pad_rank)
         if is_converted:
-            from icmlora.fleet.write.format_pairs import SourceAdapter, convert_content
-
             # The rounded factors of the own format are converted.
             initial = stored.final.initial if found.source == "original" else None
             adapter = SourceAdapter(
