@@ -143,7 +143,7 @@ def _chosen(fleet: Fleet | Bundle, task: str) -> Iterator[Chosen]:
         with fleet.open() as codes:
             yield choose(codes, codes.get(task))
     else:
-        yield _served(fleet).chosen(task)
+        yield _served(fleet.context).chosen(task)
 
 
 def _problem(chosen: Chosen) -> str | None:
@@ -192,7 +192,7 @@ def _exchange(layers: Layers, adapter: Adapter) -> None:
 
 def _warn_if_other(layers: Layers, fleet: Fleet | Bundle, task: str, adapter: Adapter) -> None:
     """Compare one layer of a model with the files of the task's base model, if they are on this machine."""
-    tasks = open_tasks(None, fleet.path, command="attach") if isinstance(fleet, Bundle) else _served(fleet)
+    tasks = open_tasks(None, fleet.path, command="attach") if isinstance(fleet, Bundle) else _served(fleet.context)
     try:
         found = tasks.find(task)
         if found is None:
