@@ -26,7 +26,7 @@ _FORMAT = 1
 P = TypeVar("P", bound=Part)
 
 
-class Encoded(NamedTuple):
+class EncodedManifest(NamedTuple):
     """A manifest to be stored."""
 
     data: bytes
@@ -34,12 +34,12 @@ class Encoded(NamedTuple):
     body: dict[str, Any]  # its JSON
 
 
-def encode(state: State) -> Encoded:
+def encode(state: State) -> EncodedManifest:
     """Encode a manifest."""
     documents: dict[str, bytes] = {}
     body = {"type": f"{state.KIND}/{_FORMAT}", **_written(state, documents)}
     body.pop("manifest", None)
-    return Encoded(packed(body), documents, body)
+    return EncodedManifest(packed(body), documents, body)
 
 
 def packed(value: object) -> bytes:

@@ -22,7 +22,7 @@ STATUSES = ("evicted", "pinned", "coded", "original-only", "does-nothing", "gene
 
 
 @dataclass(frozen=True)
-class Field:
+class FilterField:
     """A property that tasks are filtered and sorted by."""
 
     name: str
@@ -44,18 +44,18 @@ class Field:
 FIELDS = {
     field.name: field
     for field in (
-        Field("name", "text", "the task"),
-        Field("base", "text", "its base model, by any of its names"),
-        Field("rank", "number", "the largest rank"),
-        Field("size", "size", "the size of the original, such as 10MB or 512KiB"),
-        Field("code", "size", "the size of the code"),
-        Field("extras", "size", "the size of the tensors and files stored next to the code"),
-        Field("gain", "number", "the retained gain of the code"),
-        Field("error", "number", "the relative error, ||dW' - dW|| / ||dW||"),
-        Field("tag", "words", "its tags"),
-        Field("status", "words", ", ".join(STATUSES), STATUSES),
-        Field("source", "text", "the folder it was ingested from"),
-        Field("note", "text", "its note"),
+        FilterField("name", "text", "the task"),
+        FilterField("base", "text", "its base model, by any of its names"),
+        FilterField("rank", "number", "the largest rank"),
+        FilterField("size", "size", "the size of the original, such as 10MB or 512KiB"),
+        FilterField("code", "size", "the size of the code"),
+        FilterField("extras", "size", "the size of the tensors and files stored next to the code"),
+        FilterField("gain", "number", "the retained gain of the code"),
+        FilterField("error", "number", "the relative error, ||dW' - dW|| / ||dW||"),
+        FilterField("tag", "words", "its tags"),
+        FilterField("status", "words", ", ".join(STATUSES), STATUSES),
+        FilterField("source", "text", "the folder it was ingested from"),
+        FilterField("note", "text", "its note"),
     )
 }
 
@@ -64,7 +64,7 @@ FIELDS = {
 class Filter:
     """A condition on one field."""
 
-    field: Field
+    field: FilterField
     operator: Operator
     value: str | float  # text is in lower case
 
@@ -73,7 +73,7 @@ class Filter:
 class Sort:
     """An order by one field; tasks without a value come last."""
 
-    field: Field
+    field: FilterField
     descending: bool = False
 
 
@@ -121,7 +121,7 @@ def parse_sort(text: str) -> Sort:
     return Sort(field, way.strip().lower() == "desc")
 
 
-def field_of(name: str) -> Field:
+def field_of(name: str) -> FilterField:
     """Return a field by name, in any case; raise `InvalidFilter` if there is none."""
     field = FIELDS.get(name.lower())
     if field is None:
@@ -141,7 +141,7 @@ def parse_size(text: str) -> float | None:
     return float(found[1]) * float((1000 if is_decimal else 1024) ** power)
 
 
-def _value(field: Field, operator: Operator, value: str) -> str | float:
+def _value(field: FilterField, operator: Operator, value: str) -> str | float:
     match field.kind:
         case "number":
             if not _NUMBER.fullmatch(value):
@@ -159,7 +159,7 @@ def _value(field: Field, operator: Operator, value: str) -> str | float:
     return value.lower()
 
 
-def _check_word(field: Field, operator: Operator, value: str) -> None:
+def _check_word(field: FilterField, operator: Operator, value: str) -> None:
     if not value or not value.isascii() or not value.isprintable() or " " in value:
         example = field.choices[0] if field.choices else "prod"
         raise InvalidFilter(

@@ -34,7 +34,7 @@ _WITH_HISTORY = {Task.KIND, Generator.KIND}
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundState:
     """A manifest in manifests/, as far as its own text shows."""
 
     info: BlobInfo
@@ -62,11 +62,11 @@ class Walk:
     blobs: set[str] = field(default_factory=set)  # reached
     disagreements: list[str] = field(default_factory=list)  # facts that database and manifests state differently
     missing: dict[str, list[str]] = field(default_factory=dict)  # manifests that cannot be read -> names
-    newer: list[Found] = field(default_factory=list)  # states that the database does not know
-    garbage: list[Found] = field(default_factory=list)
+    newer: list[FoundState] = field(default_factory=list)  # states that the database does not know
+    garbage: list[FoundState] = field(default_factory=list)
     unreadable: list[BlobInfo] = field(default_factory=list)  # files in manifests/ that nothing names
-    removals: list[Found] = field(default_factory=list)  # committed
-    idle: list[Found] = field(
+    removals: list[FoundState] = field(default_factory=list)  # committed
+    idle: list[FoundState] = field(
         default_factory=list
     )  # generators that no code needs, or that came back as a later version
     committed: dict[Name, dict[int, Committed]] = field(default_factory=dict)  # name -> version -> its state
@@ -202,9 +202,9 @@ def _body(store: StateStore, digest: str) -> Any:
     return unpacked(store.manifests.read(digest))
 
 
-def _rest(store: StateStore, found: Walk, files: Mapping[str, BlobInfo]) -> dict[Name, list[Found]]:
+def _rest(store: StateStore, found: Walk, files: Mapping[str, BlobInfo]) -> dict[Name, list[FoundState]]:
     """Return the manifests that the database does not name, by name and age."""
-    rest = defaultdict[Name, list[Found]](list)
+    rest = defaultdict[Name, list[FoundState]](list)
     for digest, info in files.items():
         if digest not in found.named:
             try:
@@ -220,14 +220,14 @@ def _rest(store: StateStore, found: Walk, files: Mapping[str, BlobInfo]) -> dict
     return rest
 
 
-def _found(info: BlobInfo, body: Any) -> Found:
+def _found(info: BlobInfo, body: Any) -> FoundState:
     kind = body["type"].split("/")[0]
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}")
     is_removal = kind == Removed.KIND
     name = body["name"] if kind in ("task", "base", "removed") else body["base_model"]
     kind = body["of"] if is_removal else kind
-    return Found(
+    return FoundState(
         info,
         (kind, key_of(kind, name)),
         body.get("seq", 0),
@@ -243,7 +243,7 @@ def _committed(state: State) -> Committed:
     return Committed(state.seq, state.parent, state.final.weights if has_weights else None)  # type: ignore[attr-defined]
 
 
-def _sort(found: Walk, rest: dict[Name, list[Found]], used: set[str], exists: Callable[[str], bool]) -> None:
+def _sort(found: Walk, rest: dict[Name, list[FoundState]], used: set[str], exists: Callable[[str], bool]) -> None:
     """Sort the manifests that the database does not name into newer states and garbage."""
     removed = {one.name: one.seq for one in found.removals}
     for name, states in rest.items():
@@ -267,7 +267,7 @@ def _sort(found: Walk, rest: dict[Name, list[Found]], used: set[str], exists: Ca
 
 
 def _is_replaced(
-    one: Found, committed: dict[int, Committed], lost: set[str], used: set[str], exists: Callable[[str], bool]
+    one: FoundState, committed: dict[int, Committed], lost: set[str], used: set[str], exists: Callable[[str], bool]
 ) -> bool:
     """Return whether a state has had its turn: a later one was committed, or another one in its place.
 
@@ -350,7 +350,7 @@ def free(store: StateStore, files: Iterable[str], names: Iterable[str]) -> int |
     return freed
 
 
-def _delete_states(store: StateStore, states: Sequence[Found], newest: float | None = None) -> int:
+def _delete_states(store: StateStore, states: Sequence[FoundState], newest: float | None = None) -> int:
     """Delete manifests and return the bytes freed; call it before their blobs are deleted.
 
     So a state without its blobs does not come back if the database is lost. Removals that were not committed go first:
@@ -417,14 +417,14 @@ def _prune(store: StateStore, grace: float | None, empty_quarantine: bool, *, dr
     )
 
 
-def _forget_removals(store: StateStore, removals: Sequence[Found], newest: float | None = None) -> int:
+def _forget_removals(store: StateStore, removals: Sequence[FoundState], newest: float | None = None) -> int:
     """Delete removals, after the states that must not come back; return the bytes freed."""
     if removals:
         store.parts.maintenance.run(lambda: _forget(store, removals))
     return store.manifests.delete((one.info.digest for one in removals), newest=newest)
 
 
-def _forget(store: StateStore, states: Iterable[Found]) -> None:
+def _forget(store: StateStore, states: Iterable[FoundState]) -> None:
     """Remove generators that no code needs, and removals that are over, from the database."""
     with store.parts.database.write() as connection:
         for one in states:

@@ -18,7 +18,7 @@ from sqlalchemy import insert, select, update
 from registry.encoding import encode, files_of, unpacked
 from registry.errors import DamagedStore, MissingBlob, StoreIOError
 from registry.manifests import Generator, Removed, Run, State, Task
-from registry.reachability import Found, Name, Walk, is_named, leftovers, walk
+from registry.reachability import FoundState, Name, Walk, is_named, leftovers, walk
 from registry.storage.blobs.content import Blobs
 from registry.tables import HISTORY, META, REFS, index_of, key_of, version_of
 
@@ -134,9 +134,9 @@ def _of_remote_manifests(store: StateStore, found: Walk) -> Iterator[Finding]:
             yield Finding(kind, f"manifest {digest} {fact}", place, digest, tasks, is_manifest=True)
 
 
-def _of_newer(store: StateStore, newer: Sequence[Found]) -> Iterator[Finding]:
+def _of_newer(store: StateStore, newer: Sequence[FoundState]) -> Iterator[Finding]:
     """Yield names with states that the database does not have: a command was killed, or the database is an old copy."""
-    states = defaultdict[Name, list[Found]](list)
+    states = defaultdict[Name, list[FoundState]](list)
     for one in newer:
         if not is_named(store, one.name, one.info.digest):  # else it was published since the walk began
             states[one.name].append(one)
@@ -158,7 +158,7 @@ def _of_newer(store: StateStore, newer: Sequence[Found]) -> Iterator[Finding]:
         yield Finding("uncommitted", fact, store.manifests.home, tasks=tasks)
 
 
-def _is_next(store: StateStore, one: Found) -> bool:
+def _is_next(store: StateStore, one: FoundState) -> bool:
     """Return whether a state replaces one that the database has, or is the first of its name."""
     return store.ref(*one.name) is None if one.parent is None else is_named(store, one.name, one.parent)
 

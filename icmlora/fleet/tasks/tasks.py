@@ -12,7 +12,7 @@ from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context, base_name, check_base_model, use_case
 from icmlora.formats.tensor_hash import same_tensors, tensors_digest
 from registry.errors import DamagedStore, GeneratorNotFound, LastCopy, LostRace, TaskConflict
-from registry.filters import FIELDS, Field, Selection, parse_filter, parse_sort
+from registry.filters import FIELDS, FilterField, Selection, parse_filter, parse_sort
 from registry.manifests import Generator, Task
 from registry.names import check_name, check_note, check_tag
 
@@ -67,7 +67,7 @@ class RemoveReport:
     freed: int | None  # bytes; None if another process uses the store, so that the next `prune` frees them
 
 
-def filter_fields() -> Collection[Field]:
+def filter_fields() -> Collection[FilterField]:
     """Return the fields by which tasks can be filtered and sorted."""
     return FIELDS.values()
 
