@@ -5,13 +5,12 @@ The quality that a bundle states for its codes is a claim: it was not measured h
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icmlora.bundle.file import ReopenedBundle
-from icmlora.fleet.context import Context
-from icmlora.fleet.resources.code_source import open_codes
+from icmlora.fleet.context import Context, default_cache
 from icmlora.fleet.write.materialize import load, load_many, materialize, read_files
 
 if TYPE_CHECKING:
@@ -33,6 +32,8 @@ class Bundle(ReopenedBundle):
 
     Args:
         path: The file. Its index is read and checked; the rest is checked before an adapter is decoded.
+        cache: Folder for a base model converted from GGUF, or a function that returns it; by default `icm` in the
+            Hugging Face home.
 
     Attributes:
         path: The file.
@@ -45,9 +46,9 @@ class Bundle(ReopenedBundle):
         UnsafeInput: It exceeds a limit, or is not a regular file.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, cache: str | Path | Callable[[], Path] = default_cache) -> None:
         super().__init__(path)
-        self.context = Context(self.path, bundle=self)
+        self.context = Context(self.path, Path(cache) if isinstance(cache, str) else cache, bundle=self)
 
     @property
     def base_model(self) -> str:
@@ -76,28 +77,8 @@ class Bundle(ReopenedBundle):
         base_model: str | Path | None = None,
         loader: str | None = None,
         device: str = "auto",
-        cache: str | Path | None = None,
     ) -> RecognizeReport:
-        """Recognize the task of the bundle that some samples belong to, by their task vectors.
+        """Recognize the task of the bundle that some samples belong to, as `Fleet.recognize` does."""
+        from icmlora.fleet.vectors.recognize import recognize  # imports torch
 
-        Args:
-            samples: File of samples as JSON lines; up to 32 are read, and 16 are enough.
-            base_model: Folder or GGUF file of the base model; by default it is searched for in the Hugging Face cache.
-            loader: `MODULE:FUNCTION` of a function marked with `icmlora.base_model_loader`, for a base model outside
-                transformers; it requires `base_model`. Bundles never name one.
-            device: Where to compute.
-            cache: Folder for a base model converted from GGUF; by default `icm` in the Hugging Face home.
-
-        Raises:
-            BundleError: The bundle is damaged, or the file was replaced.
-            DataError: The samples cannot be used, or too few tasks of the bundle have context vectors.
-            BaseModelNotFound: The base model is not on this machine, or its loader cannot be used.
-            ValueError: There is a loader, but no base model.
-        """
-        from icmlora.fleet.vectors.recognize import recognize_among
-
-        if loader is not None and base_model is None:
-            raise ValueError("a loader needs a base model")
-        context = self.context if cache is None else replace(self.context, cache_folder=Path(cache))
-        with open_codes(context, base_model=base_model, loader=loader) as codes:
-            return recognize_among(codes, Path(samples), None, device)
+        return recognize(self, samples, base_model=base_model, loader=loader, device=device)

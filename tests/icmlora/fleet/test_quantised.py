@@ -130,7 +130,7 @@ def test_a_bundle_is_asked_in_the_precision_of_its_vectors(
     subjects.add_base_model(LABEL, base, load_in="nf4")
     here = subjects.recognize(samples, **CPU)
     subjects.export_bundle(tmp_path / "fleet.icm")
-    there = Bundle(tmp_path / "fleet.icm").recognize(samples, base_model=base, cache=tmp_path / "cache", **CPU)
+    there = Bundle(tmp_path / "fleet.icm", cache=tmp_path / "cache").recognize(samples, base_model=base, **CPU)
     assert there.candidates == here.candidates
 
 
