@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from icm_cli.command import Call, command
 from icm_cli.options import FromOpt
 from icm_cli.session import Session
-from icm_cli.text import claim_json, claim_text
+from icm_cli.text import as_fields, claim_json, claim_text
 from icmlora.fleet.measure.metric_result import measured_in
 from icmlora.fleet.write import materialize as use_cases
 
@@ -34,23 +34,9 @@ def materialize(session: Session, call: Call[MaterializeReport], bundle: FromOpt
         from icmlora.fleet.bundles.bundles import Bundle
 
         done = call.use_case(Bundle(bundle), **call.values)
-    out.document(
-        {
-            "task": done.task,
-            "output": str(done.directory),
-            "format": done.adapter_format,
-            "source": done.source,
-            "generator": done.generator,
-            "relative_error": done.relative_error,
-            "squared_error": done.squared_error,
-            "retained_gain": done.retained_gain,
-            "precision": done.precision,
-            "claimed": claim_json(done.claim),
-            "weights": done.weights,
-            "recognized": done.recognized,
-            "left_out": list(done.left_out),
-        }
-    )
+    fields = as_fields(done, "directory", "adapter_format", "converted", "claim")
+    given = {"output": str(done.directory), "format": done.adapter_format, "claimed": claim_json(done.claim)}
+    out.document(fields | given)
     out.answer(str(done.directory))
     figures = ""
     if done.source != "original":  # an original loses nothing

@@ -112,14 +112,13 @@ Decisions = Mapping[str, tuple[ImportStatus, State | None]]
 def _import(
     context: Context, store: Store, bundle: BundleFile, tasks: Sequence[Task], on_conflict: OnConflict
 ) -> Decisions:
-    stored = set[str]()
+    generator, stored = bundle.index.generator, set[str]()
     while True:
         decided = _decide(store, bundle, tasks, on_conflict)
         new = {name.lower(): state for name, (_, state) in decided.items() if state is not None}
         if new:
             _put(context, store, bundle, [task for task in tasks if task.name.lower() in new.keys() - stored])
             stored |= new.keys()
-            generator = bundle.index.generator
             base = store.base_name(generator.base_model)
             states: list[State] = []
             if not any(one.blob == generator.blob for one in store.generators(base)):
@@ -130,7 +129,12 @@ def _import(
                 store.publish([*states, *new.values()])
             except (LostRace, TaskConflict):  # another process changed or added one of them
                 continue
-        _restore(store, bundle, [name for name, (_, state) in decided.items() if state is None])
+        # Blobs of known tasks and their generators that the store has lost come back.
+        known: list[State] = [store.task(name) for name, (_, state) in decided.items() if state is None]
+        known += store.generators(store.base_name(bundle.index.base_model))
+        needed = {str(file) for state in known for _, file in files_of(encode(state).body)}
+        lost = [part for part in sorted(needed & set(map(str, bundle.index.parts))) if not store.blobs.exists(part)]
+        store.blobs.put_all([bundle.read(part) for part in lost])
         return decided
 
 
@@ -172,14 +176,6 @@ def _put(context: Context, store: Store, bundle: BundleFile, tasks: Sequence[Tas
             context.progress(done, len(digests))
 
 
-def _restore(store: Store, bundle: BundleFile, names: Sequence[str]) -> None:
-    """Store blobs of known tasks and their generators that the store has lost."""
-    states: list[State] = [*map(store.task, names), *store.generators(store.base_name(bundle.index.base_model))]
-    needed = {str(file) for state in states for _, file in files_of(encode(state).body)}
-    parts = {str(part) for part in bundle.index.parts}
-    store.blobs.put_all([bundle.read(digest) for digest in sorted(needed & parts) if not store.blobs.exists(digest)])
-
-
 def _check_parts(bundle: BundleFile, tasks: Sequence[Task]) -> None:
     """Check that every version of the generator opens, and that codes, files and vectors match it and their tasks."""
     from icmlora.generator.codec.code import generator_of
@@ -203,20 +199,18 @@ def _refused(bundle: BundleFile, tasks: Sequence[Task]) -> dict[str, str]:
     for task in tasks:
         final = task.final
         form = final.format, final.config, final.layout, final.dtype, final.template, str(final.extras)
-        if form in tried:  # most of a fleet have one form
-            continue
-        try:
-            _try_form(bundle, task)
-        except UnsafeInput:
-            raise
-        except AdapterRefused as error:
-            refused[task.name] = error
-        else:
-            tried.add(form)
+        if form not in tried:  # most of a fleet have one form
+            try:
+                _try_form(bundle, task)
+                tried.add(form)
+            except UnsafeInput:
+                raise
+            except AdapterRefused as error:
+                refused[task.name] = error
     if tasks and len(refused) == len(tasks):
         name, first = next(iter(refused.items()))
         raise AdapterRefused(f"task {name!r}: {first.message}", kind=first.kind, hint=first.hint)
-    return {name: why.message for name, why in refused.items()}
+    return {name: error.message for name, error in refused.items()}
 
 
 def _try_form(bundle: BundleFile, task: Task) -> None:

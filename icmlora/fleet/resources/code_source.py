@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
+from icmlora.base_models.finding.lookup import FoundBase, find_base_model
+from icmlora.base_models.finding.tensors import BaseTensors, needed_tensors
 from icmlora.bundle.file import BundleFile
 from icmlora.bundle.index import BundleIndex
 from icmlora.errors import BaseModelNotFound, BundleError, DataError
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     import torch
 
     from icmlora.adapter.model import Adapter
-    from icmlora.base_models.finding.lookup import FoundBase
-    from icmlora.base_models.finding.tensors import BaseTensors
     from icmlora.base_models.modality import BaseModel
     from icmlora.fleet.resources.decoding import OriginalForm
     from icmlora.fleet.resources.stored_vectors import ComparableVectors
@@ -212,7 +212,6 @@ class BundleCodes:
         return self._context.generator.get(generator, self.read)
 
     def form(self, task: Task) -> OriginalForm:
-        from icmlora.base_models.finding.tensors import needed_tensors
         from icmlora.fleet.resources.decoding import form_of
 
         def tensors() -> BaseTensors:
@@ -235,8 +234,6 @@ class BundleCodes:
         return {self._index.base_model: (self._index.base_model,)}
 
     def locate(self, base_model: str) -> FoundBase:
-        from icmlora.base_models.finding.lookup import find_base_model
-
         aliases = {} if self._base_model is None else {base_model: self._base_model}
         try:
             return find_base_model(base_model, aliases=aliases, loader=self._loader)

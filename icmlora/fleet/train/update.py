@@ -21,7 +21,6 @@ import torch
 from icmlora.errors import DataError, GeneratorError
 from icmlora.fleet.context import Context, Event, reporting, use_case
 from icmlora.fleet.failures import one_of_several
-from icmlora.fleet.resources.task_code import needs_code
 from icmlora.fleet.resources.workers import check_place
 from icmlora.fleet.train.candidates import UpdateCandidates
 from icmlora.fleet.train.finish import FinishReport, finish
@@ -156,7 +155,7 @@ def _update_base(
         raise DataError(f"{label} has no generator to add tasks to", hint=hint)
     data = store.blobs.read(generator.blob)
     present = GeneratorFile(data)
-    tasks = (task for task in store.tasks(Selection(base_model=label)) if needs_code(task, generator))
+    tasks = (task for task in store.tasks(Selection(base_model=label)) if task.code_under(generator) is None)
     source = usable_source(context, store, label, tasks)
     # By default as in the generator's first training.
     tolerance = present.configs[0].tolerance if quality is None else tolerance_of(quality)
