@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.examples.context import TaskContext
 from icmlora.base_models.finding.tensors import BaseTensors, needed_tensors
 from icmlora.errors import CodeError, DataError
 from icmlora.fleet.context import locate_base
@@ -23,6 +22,7 @@ from icmlora.generator.codec.generator_file import GeneratorFile
 from registry.errors import DamagedStore
 
 if TYPE_CHECKING:
+    from icmlora.base_models.examples.context import TaskContext
     from icmlora.generator.codec.codec import Codec
     from icmlora.io.safetensors import RawTensor
     from registry.manifests import Adapter as StoredAdapter
@@ -99,6 +99,8 @@ def files_of_code(store: Store, generator_file: GeneratorFile, task: Task) -> Ad
 
 def read_context(read: Callable[[str], bytes], final: StoredAdapter) -> TaskContext | None:
     """Read the context for the prompts of a task; None if it has none. Raises `DataError` if it is damaged."""
+    from icmlora.base_models.examples.context import TaskContext  # parsers, which most adapters do not need
+
     return TaskContext.read(read_companions(read, final, CONTEXT_NAMES))
 
 
