@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from icmlora import BaseModelNotFound, Cancelled, DataError, DeviceUnavailable, Event, Fleet, GeneratorError
-from icmlora.fleet.train.run import StepDone
-from icmlora.fleet.train.train import CodeMade, Continued, Resumed, Trained, TrainReport
+from icmlora.fleet.train.report import CodeMade, Continued, Resumed, StepDone, Trained, TrainReport
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import (
     TASKS,
