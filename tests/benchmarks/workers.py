@@ -28,8 +28,9 @@ from typing import Any
 from unittest.mock import patch
 
 from icmlora import Fleet
-from icmlora.fleet.encode import encode as encoding
-from icmlora.fleet.encode.encode import PendingCode, TaskEncoded, encode_tasks
+from icmlora.fleet.encode import tasks as encoding
+from icmlora.fleet.encode.encode import TaskEncoded
+from icmlora.fleet.encode.tasks import PendingCode, encode_tasks
 from icmlora.fleet.resources.loading import ModelCache
 from icmlora.fleet.resources.workers import Tell, _cluster
 from icmlora.generator.codec.limits import Limits

@@ -22,7 +22,8 @@ from icmlora.fleet.context import Context
 from icmlora.fleet.evict.evict import evict
 from icmlora.fleet.ingest.ingest import ingest
 from icmlora.fleet.resources.loading import open_base
-from icmlora.fleet.train.report import train, update
+from icmlora.fleet.train.train import train
+from icmlora.fleet.train.update import update
 from icmlora.fleet.vectors.vectors import extract_vectors
 
 MAX_ERROR = 0.55
