@@ -114,14 +114,13 @@ def convert(
 
 def _show_formats(session: Session) -> None:
     """Print the adapter formats and the valid source formats of each."""
-    found = [(known.name, known.about, list(written_from(known))) for known in catalogue.FORMATS]
-    session.out.document(
-        [
-            {"name": name, "about": about, "read": True, "written_from": sources, "code": True}
-            for name, about, sources in found
-        ]
-    )
-    session.out.names(name for name, _, _ in found)
+    rows: list[dict[str, Any]] = [
+        {"name": known.name, "about": known.about, "read": True, "written_from": [*written_from(known)], "code": True}
+        for known in catalogue.FORMATS
+    ]
+    session.out.document(rows)
+    session.out.names(row["name"] for row in rows)
     columns = [Column("format"), Column("description", shrink=True), Column("read")]
     columns += [Column("written from", shrink=True), Column("code")]
-    session.out.table(columns, [(name, about, "yes", ", ".join(sources), "yes") for name, about, sources in found])
+    texts = [[row["name"], row["about"], "yes", ", ".join(row["written_from"]), "yes"] for row in rows]
+    session.out.table(columns, texts)

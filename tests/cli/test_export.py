@@ -225,13 +225,12 @@ def test_a_killed_export_leaves_no_bundle_and_the_next_one_cleans_up(trained: Pa
     script = (
         "import os, signal\n"
         "from icmlora.fleet.bundles import export as export_bundle\n"
-        "read = export_bundle._read_part\n"
-        "count = []\n"
-        "def stop(store, digest, *rest):\n"
-        "    count.append(digest)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL) if len(count) > 2 else None\n"
-        "    return read(store, digest, *rest)\n"
-        "export_bundle._read_part = stop\n"
+        "write = export_bundle.write_bundle\n"
+        "def stop(*arguments, **options):\n"
+        "    for number, part in enumerate(write(*arguments, **options)):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL) if number > 2 else None\n"
+        "        yield part\n"
+        "export_bundle.write_bundle = stop\n"
         f"from icm_cli.app import run; run(['export', {str(tmp_path / 'out' / 'fleet.icm')!r}])\n"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9

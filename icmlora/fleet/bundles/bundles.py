@@ -25,7 +25,7 @@ class Bundle(ReopenedBundle):
         print([task.name for task in bundle.tasks])
         bundle.materialize("dog-detection", "adapter")
 
-    `materialize`, `read_files`, `load` and `load_many` are those of `Fleet`. They give the same bytes as the codes in
+    `materialize`, `read_files`, `load` and `load_many` work as in `Fleet`. They give the same bytes as the codes in
     the store, and raise `BundleError` if the bundle is damaged or the file was replaced. `max_error` is compared with
     the claim of the bundle, and `base_model` is the folder or GGUF file of the base model, whose configuration a
     conversion from or to `gguf` needs. By default it is searched for in the Hugging Face cache.

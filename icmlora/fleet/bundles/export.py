@@ -66,7 +66,7 @@ def export_bundle(
         for task in chosen:
             card = task.final.card
             final = replace(task.final, card=card if card is not None and card.size <= MAX_CARD_BYTES else None)
-            # Of the latest vectors, only those of one file: the file with the context view if there are several.
+            # Keep the latest vectors of one file: the file with the context view if there are several.
             latest = sorted(latest_vectors(task.vectors), key=lambda vector: vector.view == "context")
             vectors = tuple(vector for vector in latest if vector.blob == latest[-1].blob)
             entry = bundled_task(replace(task, final=final, vectors=vectors))

@@ -113,7 +113,7 @@ def convert(
     `TaskFailed` once an adapter is done. An adapter that needs no change keeps its bytes.
 
     Returns:
-        `done` has one entry for each adapter; `failed` lists those of several sources that could not be converted.
+        `done` has one entry for each written adapter. `failed` lists failures, if there are several sources.
 
     Raises:
         AdapterRefused: The only source is no adapter, is damaged, or has parts that the format cannot represent.

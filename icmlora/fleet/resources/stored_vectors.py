@@ -69,7 +69,7 @@ def comparable(
     latest = {name: latest_vectors(vectors) for name, vectors in of_task.items()}
     in_view = {name: [vector for vector in vectors if vector.view == view] for name, vectors in latest.items()}
     made_by = {name: comparison_key(vectors[0].extractor) for name, vectors in in_view.items() if vectors}
-    # Counted by name, so that of two extractors with equally many tasks the same one wins every time.
+    # Sorted by name, so that the choice between two equally common extractors is always the same.
     common = Counter(made_by[name] for name in sorted(made_by)).most_common(1)
     chosen = made_by.get(like) if like is not None else common[0][0] if common else None
     found, others = {}, []

@@ -136,7 +136,7 @@ def convert_content(
         if (other := replace(adapter, magnitudes={}).beyond_lora()) is not None:
             fact = f"icm converts LoRA factors and DoRA magnitudes for PEFT, and it also has {other}"
             raise AdapterRefused(fact, kind="extras", hint=_UNCHANGED)
-        # PEFT has the factors of an embedding under other names, and only the base model tells an embedding.
+        # PEFT names the factors of an embedding differently, and only the base model shows which module is one.
         if odd := next((module.name for module in adapter.adapter.modules if "embed" in module.name), None):
             fact = f"{odd} may be an embedding, which icm does not convert for PEFT"
             raise AdapterRefused(fact, kind="layers", hint=_UNCHANGED)

@@ -227,7 +227,7 @@ def load(
         for module in fleet.load("dog-detection").modules:
             delta = module.b @ module.a  # (out, in)
 
-    The arguments and errors are those of `materialize`.
+    Arguments and errors are as in `materialize`.
     """
     with open_codes(context) as codes:
         found = resolve_source(codes, codes.get(task), source, seed)
