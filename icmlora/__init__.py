@@ -88,8 +88,9 @@ if TYPE_CHECKING:
     from icmlora.fleet.vectors.recognize import RecognizeReport
     from icmlora.fleet.vectors.vectors import VectorReport
     from icmlora.fleet.write.cards import MergedPart
-    from icmlora.fleet.write.materialize import MaterializeReport, TooLossy
+    from icmlora.fleet.write.materialize import MaterializeReport
     from icmlora.fleet.write.merge import Merged
+    from icmlora.fleet.write.sources import TooLossy
     from icmlora.formats.discovery.folder import load_adapter, save_adapter
     from icmlora.serving.attach import attach
     from registry.manifests import Generator, Task
@@ -238,7 +239,7 @@ _HOMES = {
     "TaskContext": "icmlora.base_models.examples.context",
     "TaskDetails": "icmlora.fleet.tasks.tasks",
     "TaskRow": "registry.tables",
-    "TooLossy": "icmlora.fleet.write.materialize",
+    "TooLossy": "icmlora.fleet.write.sources",
     "TrainReport": "icmlora.fleet.train.report",
     "VectorReport": "icmlora.fleet.vectors.vectors",
     "attach": "icmlora.serving.attach",

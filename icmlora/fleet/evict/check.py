@@ -19,7 +19,7 @@ from icmlora.fleet.evict.types import NOT_MEASURED, CheckFailed, EvictLimits, Ev
 from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.measure.measure import losses_on_own_text
 from icmlora.fleet.resources.decoding import check_references, decode_code, read_form
-from icmlora.fleet.resources.loading import Models, read_with_extras
+from icmlora.fleet.resources.loading import ModelCache, read_with_extras
 from icmlora.fleet.resources.task_code import is_same_code
 from icmlora.fleet.resources.workers import Tell
 from icmlora.io.second_process import in_two_processes
@@ -74,7 +74,7 @@ class Evictable:
 
 
 def check_codes(
-    models: Models, tasks: Sequence[Task], tell: Tell, limits: EvictLimits, checkpoints_only: bool, dry_run: bool
+    models: ModelCache, tasks: Sequence[Task], tell: Tell, limits: EvictLimits, checkpoints_only: bool, dry_run: bool
 ) -> Iterator[tuple[Task, TaskEvicted | Evictable]]:
     """Check the codes of tasks of one base model, or report why they keep their originals; nothing is deleted."""
     checker = _Checker(models, limits, checkpoints_only)
@@ -89,7 +89,7 @@ def check_codes(
 class _Checker:
     """Checks one task after the other, and deletes nothing."""
 
-    def __init__(self, models: Models, limits: EvictLimits, checkpoints_only: bool) -> None:
+    def __init__(self, models: ModelCache, limits: EvictLimits, checkpoints_only: bool) -> None:
         self._models, self._store, self._limits = models, models.store, limits
         self._checkpoints_only = checkpoints_only
 

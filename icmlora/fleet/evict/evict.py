@@ -21,7 +21,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from icmlora.errors import Cancelled, OptionsConflict
-from icmlora.fleet.context import Context, OpenedGenerator, reporting, select_tasks, use_case
+from icmlora.fleet.context import Context, GeneratorCache, reporting, select_tasks, use_case
 from icmlora.fleet.evict.check import Evictable, check_bytes, check_codes, check_recorded, read_again
 from icmlora.fleet.evict.placeholders import FolderReplaced, Placeholders, RestoreSource
 from icmlora.fleet.evict.types import CheckFailed, EvictLimits, EvictReport, EvictStatus, TaskEvicted
@@ -159,7 +159,7 @@ class Evictor:
     ) -> None:
         self._store, self._uses, self._limits = store, uses, limits
         self._checkpoints_only, self._dry_run = checkpoints_only, dry_run
-        self._folders, self._generator = Placeholders(store, dry_run=dry_run), OpenedGenerator()
+        self._folders, self._generator = Placeholders(store, dry_run=dry_run), GeneratorCache()
         self._unneeded = dict[str, int]()  # files to free, with their sizes
         self._freed = 0
 

@@ -22,8 +22,8 @@ from icmlora.errors import AdapterRefused, DataError, OutputExists
 from icmlora.fleet.bundles.bundles import Bundle
 from icmlora.fleet.context import Context, Event, TaskFailed, reporting, use_case
 from icmlora.fleet.failures import FAILURES
-from icmlora.fleet.resources.code_source import CodeSource, StoreCodes
-from icmlora.fleet.write.materialize import original_files
+from icmlora.fleet.resources.adapter_row import original_files
+from icmlora.fleet.resources.code_source import CodeSource, StoreCodes, open_codes
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.discovery.placeholder import (
     PLACEHOLDER_NAME,
@@ -156,9 +156,11 @@ def restore(
 @contextmanager
 def _opened(context: Context, bundle: str | Path | None, found: Sequence[FoundPlaceholder]) -> Iterator[CodeSource]:
     if bundle is not None:
-        with Bundle(bundle).open() as codes:
-            context.progress(0, None, "checking")
-            codes.check()
+        opened = Bundle(bundle)
+        context.progress(0, None, "checking")
+        with opened.open() as file:
+            file.check()
+        with open_codes(opened.context) as codes:
             yield codes
         return
     try:
@@ -221,7 +223,7 @@ def _made(
     """
     wanted, digests = _content(found), (_content(found).weights, _content(found).config)
     place, run = source_label(found.place), source_label(run_folder(found.place)[0])
-    tasks = codes.having(*digests, name=wanted.task, folders={place, folder_of(place), run})
+    tasks = codes.with_adapter(*digests, name=wanted.task, folders={place, folder_of(place), run})
     # Several tasks may have it; the task that the placeholder names comes first.
     tasks.sort(key=lambda task: task.name.lower() != wanted.task.lower())
     if not tasks:
@@ -232,7 +234,7 @@ def _made(
     adapters = [one for task in tasks for one in task.adapters if (one.weights, one.config) == digests]
     original = next((one for one in adapters if weights is not None or not one.is_evicted), None)
     if original is not None:
-        return original_files(codes, original, weights), done
+        return original_files(codes.read, original, weights), done
     finals = [task for task in tasks if (task.final.weights, task.final.config) == digests]
     for task in finals:
         if task.code is not None:
@@ -243,10 +245,10 @@ def _made(
 
 
 def _decoded(codes: CodeSource, task: Task, code: Code, done: AdapterRestored) -> tuple[AdapterBytes, AdapterRestored]:
-    from icmlora.fleet.resources.decoding import code_reader, files_like_original  # torch, which originals do not need
+    from icmlora.fleet.resources.decoding import code_reader  # torch, which originals do not need
 
     adapter = code_reader(codes.read, codes.generator_file(code.generator), code)()
-    return files_like_original(adapter, codes.form(task)), replace(
+    return codes.form(task).write(adapter), replace(
         done,
         source="code",
         generator=str(code.generator),

@@ -104,12 +104,12 @@ def make_outputs(
     from icmlora.base_models.running.pipeline import Drawing
     from icmlora.fleet.report.outputs import task_outputs
     from icmlora.fleet.report.pictures import Studio, TaskPictures
-    from icmlora.fleet.resources.loading import Models
+    from icmlora.fleet.resources.loading import ModelCache
     from icmlora.io.devices import resolve_device
 
     given = None if prompts is None else read_prompts(prompts.read_bytes(), prompts)
     # The store is read-only, so new facts about base models are discarded.
-    models = Models(store, resolve_device(device), context.cache, on_facts=lambda facts: None)
+    models = ModelCache(store, resolve_device(device), context.cache, on_facts=lambda facts: None)
     studio = Studio(models, given, Drawing(*drawing))
     failures, found = FailureLog(context, report, len(tasks)), dict[str, "TaskOutputs | TaskPictures"]()
 

@@ -23,7 +23,7 @@ from icmlora.adapter.metrics import distance
 from icmlora.adapter.model import Adapter
 from icmlora.adapter.sketch import SKETCH_SIZE, near_pairs, sketch
 from icmlora.errors import DataError
-from icmlora.fleet.context import Context, OpenedGenerator, base_name, check_base_model, use_case
+from icmlora.fleet.context import Context, GeneratorCache, base_name, check_base_model, use_case
 from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.resources.adapter_source import refuse_large
 from icmlora.fleet.resources.decoding import code_reader
@@ -166,7 +166,7 @@ class _Comparison:
 
     def __init__(self, store: Store, tasks: Sequence[Task], report: DuplicatesReport, steps: _Steps) -> None:
         self._store, self._tasks, self._report, self._steps = store, tasks, report, steps
-        self._opened = OpenedGenerator()
+        self._opened = GeneratorCache()
         self._adapter = lru_cache(_IN_MEMORY)(lambda place: self._maker(place)())
         self._keys = Counter(task.final.tensors_key for task in tasks)
         self._oldest: dict[str, int] = {}  # files, or tensors with their meaning -> place of the oldest such task
