@@ -166,6 +166,7 @@ def _for_typer(parameter: inspect.Parameter) -> inspect.Parameter:
         kind = str if is_required else str | None
     elif _is_sequence(kind):
         (item,) = get_args(_without_none(kind))
+        item = Path if Path in get_args(item) else item  # str | Path
         kind = list[item] if is_required else list[item] | None  # type: ignore[valid-type]
         default = default if is_required else None
     elif Path in get_args(kind):  # str | Path

@@ -271,7 +271,7 @@ def test_an_extra_that_the_store_lost_comes_back_with_the_same_adapter(fleet: Fl
 def test_a_dry_run_reads_extras_and_stores_nothing(kept: Path, tmp_path: Path) -> None:
     fleet = Fleet(tmp_path / "new")
     report = fleet.ingest([kept], dry_run=True)
-    assert sorted(task.task for task in report.ingested) == ["diverged", "headed", "loha", "twin"]
+    assert sorted(task.task for task in report.done) == ["diverged", "headed", "loha", "twin"]
     assert not (tmp_path / "new").exists()
 
 

@@ -372,7 +372,7 @@ def test_an_adapter_in_a_single_file_has_a_placeholder_of_its_name(
     keep(fleet, "odes")
     assert {path.name for path in folder.iterdir()} == {f"odes.{PLACEHOLDER_NAME}", "songs.toy"}
     again = fleet.ingest([folder])
-    assert ([task.task for task in again.ingested], [met.task for met in again.placeholders]) == (["songs"], ["odes"])
+    assert ([task.task for task in again.done], [met.task for met in again.placeholders]) == (["songs"], ["odes"])
     fleet.restore([folder])
     assert files_of(folder) == before
 
@@ -387,7 +387,7 @@ def test_what_came_from_a_code_is_not_ingested_as_another_adapter(fleet: Fleet, 
     codes = {row.name: row.manifest for row in fleet.tasks()}
     for dry_run in (True, False):
         report = fleet.ingest([own_loras], dry_run=dry_run)
-        assert ({task.status for task in report.ingested}, report.problems) == ({"decoded"}, [])
+        assert ({task.status for task in report.done}, report.problems) == ({"decoded"}, [])
     assert {row.name: row.manifest for row in fleet.tasks()} == codes
 
 
@@ -409,7 +409,7 @@ def test_what_came_from_a_code_and_was_changed_stays(fleet: Fleet, own_loras: Pa
     damage(own_loras / "rules" / WEIGHTS)
     (folder,) = fleet.evict(["rules"], max_error=0.7, placeholder=True).folders
     assert folder.status == "left"
-    assert fleet.ingest([own_loras / "rules"], on_conflict="skip").ingested[0].status == "skipped"
+    assert fleet.ingest([own_loras / "rules"], on_conflict="skip").done[0].status == "skipped"
 
 
 def test_a_stopped_restore_goes_on_with_the_same_call(fleet: Fleet, own_loras: Path) -> None:
