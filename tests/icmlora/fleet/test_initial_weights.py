@@ -160,7 +160,7 @@ def test_initial_weights_are_evicted_with_the_original_and_come_back_with_it(fle
     assert row.initial is not None
     done = fleet.evict(["sonnets"], max_error=1e9)
     assert (has_blob(fleet, row.weights), has_blob(fleet, row.initial)) == (False, False)
-    assert done.tasks[0].freed == row.weights.size + row.initial.size
+    assert done.done[0].freed == row.weights.size + row.initial.size
     fleet.ingest([template / "sonnets"])
     assert (has_blob(fleet, row.weights), has_blob(fleet, row.initial)) == (False, False)
     assert is_sound(fleet)
