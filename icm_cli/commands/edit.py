@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from icm_cli.command import Call, command
 from icm_cli.errors import UsageProblem
@@ -10,7 +10,9 @@ from icm_cli.options import option
 from icm_cli.output import Field
 from icm_cli.session import Session
 from icmlora.fleet.tasks.tasks import EditReport, edit_tasks
-from registry.manifests import Task
+
+if TYPE_CHECKING:
+    from registry.manifests import Task
 
 _FIELDS: tuple[Field[Task], ...] = (
     Field("task", lambda task: task.name, shrink=True),

@@ -38,8 +38,6 @@ def verify(
     dry_run: DryRunOpt = False,
     yes: YesOpt = False,
 ) -> None:
-    from registry.verify import OF_FILES  # imports SQLAlchemy
-
     if repair and call["tasks"]:
         raise UsageProblem("--repair always repairs the whole store", hint="remove the task names")
     out, read_data, repair = session.out, call["read_data"] or repair, repair and not dry_run
@@ -57,7 +55,7 @@ def verify(
             out.warn(f"no manifest can be read of: {some(rebuilt.lost)}")
             out.hint("run `icm ingest` on their original adapters, or restore manifests/ from a backup")
         findings = find()
-    damaged = [finding for finding in findings if finding.kind in OF_FILES]
+    damaged = [finding for finding in findings if finding.is_of_file]
     question = f"Correct {counted(len(damaged), 'damaged file')}, or move them to quarantine?"
     repaired = repair_files(session.context, damaged) if repair and damaged and out.confirm(question, yes=yes) else []
     for finding, result in repaired:
@@ -80,9 +78,9 @@ def verify(
         out.line("the store is intact" if read_data else "the store is intact (contents not checked; use --read-data)")
     if any(finding.is_of_database for finding in findings):
         out.hint("run `icm verify --repair` to rebuild the database from the manifests")
-    elif any(finding.kind in OF_FILES for finding in problems):
+    elif any(finding.is_of_file for finding in problems):
         out.hint("run `icm verify --repair` to correct damaged files, or to move them to quarantine")
-    if affected := sorted({task for one in problems if one.kind in OF_FILES | {"missing"} for task in one.tasks}):
+    if affected := sorted({task for one in problems if one.is_of_file or one.kind == "missing" for task in one.tasks}):
         out.hint(f"run `icm ingest` on the original adapters of {some(affected)} to restore their files")
     leftovers = sum(finding.kind in ("orphan", "leftover") for finding in findings)
     if leftovers:

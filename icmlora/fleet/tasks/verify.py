@@ -153,11 +153,9 @@ def repair_files(context: Context, findings: Sequence[Finding] | None = None) ->
     Returns:
         Each finding with the result. Ingesting an adapter again restores its files.
     """
-    from registry.verify import OF_FILES
-
     with context.open() as store:
         found = list(store.verify(read_data=True)) if findings is None else findings
-        done = [(one, store.repair(one)) for one in found if one.kind in OF_FILES]
+        done = [(one, store.repair(one)) for one in found if one.is_of_file]
         return [(one, result) for one, result in done if result is not None]
 
 
