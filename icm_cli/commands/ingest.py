@@ -102,73 +102,53 @@ def _print_totals(out: Output, report: IngestReport, *, dry_run: bool) -> None:
         out.hint("run `icm ingest --restore PATH` to store evicted originals again")
 
 
-def _named(task: TaskIngested) -> str | None:
-    is_renamed = task.status == "added" and task.is_renamed
-    return f"{task.task} ({path_shown(task.folder)})" if is_renamed else None
-
-
-def _version(task: TaskIngested) -> str | None:
-    return f"{task.task} (version {task.version})" if task.status == "version" else None
-
-
-def _pickle(task: TaskIngested) -> str | None:
-    return None if task.converted_from is None else f"{task.task} (from {task.converted_from})"
-
-
-def _initial(task: TaskIngested) -> str | None:
-    return None if task.initial is None else f"{task.task} ({path_shown(task.initial)})"
-
-
-def _wrapper(task: TaskIngested) -> str | None:
-    return None if task.wrapper is None else f"{task.task} ({task.wrapper})"
-
-
-def _large(task: TaskIngested) -> str | None:
-    sizes = f"{human_size(task.extras_size)}, LoRA {human_size(task.lora_size)}"
-    return f"{task.task} ({sizes})" if task.original_only is None and task.extras_size > task.lora_size else None
-
-
-def _decoded(task: TaskIngested) -> str | None:
-    return task.task if task.status == "decoded" else None
-
-
-def _equal_steps(task: TaskIngested) -> str | None:
-    steps = ", ".join(map(str, task.same_as_final))
-    return f"{task.task} (step {steps})" if steps else None
-
-
-def _equal_task(task: TaskIngested) -> str | None:
-    return None if task.same_as is None else f"{task.task} ({task.same_as})"
-
-
-# A text for each task that a fact holds for, and the fact about one task and about several.
-_FACTS: tuple[tuple[Callable[[TaskIngested], str | None], str, str], ...] = (
-    (_named, "has another name than its folder", "have other names than their folders"),
+# Whether a fact holds for a task, how the task is shown, and the fact.
+_FACTS: tuple[tuple[Callable[[TaskIngested], object], str, str], ...] = (
     (
-        _version,
-        "has a new version, because its adapter changed",
-        "have a new version, because their adapters changed",
-    ),
-    (_pickle, *2 * ("converted from a pickle and stored as safetensors",)),
-    (_initial, "has initial weights and can have a code", "have initial weights and can have a code"),
-    (
-        _wrapper,
-        "has tensor names with a wrapper's prefix, so PEFT loads nothing into an unwrapped model",
-        "have tensor names with a wrapper's prefix, so PEFT loads nothing into an unwrapped model",
+        lambda task: task.status == "added" and task.is_renamed,
+        "{task} ({folder})",
+        "{has} another name than {its} folder{s}",
     ),
     (
-        _large,
-        "has extras (heads, tokenizers, other files) larger than the LoRA",
-        "have extras (heads, tokenizers, other files) larger than the LoRA",
+        lambda task: task.status == "version",
+        "{task} (version {version})",
+        "{has} a new version, because {its} adapter{s} changed",
     ),
     (
-        _decoded,
-        "skipped, because icm wrote its adapter from the code of an evicted task",
-        "skipped, because icm wrote their adapters from the codes of evicted tasks",
+        lambda task: task.converted_from,
+        "{task} (from {converted_from})",
+        "converted from a pickle and stored as safetensors",
     ),
-    (_equal_steps, "has checkpoints identical to its final adapter", "have checkpoints identical to the final adapter"),
-    (_equal_task, "has the same tensors as another", "have the same tensors as another"),
+    (lambda task: task.initial, "{task} ({initial})", "{has} initial weights and can have a code"),
+    (
+        lambda task: task.wrapper,
+        "{task} ({wrapper})",
+        "{has} tensor names with a wrapper's prefix, so PEFT loads nothing into an unwrapped model",
+    ),
+    (
+        lambda task: task.original_only is None and task.extras_size > task.lora_size,
+        "{task} ({extras}, LoRA {lora})",
+        "{has} extras (heads, tokenizers, other files) larger than the LoRA",
+    ),
+    (
+        lambda task: task.status == "decoded",
+        "{task}",
+        "skipped, because icm wrote {its} adapter{s} from the code of an evicted task",
+    ),
+    (lambda task: task.same_as_final, "{task} (step {steps})", "{has} checkpoints identical to {its} final adapter{s}"),
+    (lambda task: task.same_as, "{task} ({same_as})", "{has} the same tensors as another"),
 )
+
+
+def _shown(task: TaskIngested, template: str) -> str:
+    shown = {
+        "folder": path_shown(task.folder),
+        "initial": path_shown(task.initial or ""),
+        "extras": human_size(task.extras_size),
+        "lora": human_size(task.lora_size),
+        "steps": ", ".join(map(str, task.same_as_final)),
+    }
+    return template.format_map(vars(task) | shown)
 
 
 def _print_notes(out: Output, report: IngestReport, *, is_named: bool) -> None:
@@ -187,10 +167,11 @@ def _print_notes(out: Output, report: IngestReport, *, is_named: bool) -> None:
         verb = "cannot have a code and stays an original" if count == 1 else "cannot have a code and stay originals"
         groups = [f"{some(tasks)} ({reason})" for reason, tasks in reasons.items()]
         out.note(f"{counted(count, 'task')} {verb}: {some(groups, '; ')}")
-    for shown, one, several in _FACTS:
-        tasks = [text for task in report.done if (text := shown(task)) is not None]
-        if tasks and not (is_named and shown is _named):
-            out.note(f"{counted(len(tasks), 'task')} {one if len(tasks) == 1 else several}: {some(tasks)}")
+    for holds, template, fact in _FACTS[is_named:]:  # the first fact is about names
+        tasks = [_shown(task, template) for task in report.done if holds(task)]
+        has, its, s = ("has", "its", "") if len(tasks) == 1 else ("have", "their", "s")
+        if tasks:
+            out.note(f"{counted(len(tasks), 'task')} {fact.format(has=has, its=its, s=s)}: {some(tasks)}")
     foreign = [task.task for task in report.done if task.status == "added" and not task.task.isascii()]
     if foreign and not is_named:
         out.hint(f"use Tab to complete names, or `icm edit {shlex.quote(foreign[0])} --name NAME` to rename a task")

@@ -132,22 +132,25 @@ def ingest(
             fact = f"--samples is for one task, but {len(found.tasks)} were found"
             raise AdapterRefused(fact, kind="samples", path=samples, hint="specify the folder of a single task")
         found = replace(found, tasks=(replace(found.tasks[0], samples=Path(samples)),))
-    options = _Options(
+    not_kept = Counter(source_label(Path(path.name)) for task in found.tasks for path in task.not_kept)
+    report = IngestReport(found=len(found.tasks), not_kept=dict(sorted(not_kept.items())))
+    ingestion = _Ingestion(
+        context,
+        report,
         is_named=name is not None,
         pattern=None if name_from is None else NameTemplate(name_from),
         told=None if base_model is None else typed_label(base_model),
         on_conflict=on_conflict,
         restore=restore,
+        dry_run=dry_run,
     )
-    not_kept = Counter(source_label(Path(path.name)) for task in found.tasks for path in task.not_kept)
-    report = IngestReport(found=len(found.tasks), not_kept=dict(sorted(not_kept.items())))
     with reporting(report):
         if strict:
             checking = replace(context, on_event=lambda event: _only_progress(context, event))
-            checked = IngestReport()
-            _ingest(checking, found, options, checked, dry_run=True)
-            _raise_first(checked, "nothing was ingested: {count} inputs were refused, and --strict allows none")
-        extractable = _ingest(context, found, options, report, dry_run=dry_run)
+            check = replace(ingestion, context=checking, report=IngestReport(), dry_run=True)
+            check.run(found)
+            _raise_first(check.report, "nothing was ingested: {count} inputs were refused, and --strict allows none")
+        extractable = ingestion.run(found)
         if not report.done:
             _raise_first(report, "nothing was ingested: all {count} inputs were refused")
         if vectors and extractable:
@@ -156,30 +159,9 @@ def ingest(
     return report
 
 
-@dataclass(frozen=True)
-class _Options:
-    """The options for all tasks."""
-
-    is_named: bool  # by the user, with the name of the only task
-    pattern: NameTemplate | None
-    told: str | None  # the base model of image adapters, and of others that name none
-    on_conflict: OnConflict | None
-    restore: bool
-
-
 def _only_progress(context: Context, event: Event) -> None:
     if isinstance(event, Progress | InputProblem):
         context.on_event(event)
-
-
-def _refuse(context: Context, report: IngestReport, error: Exception, path: Path, task: str | None = None) -> None:
-    """Report an error. `path` is used if the error does not name a closer one."""
-    kind = getattr(error, "kind", "conflict" if isinstance(error, TaskConflict) else "unreadable")
-    message = str(getattr(error, "message", error))
-    where = source_label(Path(getattr(error, "path", None) or path))
-    report.errors.append(error)
-    report.problems.append(InputProblem(where, str(kind), message, getattr(error, "hint", None), task))
-    context.on_event(report.problems[-1])
 
 
 def _raise_first(report: IngestReport, message: str) -> None:
@@ -189,39 +171,6 @@ def _raise_first(report: IngestReport, message: str) -> None:
     if report.errors:
         kind = UnsafeInput if isinstance(report.errors[0], UnsafeInput | SourceRefused) else AdapterRefused
         raise kind(message.format(count=len(report.errors)), kind=report.problems[0].kind)
-
-
-def _ingest(
-    context: Context, found: Discovery, options: _Options, report: IngestReport, *, dry_run: bool
-) -> dict[str, str]:
-    """Ingest the tasks that were found; return those to extract vectors of, as `note_missing_vectors` does."""
-    for refusal in found.refused:
-        _refuse(context, report, refusal, Path(refusal.path or "."))
-    for item in found.stand_ins:
-        report.placeholders.append(PlaceholderMet(source_label(item.path), item.placeholder.task, item.passed_over))
-        context.on_event(report.placeholders[-1])
-    if not found.tasks:  # so no store is created
-        return {}
-    with _opened(context, dry_run=dry_run) as store:
-        known, tasks = KnownTasks(store), found.tasks
-        if not options.is_named:
-            # With `--on-conflict`, a task of the same name from another folder is the same task, trained again.
-            is_same = options.on_conflict not in (None, "fail")
-            tasks = name_tasks(tasks, known=known, pattern=options.pattern, same_name_is_same_task=is_same)
-        ingestion = _Ingestion(context, options, report, store, known, dry_run=dry_run)
-        done, total = 0, sum(len(task.adapters) for task in tasks)
-        context.progress(done, total)
-        try:
-            with PickleReader() as reader:
-                for batch in batches(tasks):
-                    ingestion.ingest(batch, reader)
-                    done += sum(len(task.adapters) for task in batch)
-                    context.progress(done, total, batch[-1].name)
-        except Cancelled:
-            note_missing_vectors(store, report)
-            raise
-        report.lookalikes = ingestion.bases.lookalikes()
-        return note_missing_vectors(store, report)
 
 
 @contextmanager
@@ -241,28 +190,66 @@ def _opened(context: Context, *, dry_run: bool) -> Iterator[Store | None]:
         yield store
 
 
+@dataclass
 class _Ingestion:
-    """Ingests tasks, a batch at a time; `store` is None if it does not exist, and nothing is written in a dry run."""
+    """Ingests tasks, a batch at a time; a dry run writes nothing."""
 
-    def __init__(
-        self,
-        context: Context,
-        options: _Options,
-        report: IngestReport,
-        store: Store | None,
-        known: KnownTasks,
-        *,
-        dry_run: bool,
-    ) -> None:
-        self._context, self._options, self._report = context, options, report
-        self._store, self._known = store, known
-        self._target = None if dry_run else store  # where blobs and manifests are written
-        self.bases = KnownBases(context, store, dry_run=dry_run)
-        self._extras = ExtrasKeeper(self.bases, self._target)
-        self._tensors = KnownTensors(known, None if store is None else store.blobs.read)
-        report.joined = self.bases.joined
+    context: Context
+    report: IngestReport
+    is_named: bool  # by the user, with the name of the only task
+    pattern: NameTemplate | None
+    told: str | None  # the base model of image adapters, and of others that name none
+    on_conflict: OnConflict | None
+    restore: bool
+    dry_run: bool
 
-    def ingest(self, batch: Sequence[FoundTask], reader: PickleReader) -> None:
+    def run(self, found: Discovery) -> dict[str, str]:
+        """Ingest the tasks that were found; return those to extract vectors of, as `note_missing_vectors` does."""
+        for refusal in found.refused:
+            self._refuse(refusal, Path(refusal.path or "."))
+        for item in found.stand_ins:
+            met = PlaceholderMet(source_label(item.path), item.placeholder.task, item.passed_over)
+            self.report.placeholders.append(met)
+            self.context.on_event(met)
+        if not found.tasks:  # so no store is created
+            return {}
+        with _opened(self.context, dry_run=self.dry_run) as store:
+            self._store = store  # None if it does not exist
+            self._target = None if self.dry_run else store  # where blobs and manifests are written
+            self._known = KnownTasks(store)
+            self._bases = KnownBases(self.context, store, dry_run=self.dry_run)
+            self._extras = ExtrasKeeper(self._bases, self._target)
+            self._tensors = KnownTensors(self._known, None if store is None else store.blobs.read)
+            self.report.joined = self._bases.joined
+            tasks = found.tasks
+            if not self.is_named:
+                # With `--on-conflict`, a task of the same name from another folder is the same task, trained again.
+                is_same = self.on_conflict not in (None, "fail")
+                tasks = name_tasks(tasks, known=self._known, pattern=self.pattern, same_name_is_same_task=is_same)
+            done, total = 0, sum(len(task.adapters) for task in tasks)
+            self.context.progress(done, total)
+            try:
+                with PickleReader() as reader:
+                    for batch in batches(tasks):
+                        self._ingest(batch, reader)
+                        done += sum(len(task.adapters) for task in batch)
+                        self.context.progress(done, total, batch[-1].name)
+            except Cancelled:
+                note_missing_vectors(store, self.report)
+                raise
+            self.report.lookalikes = self._bases.lookalikes()
+            return note_missing_vectors(store, self.report)
+
+    def _refuse(self, error: Exception, path: Path, task: str | None = None) -> None:
+        """Report an error. `path` is used if the error does not name a closer one."""
+        kind = getattr(error, "kind", "conflict" if isinstance(error, TaskConflict) else "unreadable")
+        message = str(getattr(error, "message", error))
+        where = source_label(Path(getattr(error, "path", None) or path))
+        self.report.errors.append(error)
+        self.report.problems.append(InputProblem(where, str(kind), message, getattr(error, "hint", None), task))
+        self.context.on_event(self.report.problems[-1])
+
+    def _ingest(self, batch: Sequence[FoundTask], reader: PickleReader) -> None:
         """Check tasks, store their files, publish them in one transaction, and report each."""
         found = self._known.tasks(task.name for task in batch)
         known = {name: task for name, task in found.items() if isinstance(task, Task)}
@@ -274,7 +261,7 @@ class _Ingestion:
             ]
             readable = [task for task in readable if task.name.lower() not in damaged]
             try:
-                evicted = {} if self._options.restore or self._target is None else known
+                evicted = {} if self.restore or self._target is None else known
                 prepared = self._check(readable, known, evicted, refused)
                 results = self._record(prepared, known, evicted)
             except MissingBlob:
@@ -293,7 +280,7 @@ class _Ingestion:
                 self._report_task(item, result)
             problems += [(problem.error, problem.path, name) for problem in item.problems]
         for problem in sorted(problems, key=lambda problem: str(problem[1])):
-            _refuse(self._context, self._report, *problem)
+            self._refuse(*problem)
 
     def _check(
         self,
@@ -305,18 +292,18 @@ class _Ingestion:
         """Store the files of tasks, find their base models, then keep their extras, which may refer to these."""
         checked = check_files(tasks, self._target, evicted, refused, any_row=has_loaders())
         labels = {item.task.base_model for item in checked if isinstance(item, PreparedTask)}
-        self.bases.join_labels(labels if self._options.told is None else {*labels, self._options.told})
+        self._bases.join_labels(labels if self.told is None else {*labels, self.told})
         return self._extras.keep(
             [item if isinstance(item, Refusal) else self._with_base(item) for item in checked], known
         )
 
     def _with_base(self, item: PreparedTask) -> PreparedTask | Refusal:
         """Find the base model of a task; the user specifies it for image adapters, and for others that name none."""
-        told, label, final = self._options.told, item.task.base_model, item.found.final
+        told, label, final = self.told, item.task.base_model, item.found.final
         if label == UNKNOWN_BASE or (told is not None and final.format.is_for_images):
             task = replace(item.task, base_model=told or UNKNOWN_BASE)
             item = replace(item, task=task, base_is_told=told is not None, base_is_guess=False)
-        elif told is not None and self.bases.name_of(told) != self.bases.name_of(label):
+        elif told is not None and self._bases.name_of(told) != self._bases.name_of(label):
             alias = f"run `icm base alias {told} {label}` if they are the same model"
             hint = f"{alias}; otherwise ingest it without --base-model"
             error = AdapterRefused(f"it was trained for {label!r}, not for {told!r}", kind="base-model", hint=hint)
@@ -326,7 +313,7 @@ class _Ingestion:
 
             try:
                 architecture = architecture_of(read_regular(final.weights, max_bytes=MAX_FILE_BYTES))
-                self.bases.check_gguf(item.task.base_model, architecture)
+                self._bases.check_gguf(item.task.base_model, architecture)
             except AdapterRefused as refusal:
                 return Refusal(refusal, final.weights)
         return item
@@ -355,8 +342,8 @@ class _Ingestion:
             self._store,
             [item.task for item in offers],
             known,
-            on_conflict=self._options.on_conflict,
-            restore=self._options.restore,
+            on_conflict=self.on_conflict,
+            restore=self.restore,
             told_bases={item.task.name for item in offers if item.base_is_told},
             withheld={str(one.weights) for task in evicted.values() for one in task.adapters if one.is_evicted},
             dry_run=self._target is None,
@@ -373,14 +360,14 @@ class _Ingestion:
         from icmlora.fleet.resources.decoding import files_of_code  # imports torch; few tasks come here
 
         try:
-            generator = self._context.generator.get(known.code.generator, self._store.blobs.read)
+            generator = self.context.generator.get(known.code.generator, self._store.blobs.read)
             decoded = files_of_code(self._store, generator, known)
         except FAILURES:
             return False
         return (digest_of(decoded.weights), digest_of(decoded.config)) == _files(final)
 
     def _report_task(self, item: PreparedTask, result: TaskIngested) -> None:
-        found, final, base = item.found, item.task.final, self.bases.name_of(result.base_model)
+        found, final, base = item.found, item.task.final, self._bases.name_of(result.base_model)
         is_new = result.status in ("added", "version")
         named = replace(item.task, name=result.task, base_model=base)
         files = sum(adapter.original_bytes for adapter in item.task.adapters)
@@ -404,8 +391,8 @@ class _Ingestion:
             same_as=self._tensors.add(named) if is_new else None,
             same_as_final=self._tensors.same_as_final(named),
         )
-        self._report.done.append(result)
-        self._context.on_event(result)
+        self.report.done.append(result)
+        self.context.on_event(result)
 
 
 def _files(adapter: Adapter) -> tuple[str, str]:
