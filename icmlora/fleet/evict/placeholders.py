@@ -114,7 +114,7 @@ class Placeholders:
         if not parts:
             return FolderReplaced(adapter.source, "missing" if known is None else "there")
         doomed = self._unchanged(folder, adapter, parts, decoded)
-        if not doomed:  # what is left of the files that it lists has other bytes now
+        if not doomed:  # the files that it lists and that are still there have other bytes now
             return FolderReplaced(adapter.source, "there")
         if not folder.home.stat().st_mode & _WRITE_BITS:  # root could write nevertheless
             raise NotReplaced("its folder is marked as read-only")
@@ -214,7 +214,7 @@ class Placeholders:
 
 @dataclass(frozen=True)
 class _AdapterFolder:
-    """A folder in which an adapter is, or was."""
+    """The folder of an adapter, which may be gone."""
 
     place: Path  # of the adapter
     home: Path  # the folder of its files: the same, or for a single file the one above
@@ -253,7 +253,7 @@ class _AdapterFolder:
         prefix = "" if self.home == self.place else f"{self.place.name}."
         with os.scandir(self.home) as entries:
             # Links are listed under their own names, without a look at their targets. Of a folder of single files,
-            # which may be thousands, only those of this adapter are listed.
+            # which may be thousands, only this adapter's files are listed.
             files = {
                 entry.name: Path(entry.path)
                 for entry in entries

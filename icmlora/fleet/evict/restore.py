@@ -81,7 +81,7 @@ class RestoreReport(Report[AdapterRestored]):
     """The restored adapters, and the refused ones."""
 
     refused: list[AdapterRestored] = field(default_factory=list)
-    errors: list[Exception] = field(default_factory=list)  # those of the refused ones
+    errors: list[Exception] = field(default_factory=list)  # one for each refused adapter
 
     @property
     def is_partial(self) -> bool:

@@ -136,7 +136,7 @@ class _Batch:
 
     def __init__(self, tasks: Sequence[FoundTask], refused: Mapping[Path, IcmLoraError], *, any_row: bool) -> None:
         self._tasks, self._any_row = tasks, any_row
-        self._files: dict[Path, File | Exception] = dict(refused)  # weights and texts: what was stored, or why not
+        self._files: dict[Path, File | Exception] = dict(refused)  # of weights and texts: the blob, or the refusal
         self._keys: dict[Path, str] = {}  # of the tensors of weights
         self._texts: dict[Path, TextRead] = {}
         # Several folders may link to one file of weights, each with a configuration of its own.

@@ -82,7 +82,7 @@ class IngestReport(Report[TaskIngested]):
     # Groups of base models with similar names, one of them new. They stay separate.
     lookalikes: list[list[str]] = field(default_factory=list)
     problems: list[InputProblem] = field(default_factory=list)
-    errors: list[Exception] = field(default_factory=list)  # those of the problems
+    errors: list[Exception] = field(default_factory=list)  # one for each problem
     placeholders: list[PlaceholderMet] = field(default_factory=list)
     # Files next to adapters that belong to neither an adapter nor its trainer: name -> number of files.
     not_kept: Mapping[str, int] = field(default_factory=dict)

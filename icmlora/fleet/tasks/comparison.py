@@ -72,7 +72,7 @@ def age(task: Task) -> tuple[str, int, str]:
 
 
 class Steps:
-    """Counts the adapters that are read: each once, then those of pairs that may be near."""
+    """Counts the adapters that are read: each once, then again if its pair may be near."""
 
     def __init__(self, context: Context, total: int) -> None:
         self._context, self._done, self._total = context, 0, total

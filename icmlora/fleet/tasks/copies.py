@@ -117,7 +117,7 @@ class _Copying:
                 self._other.adopt(versions)
                 report.copied.append(name)
             else:
-                is_completed = self._restore(self._other.history(known.name))
+                is_completed = self._put(self._other.history(known.name), if_here=True)
                 while new := _missing(self._other.history(known.name), versions):
                     self._put(new)
                     try:
@@ -130,26 +130,11 @@ class _Copying:
         except (BaseModelConflict, TaskConflict, LostRace, DamagedStore) as error:
             report.refused[name] = error.message
 
-    def _restore(self, states: Sequence[State]) -> bool:
-        """Copy blobs that the other store has lost; return whether there were any."""
-        needed = dict.fromkeys(str(file) for state in states for file in _needed(state))
-        lost = [digest for digest in needed if not self._other.blobs.exists(digest)]
-        found = [digest for digest in lost if self._source.blobs.exists(digest)]
-        for digest in found:
-            data = self._source.blobs.read(digest)
-            self._put_batch([data])
-            self._report.size += len(data)
-        return bool(found)
-
-    def _knows(self, label: str) -> bool:
-        base = self._other.base_model(label)
-        return base.manifest is not None or self._other.task_counts().get(base.name, 0) > 0
-
     def _copy_generators(self, base_model: str, there: str) -> None:
         """Copy generators that the other store lacks; the last one is in use there if it may be."""
         mine, theirs = self._source.generators(base_model), self._other.generators(there)
         current = self._other.generator(there)
-        self._restore(theirs)
+        self._put(theirs, if_here=True)
         new = [one for one in mine if one.blob not in {known.blob for known in theirs}]
         if not new:
             return
@@ -160,18 +145,29 @@ class _Copying:
             used = current
         self._other.publish(renumbered(self._other, there, new, current, used))
 
-    def _put(self, states: Sequence[State], *, read_back: bool = False) -> None:
-        """Copy the blobs that states need, and read them back; those that are there only if `read_back`."""
-        other, batch = self._other.blobs, list[bytes]()
+    def _put(self, states: Sequence[State], *, read_back: bool = False, if_here: bool = False) -> bool:
+        """Copy blobs that states need and the other store lacks, and read them back; return whether it lacked any.
+
+        Args:
+            states: The states.
+            read_back: Also check the blobs that the other store has.
+            if_here: Skip blobs that this store lacks too.
+        """
+        other, here = self._other.blobs, self._source.blobs
+        has_copied, batch = False, list[bytes]()
         needed = dict.fromkeys(str(file) for state in states for file in _needed(state))
         for digest in [digest for digest in needed if digest not in self._verified]:
-            if not (has := other.exists(digest)) or read_back:
-                batch.append(self._source.blobs.read(digest))
-                self._report.size += 0 if has else len(batch[-1])
+            has = other.exists(digest)
+            if (has and not read_back) or (if_here and not here.exists(digest)):
+                continue
+            batch.append(here.read(digest))
+            has_copied |= not has
+            self._report.size += 0 if has else len(batch[-1])
             if sum(map(len, batch)) >= _BATCH_BYTES:
                 self._put_batch(batch)
                 batch = []
         self._put_batch(batch)
+        return has_copied
 
     def _put_batch(self, batch: Sequence[bytes]) -> None:
         for digest in self._other.blobs.put_all(batch):

@@ -69,7 +69,7 @@ class RemoveReport:
 
 
 def filter_fields() -> Collection[FilterField]:
-    """Return the fields by which tasks can be filtered and sorted."""
+    """Return the fields that tasks can be filtered and sorted by."""
     return FIELDS.values()
 
 

@@ -118,7 +118,7 @@ def _misfits(store: Store, base_model: str, tasks: Sequence[Task]) -> Iterator[F
 
 
 def _wrong_error(store: Store, task: Task, code: Code, recorded: float) -> str | None:
-    """Decode a code whose original is there; return what is wrong if its error is not the recorded one."""
+    """Decode a code whose original is there; return the problem if its error is not the recorded one."""
     from icmlora.adapter.metrics import squared_error
     from icmlora.fleet.failures import FAILURES, as_error
     from icmlora.fleet.resources.decoding import decode_code
