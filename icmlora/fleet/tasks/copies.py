@@ -130,6 +130,10 @@ class _Copying:
         except (BaseModelConflict, TaskConflict, LostRace, DamagedStore) as error:
             report.refused[name] = error.message
 
+    def _knows(self, label: str) -> bool:
+        base = self._other.base_model(label)
+        return base.manifest is not None or self._other.task_counts().get(base.name, 0) > 0
+
     def _copy_generators(self, base_model: str, there: str) -> None:
         """Copy generators that the other store lacks; the last one is in use there if it may be."""
         mine, theirs = self._source.generators(base_model), self._other.generators(there)
