@@ -28,8 +28,9 @@ from typing import Any
 from unittest.mock import patch
 
 from icmlora import Fleet
-from icmlora.fleet.encode import encode as encoding
-from icmlora.fleet.encode.encode import PendingCode, TaskEncoded, encode_tasks
+from icmlora.fleet.encode import tasks as encoding
+from icmlora.fleet.encode.encode import TaskEncoded
+from icmlora.fleet.encode.tasks import PendingCode, encode_tasks
 from icmlora.fleet.resources.loading import Models
 from icmlora.fleet.resources.workers import Tell, _cluster
 from icmlora.generator.codec.limits import Limits
@@ -69,9 +70,9 @@ def measure(source: Path, tasks: list[str], refine: int, case: str) -> dict[str,
             seconds = time.perf_counter() - started
         if (killed := (Path(folder) / "killed").exists()) != case.endswith("killed"):
             raise SystemExit(f"{case}: a worker was {'' if killed else 'not '}killed")
-        statuses = {task.status for task in report.tasks}
+        statuses = {task.status for task in report.done}
         if statuses != {"encoded"}:
-            raise SystemExit(f"{case}: {statuses}; {[task.reason for task in report.tasks if task.reason]}")
+            raise SystemExit(f"{case}: {statuses}; {[task.reason for task in report.done if task.reason]}")
         with fleet.context.open(read_only=True) as store:
             codes = [task.code and task.code.blob for task in store.named(tasks)]
         return {"seconds": round(seconds, 2), "load": round(load, 2), "codes": codes}

@@ -7,7 +7,8 @@ import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from icmlora.fleet.encode.encode import PendingCode, TaskEncoded, encode_tasks
+from icmlora.fleet.encode.encode import TaskEncoded
+from icmlora.fleet.encode.tasks import PendingCode, encode_tasks
 from icmlora.fleet.resources.loading import Models
 from icmlora.fleet.resources.workers import Tell
 from registry.manifests import Task
