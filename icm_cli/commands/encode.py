@@ -2,117 +2,76 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from icm_cli.command import Call, command
+from icm_cli.output import Field, Output
+from icm_cli.report import end
+from icm_cli.session import Session
+from icm_cli.text import as_fields, coded_size, figure, grouped
+from icmlora.fleet.context import Event
+from icmlora.fleet.encode import encode as use_case
+from icmlora.fleet.encode.encode import EncodeReport, TaskEncoded
+from icmlora.io.text import counted, human_size, some
 
-from icm_cli.command import plain_command as command
-from icm_cli.encode_report import print_encoded, print_evict_hint, sum_up
-from icm_cli.options import (
-    BaseModelOpt,
-    DeviceOpt,
-    ShardOpt,
-    SomeTasksArg,
-    WorkersOpt,
-    keep_option,
-    max_error_option,
-    option,
-    quality_option,
-    refine_option,
+_STATUS = {
+    "known": "up to date",
+    "below": "misses the limit",
+    "evicted": "original evicted",
+    "unmeasured": "not measured",
+    "original_only": "original only",
+    "changed": "changed during encoding",
+}
+_FIELDS: tuple[Field[TaskEncoded], ...] = (
+    Field("task", lambda task: task.task, shrink=True),
+    Field("result", lambda task: _STATUS.get(task.status, task.status)),
+    Field("code", lambda task: coded_size(task.size), right=True),
+    Field("before", lambda task: coded_size(task.before), right=True),
+    Field("relative error", lambda task: figure(task.relative_error), right=True),
+    Field("effect kept", lambda task: figure(task.effect, digits=3), right=True),
 )
-from icm_cli.session import Session, end
-from icmlora.io.text import counted, parse_bytes
-from icmlora.training.config import REFINE_STEPS
-
-if TYPE_CHECKING:
-    from icmlora.fleet.context import Context
-    from icmlora.fleet.encode.encode import EncodeReport
-
-ErrorOpt = Annotated[
-    float | None,
-    max_error_option("Maximum relative error of a code, ||dW' - dW|| / ||dW||. 0.3 means 30 %."),
-]
-SizeOpt = Annotated[
-    str | None,
-    option(
-        "--size SIZE",
-        "Maximum size of a code, such as 12KiB or 4MB. Each code is as accurate as this allows.",
-    ),
-]
-QualityOpt = Annotated[
-    int | None,
-    quality_option("Default: the quality of the current generator, unless another limit is given."),
-]
-KeepOpt = Annotated[
-    float | None,
-    keep_option(
-        "Share of the adapter's effect that each code preserves, such as 0.98. Searches for the smallest such code. "
-        "Needs the base model."
-    ),
-]
-RefineOpt = Annotated[
-    int | None,
-    refine_option(
-        "Steps that fit each code to the effect of its adapter, on the task's samples or on texts generated with the "
-        f"adapter. Needs the base model. 0: none. Default: {REFINE_STEPS}, but none with --max-error or --size."
-    ),
-]
-AgainOpt = Annotated[bool, option("--again", "Re-encode tasks already encoded with these limits.")]
 
 
-@command
-def encode(
-    session: Session,
-    tasks: SomeTasksArg = None,
-    quality: QualityOpt = None,
-    keep: KeepOpt = None,
-    max_error: ErrorOpt = None,
-    size: SizeOpt = None,
-    refine: RefineOpt = None,
-    base_model: BaseModelOpt = None,
-    device: DeviceOpt = None,
-    again: AgainOpt = False,
-    workers: WorkersOpt = None,
-    shard: ShardOpt = None,
-) -> None:
-    """Re-encode tasks with the current generator, without training.
+@command(use_case.encode)
+def encode(session: Session, call: Call[EncodeReport]) -> None:
+    report = call.run(lambda event: print_encoded(session, event))
+    print_codes(session, report)
+    if not report.stopped:
+        print_evict_hint(session, report, call["max_error"])
+    end(report, f"encoded {counted(len(report.done), 'task')}")
 
-    By default, codes have the quality of the generator and are refined: each is fitted to the effect of its adapter,
-    which makes it several times smaller. Refinement needs the base model and takes two or three minutes per task on a
-    CPU. A quality level sets the share of the adapter's effect to preserve, or a limit on the weight error if the base
-    model is missing. A code slightly below the level is reported but is not a failure. With --keep it is.
 
-    If no code of a task meets the limits, the most accurate one is stored and the exit code is 3. Original-only tasks
-    affect the exit code only when named.
+def print_encoded(session: Session, event: Event, kind: str = "task") -> None:
+    """Print an encoded task as a JSON line of the given type."""
+    if isinstance(event, TaskEncoded):
+        session.out.event(kind, **as_fields(event, "new"))
 
-    Tasks already encoded with the same limits are skipped, so run the same command again to continue after an
-    interruption.
 
-    With --size, add --max-error to report codes that miss that limit.
+def print_evict_hint(session: Session, report: EncodeReport, max_error: float | None) -> None:
+    """Print the `icm evict` command with the same limit, or for a gain, if every task meets its limits."""
+    if report.short or all(task.status == "evicted" for task in report.done):
+        return
+    limit = "--min-gain GAIN" if max_error is None else f"--max-error {max_error:g}"
+    session.out.hint(f"run `icm evict {limit}` to delete the originals of tasks whose codes meet the limit")
 
-    Example:
-      icm encode --keep 0.98
-      icm encode --size 12KiB
-    """
-    from icmlora.fleet.encode.encode import encode
 
-    def work(context: Context) -> EncodeReport:
-        return encode(
-            context,
-            tasks or (),
-            quality=quality,
-            keep=keep,
-            max_error=max_error,
-            size=None if size is None else parse_bytes(size),
-            refine=refine,
-            base_model=base_model,
-            device=session.device(device),
-            again=again,
-            workers=workers,
-            shard=shard,
-        )
+def print_codes(session: Session, report: EncodeReport, *, brief: bool = False) -> None:
+    """Print a table of tasks and a summary line, or with `brief` only the summary."""
+    out = session.out
+    now = sum(task.size or 0 for task in report.done)
+    before = sum(task.before or 0 for task in report.done)
+    if not brief:
+        out.event("summary", tasks=len(report.done), short=len(report.short), size=now, before=before)
+        out.listing(_FIELDS, sorted(report.done, key=lambda task: task.task))
+    for reason, names in grouped((task.reason, task.task) for task in report.done if task.reason).items():
+        out.line(f"{some(names)}: {reason}")
+    done = sum(task.status == "encoded" for task in report.done) if brief else len(report.done)
+    if done or not brief:
+        summary = f"refined {counted(done, 'code')}" if brief else counted(done, "task")
+        missed = "" if brief else f"; {len(report.short)} missed the limit"
+        out.line(f"{summary}, {human_size(now)} in total, {human_size(before)} before{missed}")
+    print_replaced(out, report.replaced_bytes)
 
-    report, stopped = session.run("encode", work, partial(print_encoded, session))
-    sum_up(session, report)
-    if not stopped:
-        print_evict_hint(session, report, max_error)
-    end(f"encoded {counted(len(report.tasks), 'task')}", stopped=stopped, partly=bool(report.short))
+
+def print_replaced(out: Output, size: int) -> None:
+    """Print how many bytes are not needed after replacing codes."""
+    if size:
+        out.note(f"`icm prune` frees {human_size(size)} of replaced files")

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
-from icm_cli import encode_report, eval_report
+from icm_cli import eval_report
 from icm_cli.command import plain_command as command
-from icm_cli.encode_report import print_replaced
+from icm_cli.commands import encode as encode_report
+from icm_cli.commands.encode import print_replaced
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
 from icm_cli.options import (
     BaseModelOpt,
@@ -244,7 +245,7 @@ class _Printed:
                 for updated in report.updated:
                     _sum_up_update(self.session, updated)
         for encoded in report.encoded[self.encoded :]:
-            encode_report.sum_up(self.session, encoded, brief=self.is_refining)
+            encode_report.print_codes(self.session, encoded, brief=self.is_refining)
             if not self.is_refining and not is_stopped:
                 encode_report.print_evict_hint(self.session, encoded, self.max_error)
         self.encoded = len(report.encoded)
@@ -267,7 +268,7 @@ class _Printed:
             done = eval_report.measured(report.evaluated)
             raise Interrupted(f"interrupted; {done}", hint=eval_report.MEASURE_REST)
         if report.encoded:
-            done = counted(len(report.encoded[-1].tasks), "task")
+            done = counted(len(report.encoded[-1].done), "task")
             hint = "every task has a code; run `icm encode` to refine the rest"
             if not self.is_refining:
                 hint = "the generator is stored; run `icm encode` with the same limits to encode the rest"

@@ -28,8 +28,9 @@ from typing import Any
 from unittest.mock import patch
 
 from icmlora import Fleet
-from icmlora.fleet.encode import encode as encoding
-from icmlora.fleet.encode.encode import PendingCode, TaskEncoded, encode_tasks
+from icmlora.fleet.encode import search
+from icmlora.fleet.encode.encode import TaskEncoded
+from icmlora.fleet.encode.search import encode_tasks
 from icmlora.fleet.resources.loading import Models
 from icmlora.fleet.resources.workers import Tell, _cluster
 from icmlora.generator.codec.limits import Limits
@@ -44,7 +45,7 @@ _NOTE = "refining, step "
 
 def killed_once(
     models: Models, tasks: Sequence[Task], tell: Tell, limits: Limits, **options: Any
-) -> Iterator[tuple[Task, TaskEncoded | PendingCode]]:
+) -> Iterator[tuple[Task, TaskEncoded]]:
     """Encode as usual; the process is killed in the middle of the first task that is refined, once in each store."""
     killed, half = paths_of(models.store).root.parent / "killed", (limits.refine or 40) // 2
 
@@ -63,15 +64,15 @@ def measure(source: Path, tasks: list[str], refine: int, case: str) -> dict[str,
     with tempfile.TemporaryDirectory(prefix="workers-") as folder:
         fleet = Fleet(shutil.copytree(source, Path(folder) / "store"))
         work = killed_once if case.endswith("killed") else encode_tasks
-        with patch.object(encoding, "encode_tasks", work):
+        with patch.object(search, "encode_tasks", work):
             load, started = os.getloadavg()[0], time.perf_counter()
             report = fleet.encode(tasks, refine=refine, device="cpu", again=True, workers=CASES[case])
             seconds = time.perf_counter() - started
         if (killed := (Path(folder) / "killed").exists()) != case.endswith("killed"):
             raise SystemExit(f"{case}: a worker was {'' if killed else 'not '}killed")
-        statuses = {task.status for task in report.tasks}
+        statuses = {task.status for task in report.done}
         if statuses != {"encoded"}:
-            raise SystemExit(f"{case}: {statuses}; {[task.reason for task in report.tasks if task.reason]}")
+            raise SystemExit(f"{case}: {statuses}; {[task.reason for task in report.done if task.reason]}")
         with fleet.context.open(read_only=True) as store:
             codes = [task.code and task.code.blob for task in store.named(tasks)]
         return {"seconds": round(seconds, 2), "load": round(load, 2), "codes": codes}

@@ -11,9 +11,9 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from icmlora.adapter.metrics import squared_error
-from icmlora.fleet.encode.refiner import Finished
 from icmlora.fleet.encode.search import CodeSearch
 from icmlora.formats.discovery.folder import load_adapter
+from icmlora.generator.codec.encoding import Encoded
 from icmlora.generator.config import keep_of
 from icmlora.io.text import human_size
 from registry.store import Store
@@ -26,7 +26,7 @@ Icm = Callable[..., Ran]
 def stop_after_one(patch: pytest.MonkeyPatch) -> None:
     """Press Ctrl-C once the first code is made."""
 
-    def best(self: CodeSearch) -> Finished:
+    def best(self: CodeSearch) -> tuple[Encoded, float | None, bool]:
         found = real(self)
         os.kill(os.getpid(), signal.SIGINT)
         return found

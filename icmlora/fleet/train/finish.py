@@ -66,7 +66,7 @@ def finish(
     for label in labels:
         try:
             context.on_event(StageBegun("encode", report))
-            encoded = encode_in(context, store, tasks, limits, label, device=device, workers=workers)
+            encoded = encode_in(context, store, tasks, limits, label, device, workers)
             report.encoded.append(encoded)
         except Cancelled as stop:
             report.encoded.append(cast("EncodeReport | None", stop.report) or EncodeReport())

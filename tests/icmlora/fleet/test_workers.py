@@ -154,7 +154,7 @@ def test_without_ray_the_error_says_how_to_install_it(fleet: Fleet, monkeypatch:
 @pytest.mark.slow
 def test_without_workers_ray_is_not_imported(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert len(fleet.encode(max_error=0.5).tasks) == len(TASKS)
+    assert len(fleet.encode(max_error=0.5).done) == len(TASKS)
 
 
 @pytest.mark.parametrize(
