@@ -72,7 +72,6 @@ if TYPE_CHECKING:
     from icmlora.fleet.evict.types import EvictReport
     from icmlora.fleet.few_shot.generate import Generated
     from icmlora.fleet.few_shot.task_context import ContextReport
-    from icmlora.fleet.few_shot.train import FewShotReport
     from icmlora.fleet.ingest.report import IngestReport
     from icmlora.fleet.map.map import MapReport
     from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable
@@ -85,8 +84,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.tasks.generators import GeneratorVersion, RolledBack
     from icmlora.fleet.tasks.init import InitReport
     from icmlora.fleet.tasks.tasks import EditReport, Removal, RemoveReport, TaskDetails
-    from icmlora.fleet.train.train import TrainReport
-    from icmlora.fleet.train.update import UpdateReport
+    from icmlora.fleet.train.report import TrainReport
     from icmlora.fleet.vectors.recognize import RecognizeReport
     from icmlora.fleet.vectors.vectors import VectorReport
     from icmlora.fleet.write.cards import MergedPart
@@ -127,7 +125,6 @@ __all__ = [
     "Event",
     "EvictReport",
     "ExportReport",
-    "FewShotReport",
     "Finding",
     "Fleet",
     "Generated",
@@ -183,7 +180,6 @@ __all__ = [
     "TooLossy",
     "TrainReport",
     "UnsafeInput",
-    "UpdateReport",
     "VectorReport",
     "attach",
     "base_model_loader",
@@ -209,7 +205,6 @@ _HOMES = {
     "Event": "icmlora.fleet.context",
     "EvictReport": "icmlora.fleet.evict.types",
     "ExportReport": "icmlora.fleet.bundles.export",
-    "FewShotReport": "icmlora.fleet.few_shot.train",
     "Finding": "registry.verify",
     "Fleet": "icmlora.fleet.api",
     "Generated": "icmlora.fleet.few_shot.generate",
@@ -244,8 +239,7 @@ _HOMES = {
     "TaskDetails": "icmlora.fleet.tasks.tasks",
     "TaskRow": "registry.tables",
     "TooLossy": "icmlora.fleet.write.materialize",
-    "TrainReport": "icmlora.fleet.train.train",
-    "UpdateReport": "icmlora.fleet.train.update",
+    "TrainReport": "icmlora.fleet.train.report",
     "VectorReport": "icmlora.fleet.vectors.vectors",
     "attach": "icmlora.serving.attach",
     "base_model_loader": "icmlora.base_models.kinds.custom_model",

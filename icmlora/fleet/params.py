@@ -176,7 +176,7 @@ MaxError = Annotated[
     Param(
         "Maximum relative error of a code, ||dW' - dW|| / ||dW||. 0.3 means 30 %.",
         "--max-error X",
-        min=1e-4,
+        min=1e-6,
         max=0.9,
     ),
 ]

@@ -28,7 +28,7 @@ from typing import Any
 from unittest.mock import patch
 
 from icmlora import Fleet
-from icmlora.fleet.encode import search
+from icmlora.fleet.encode import tasks as encoding
 from icmlora.fleet.encode.encode import TaskEncoded
 from icmlora.fleet.encode.search import encode_tasks
 from icmlora.fleet.resources.loading import Models
@@ -64,7 +64,7 @@ def measure(source: Path, tasks: list[str], refine: int, case: str) -> dict[str,
     with tempfile.TemporaryDirectory(prefix="workers-") as folder:
         fleet = Fleet(shutil.copytree(source, Path(folder) / "store"))
         work = killed_once if case.endswith("killed") else encode_tasks
-        with patch.object(search, "encode_tasks", work):
+        with patch.object(encoding, "encode_tasks", work):
             load, started = os.getloadavg()[0], time.perf_counter()
             report = fleet.encode(tasks, refine=refine, device="cpu", again=True, workers=CASES[case])
             seconds = time.perf_counter() - started

@@ -122,6 +122,14 @@ def test_a_stopped_run_does_only_what_is_left(icm: Icm, trained: Path, monkeypat
     assert set(told) > done
 
 
+def test_if_no_code_meets_the_error_the_earlier_one_stays_as_the_help_says(icm: Icm, trained: Path) -> None:
+    before = codes(trained)
+    ran = icm("encode", "poems", "--max-error", "0.000001")
+    assert (ran.code, codes(trained)) == (ExitCode.PARTLY, before)
+    assert "poems: no code has a relative error of 1e-06 or less" in ran.out
+    assert "with --max-error alone the task keeps its earlier code" in " ".join(icm("encode", "--help").out.split())
+
+
 def test_only_the_named_tasks_are_encoded(icm: Icm, trained: Path) -> None:
     before = codes(trained)
     name = sorted(before)[0]

@@ -19,7 +19,7 @@ from icmlora.fleet.encode import search
 from icmlora.fleet.evict.evict import Evictor
 from icmlora.fleet.evict.types import TaskEvicted
 from icmlora.fleet.measure.measure import TaskLosses
-from icmlora.fleet.vectors import vectors
+from icmlora.fleet.vectors import extraction as vectors
 from icmlora.generator.codec.generator_file import GeneratorFile
 from registry.manifests import File, Task
 from registry.store import Store

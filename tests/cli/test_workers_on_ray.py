@@ -14,7 +14,7 @@ from icm_cli.commands import encode as command
 from icm_cli.errors import ExitCode
 from icmlora import Fleet
 from icmlora.fleet.context import Context
-from icmlora.fleet.encode import search
+from icmlora.fleet.encode import tasks as encoding
 from icmlora.fleet.encode.search import encode_tasks
 from icmlora.fleet.resources.workers import _cluster, _Worker
 from icmlora.generator.codec.limits import Limits
@@ -76,7 +76,7 @@ def test_if_a_worker_is_killed_with_a_task_another_one_does_it(
     fleet: Fleet, twin: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(search, "encode_tasks", dies_once)
+        patch.setattr(encoding, "encode_tasks", dies_once)
         report = fleet.encode(max_error=0.22, workers="2")
     assert (fleet.path.parent / "died").exists()
     assert {task.task: task.status for task in report.done} == dict.fromkeys(TASKS, "encoded")
@@ -89,7 +89,7 @@ def test_a_task_that_kills_every_worker_keeps_its_code_and_the_others_are_encode
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = code_blobs(fleet)
-    monkeypatch.setattr(search, "encode_tasks", dies_always)
+    monkeypatch.setattr(encoding, "encode_tasks", dies_always)
     report = fleet.encode(max_error=0.22, workers="2")
     statuses = {task.task: task.status for task in report.done}
     assert statuses == {name: "unmeasured" if name == "poems" else "encoded" for name in TASKS}

@@ -22,9 +22,8 @@ import torch
 from icmlora import Fleet
 from icmlora.fleet.context import Event
 from icmlora.fleet.encode.encode import TaskEncoded
-from icmlora.fleet.few_shot.train import EpisodeDone
 from icmlora.fleet.measure.evaluate import TaskEvaluated
-from icmlora.fleet.train.run import StepDone
+from icmlora.fleet.train.report import EpisodeDone, StepDone
 from icmlora.fleet.vectors.vectors import VectorsExtracted
 from icmlora.io.devices import resolve_device
 from tests.benchmarks.performance.machine import peak_memory

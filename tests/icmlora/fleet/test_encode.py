@@ -8,8 +8,7 @@ import pytest
 
 from icmlora import Cancelled, DataError, Fleet, OptionsConflict, Progress, StoreLocked, TaskNotFound
 from icmlora.fleet.context import Event
-from icmlora.fleet.encode.encode import EncodeReport, TaskEncoded, encode_in
-from icmlora.generator.codec.limits import Limits
+from icmlora.fleet.encode.encode import EncodeReport, TaskEncoded
 from icmlora.training.effect import Effect, Lost
 from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, files_of, is_sound, stop_after, tasks_in
 from tests.icmlora.tiny_base import LABEL
@@ -71,14 +70,13 @@ def test_tasks_that_are_not_named_keep_their_code(fleet: Fleet) -> None:
 
 def test_a_limit_that_no_code_meets_leaves_the_present_code_and_says_so(fleet: Fleet) -> None:
     before = code_blobs(fleet)
-    with fleet.context.open() as store:  # below what the command line allows
-        report = encode_in(fleet.context, store, ["silent"], Limits(max_error=1e-6), None, "cpu", None)
+    report = fleet.encode(["silent"], max_error=1e-6)
     (task,) = report.done
     assert (task.status, report.short, code_blobs(fleet)) == ("below", [task], before)
     assert "relative error of 1e-06 or less" in str(task.reason)
 
 
-@pytest.mark.parametrize("options", [{"quality": 0}, {"quality": 9}, {"max_error": 1e-6}, {"keep": 1.0}])
+@pytest.mark.parametrize("options", [{"quality": 0}, {"quality": 9}, {"max_error": 1e-7}, {"keep": 1.0}])
 def test_a_limit_out_of_range_is_refused_before_any_work(fleet: Fleet, options: dict[str, float]) -> None:
     with pytest.raises(OptionsConflict, match="must be between"):
         fleet.encode(["silent"], **options)  # type: ignore[arg-type]

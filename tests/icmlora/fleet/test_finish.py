@@ -13,8 +13,7 @@ from icmlora.errors import InvalidWorkers
 from icmlora.fleet.context import Event, StageBegun
 from icmlora.fleet.encode.encode import TaskEncoded
 from icmlora.fleet.measure.evaluate import TaskEvaluated
-from icmlora.fleet.train.train import TrainReport
-from icmlora.fleet.train.update import UpdateReport
+from icmlora.fleet.train.report import TrainReport
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import TASKS, code_blobs, copy_of, is_sound, stop_after, tasks_in
 from tests.icmlora.tiny_base import LABEL
@@ -116,5 +115,5 @@ def test_workers_that_mean_nothing_are_refused_before_the_training(ingested: Fle
 
 def test_an_update_without_new_tasks_does_nothing_more(fleet: Fleet) -> None:
     report = fleet.update(**FEW)
-    assert isinstance(report, UpdateReport)
+    assert isinstance(report, TrainReport)
     assert (report.encoded, report.measurable, report.evaluated) == ([], None, None)

@@ -35,7 +35,7 @@ def test_its_tasks_are_not_measured(images: Fleet, data: Path) -> None:
 @pytest.mark.slow
 def test_they_are_trained_and_encoded_without_being_refined(images: Fleet) -> None:
     images.train(device="cpu", steps=2, fresh=True, refine=0, evaluate=False)
-    (task,) = images.encode(["pear"], quality=2, device="cpu").tasks
+    (task,) = images.encode(["pear"], quality=2, device="cpu").done
     assert task.reason == "not refined: icm cannot run the base models of image adapters"
 
 
