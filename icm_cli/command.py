@@ -189,6 +189,7 @@ def _for_typer(parameter: inspect.Parameter) -> inspect.Parameter:
         kind = str if is_required else str | None
     elif _is_sequence(kind):
         item: Any = get_args(_without_none(kind))[0]
+        item = Path if Path in get_args(item) else item  # str | Path
         if get_origin(item) is Literal:  # Typer cannot repeat one
             choices = [(choice.upper(), choice) for choice in get_args(item)]
             item = StrEnum("Choice", choices)  # type: ignore[misc, no-redef]

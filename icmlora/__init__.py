@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.few_shot.generate import Generated
     from icmlora.fleet.few_shot.task_context import ContextReport
     from icmlora.fleet.ingest.report import IngestReport
-    from icmlora.fleet.map.map import MapReport
+    from icmlora.fleet.map.task_map import MapReport
     from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable
     from icmlora.fleet.report.report import ReportSummary
     from icmlora.fleet.stats.bill import Bill
@@ -219,7 +219,7 @@ _HOMES = {
     "Joined": "icmlora.fleet.bases.labels",
     "KnownBase": "icmlora.fleet.bases.base_models",
     "LoraModule": "icmlora.adapter.model",
-    "MapReport": "icmlora.fleet.map.map",
+    "MapReport": "icmlora.fleet.map.task_map",
     "MaterializeReport": "icmlora.fleet.write.materialize",
     "Merged": "icmlora.fleet.write.merge",
     "MergedPart": "icmlora.fleet.write.cards",

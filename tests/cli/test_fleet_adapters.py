@@ -34,7 +34,7 @@ def test_a_store_is_filled_and_gives_its_adapters_back(tmp_path: Path, mixed_tem
     heard: list[Event] = []
     fleet = Fleet(tmp_path / "new", on_event=heard.append)
     report = fleet.ingest([mixed_template / "loras"])
-    assert ([task.task for task in report.ingested], report.new, report.vectors) == (list(TASKS), 5, None)
+    assert ([task.task for task in report.done], report.new, report.vectors) == (list(TASKS), 5, None)
     done = fleet.materialize("poems", tmp_path / "out")
     assert (done.source, done.squared_error) == ("original", 0.0)
     assert equal(fleet.load("poems"), load_adapter(mixed_template / "loras" / "poems"))

@@ -102,7 +102,7 @@ def test_evict_spares_what_is_pinned_and_reports_the_rest(trained: Path) -> None
     fleet = Fleet(trained)
     assert [task.name for task in fleet.edit(["Rules"], pinned=True).tasks] == ["rules"]
     report = fleet.evict(max_error=0.7)
-    assert {task.task: task.status for task in report.tasks} == {
+    assert {task.task: task.status for task in report.done} == {
         "poems": "evicted", "rules": "pinned", "silent": "evicted",
     }  # fmt: skip
     assert fleet.edit(["poems"], pinned=True).evicted == ["poems"]

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from icmlora.errors import OptionsConflict
 from icmlora.fleet.context import Context, use_case
-from icmlora.fleet.params import DtypeName, Force, NamedTasks, Param
-from icmlora.fleet.params import Task as TaskName
+from icmlora.fleet.params import DtypeName, Force, NamedTasks, Param, TaskName
 from icmlora.fleet.resources.adapter_row import original_files
 from icmlora.fleet.resources.code_source import Decoded, open_codes
 from icmlora.fleet.write.format_pairs import SourceAdapter, check_pair, convert_content, format_to_write

@@ -50,7 +50,7 @@ def test_they_are_evicted_by_error_and_kept_where_a_gain_is_asked_for(images: Fl
 def test_new_ones_are_ingested_next_to_it(images: Fleet, image_template: Path) -> None:
     images.remove(["pear"])
     report = images.ingest([image_template / "loras"])
-    assert "pear" in {task.task for task in report.ingested}
+    assert "pear" in {task.task for task in report.done}
     assert (report.vectors, report.without_vectors) == (None, [])
 
 
