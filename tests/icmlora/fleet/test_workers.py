@@ -45,7 +45,7 @@ class FakeRay:
         return references[:1], references[1:]
 
     def get(self, reference: Any) -> Any:
-        return reference()
+        return [one() for one in reference] if isinstance(reference, list) else reference()
 
     def put(self, value: object) -> object:
         return value
@@ -58,10 +58,17 @@ class FakeActor:
     """A worker; `work` raises what Ray would."""
 
     def __init__(self, work: Work) -> None:
-        self.run, self.work = self, work
+        self.run, self.close, self.work = self, FakeClose(), work
 
     def remote(self, task: Task, call: object) -> Callable[[], tuple[str, list[object]]]:
         return lambda: (self.work(task.name), [])
+
+
+class FakeClose:
+    """The method of a worker that closes its store."""
+
+    def remote(self) -> Callable[[], None]:
+        return lambda: None
 
 
 @pytest.fixture
