@@ -15,7 +15,6 @@ import httpx
 import uvicorn
 
 from icmlora.io.text import counted
-from icmlora.serving.catalogue import Catalogue
 from icmlora.serving.folders import AdapterFolders
 from icmlora.serving.gateway.app import GatewayApp
 from icmlora.serving.gateway.connection import Connection
@@ -29,7 +28,7 @@ from icmlora.serving.tasks import ServedTasks
 
 _QUEUE = 2048
 """Length of the system's queue of connections to accept."""
-_THREADS = 4  # for store lookups, and the same number for writing adapters
+_THREADS = 4  # for writing adapters
 _KEPT_ALIVE = 3.0
 """Seconds for which an idle connection to the engine is reused: both engines close theirs after 5."""
 _CONNECT_TIMEOUT = 5.0  # seconds for a connection to the engine
@@ -77,16 +76,14 @@ async def opened(tasks: ServedTasks, folders: AdapterFolders, settings: GatewayS
     control = _client(settings, httpx.Timeout(_LIST_TIMEOUT, connect=_CONNECT_TIMEOUT), authorization)
     timeout = httpx.Timeout(None, connect=_CONNECT_TIMEOUT, write=settings.idle_timeout)
     passing = _client(settings, timeout, None)
-    # Separate threads, so that lookups that hang in a stopped database do not block writing known tasks.
-    threads, looking = (ThreadPoolExecutor(_THREADS, thread_name_prefix=name) for name in ("icm", "icm-look"))
+    threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="icm")
     async with control, passing:
         metrics = Metrics()
-        connection = Connection(control, tasks, threads, settings.engine, settings.base_model)
-        catalogue = Catalogue(tasks, looking)
-        residency = Residency(connection, tasks, catalogue, folders, threads, metrics, settings)
+        connection = Connection(control, tasks, threads, settings)
+        residency = Residency(connection, tasks, folders, threads, metrics, settings)
         if settings.token is not None:
             authorization = authorization or b""  # do not forward the client's token to the engine
-        forwarder = Forwarder(passing, connection, catalogue, residency, settings, metrics, authorization)
+        forwarder = Forwarder(passing, connection, tasks, residency, settings, metrics, authorization)
         preparing = asyncio.create_task(_prepare(residency, settings.engine_url))
         try:
             yield GatewayApp(forwarder, connection, residency, metrics, settings)
@@ -94,7 +91,6 @@ async def opened(tasks: ServedTasks, folders: AdapterFolders, settings: GatewayS
             preparing.cancel()
             await residency.close()
             threads.shutdown(cancel_futures=True)
-            looking.shutdown(wait=False, cancel_futures=True)
 
 
 def _client(settings: GatewaySettings, timeout: httpx.Timeout, authorization: bytes | None) -> httpx.AsyncClient:
