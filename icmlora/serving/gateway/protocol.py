@@ -101,8 +101,6 @@ def guarded(settings: GatewaySettings, connections: int) -> Callable[..., asynci
 
 
 class _Guarded(H11Protocol):
-    """One connection."""
-
     def __init__(self, gate: Gate, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._gate = gate
@@ -110,7 +108,6 @@ class _Guarded(H11Protocol):
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Accept a connection unless its address has too many."""
         super().connection_made(transport)
         if self._gate.enter(self._address):
             self._watch()
@@ -119,13 +116,11 @@ class _Guarded(H11Protocol):
             self._refuse(HttpProblem(503, message, "too_many_connections", retry_after=1))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget a connection."""
         super().connection_lost(exc)
         self._gate.leave(self._address)
         self._forget_deadline()
 
     def handle_events(self) -> None:
-        """Handle received data."""
         super().handle_events()
         self._watch()
 
