@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -205,17 +205,18 @@ class SglangEngine(Engine):
 _ENGINES: Mapping[EngineName, type[Engine]] = {"vllm": VllmEngine, "sglang": SglangEngine}
 
 
-async def connect(client: httpx.AsyncClient, name: EngineName | None) -> Engine:
-    """Return the engine at the client's URL. Without a name, detect its type.
+async def connect(client: httpx.AsyncClient, name: EngineName | Literal["auto"]) -> Engine:
+    """Return the engine at the client's URL, of a type or `auto`.
 
     Raises:
         HttpProblem: It does not respond, or is not a supported engine.
     """
-    if name is None:
+    if name == "auto":
         owners = {card.get("owned_by") for card in await list_models(client) if not card.get("parent")}
-        name = next((known for known in _ENGINES if known in owners), None)
-    if name is None:
-        raise HttpProblem(502, "The engine is neither vLLM nor SGLang.", "engine_unknown")
+        detected = next((known for known in _ENGINES if known in owners), None)
+        if detected is None:
+            raise HttpProblem(502, "The engine is neither vLLM nor SGLang.", "engine_unknown")
+        name = detected
     return _ENGINES[name](client)
 
 

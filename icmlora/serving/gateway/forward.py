@@ -22,7 +22,7 @@ from icmlora.serving.gateway.engines import Body, Engine, unreachable
 from icmlora.serving.gateway.metrics import Metrics
 from icmlora.serving.gateway.problems import HttpProblem
 from icmlora.serving.gateway.residency import Residency
-from icmlora.serving.gateway.settings import GatewaySettings
+from icmlora.serving.gateway.settings import MAX_BODY, GatewaySettings
 from icmlora.serving.tasks import ServedTask, ServedTasks
 from registry.errors import IcmError, StoreUnavailable
 
@@ -283,7 +283,7 @@ class Forwarder:
                     if message["type"] == "http.disconnect":
                         raise ClientGone("the client closed the connection")
                     data += message.get("body", b"")
-                    if len(data) > (limit := self._settings.max_body):
+                    if len(data) > (limit := self._settings.max_body or MAX_BODY):
                         raise HttpProblem(413, f"The body is larger than {limit:,} bytes.", "body_too_large")
                     if not message.get("more_body", False):
                         return bytes(data)

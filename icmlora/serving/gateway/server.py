@@ -132,7 +132,7 @@ def uvicorn_config(app: GatewayApp, settings: GatewaySettings) -> uvicorn.Config
         server_header=False,
         date_header=False,
         timeout_keep_alive=_CLIENT_KEPT_ALIVE,
-        timeout_graceful_shutdown=max(1, round(settings.drain)),
+        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
     )
 
 
