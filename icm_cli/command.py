@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
+from enum import StrEnum
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import (
@@ -24,6 +25,7 @@ from typing import (
     Any,
     Concatenate,
     Generic,
+    Literal,
     ParamSpec,
     TypeVar,
     Union,
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 _SECTIONS = re.compile(r"\n+(Raises|Returns|Yields):\n.*", re.DOTALL)  # for Python; the last sections of a docstring
 
@@ -61,6 +64,19 @@ class Call(Generic[R]):
     def __getitem__(self, name: str) -> Any:
         """Return the value of a parameter, which may be its default."""
         return self.values[name]
+
+    def of(self, use_case: Callable[Concatenate[HasContext, ...], T], option: str, **more: Any) -> Call[T]:
+        """Return a call of another use case with the same values, and more.
+
+        Raises:
+            UsageProblem: A value was given that the other one does not take; `option` is what selects it.
+        """
+        here, there = parameters_of(self.use_case, skip=1), parameters_of(use_case, skip=1)
+        for name, value in self.values.items():
+            if name not in there and value != here[name].default:
+                given = option_of(name, here[name])
+                raise UsageProblem(f"{option} cannot be combined with {given}", hint=f"omit {option} or {given}")
+        return Call(self.session, use_case, {name: self.values[name] for name in there if name in self.values} | more)
 
     def now(self, **changes: Any) -> R:
         """Return the result, without a progress display."""
@@ -118,6 +134,13 @@ def plain_command(function: Callable[Concatenate[Session, P], None]) -> Callable
     return _typer_command(function, list(own.values()), function.__doc__ or "", body)
 
 
+def option_of(name: str, parameter: inspect.Parameter) -> str:
+    """Return the first spelling of the option of a parameter."""
+    param = param_of(parameter.annotation)
+    spelling = (param and param.spelling) or f"--{name.replace('_', '-')}"
+    return spelling.split()[0].split("/")[0]
+
+
 def _typer_command(
     named: Callable[..., Any],
     parameters: Sequence[inspect.Parameter],
@@ -165,8 +188,12 @@ def _for_typer(parameter: inspect.Parameter) -> inspect.Parameter:
     if param.parse is not None:
         kind = str if is_required else str | None
     elif _is_sequence(kind):
-        (item,) = get_args(_without_none(kind))
-        kind = list[item] if is_required else list[item] | None  # type: ignore[valid-type]
+        item: Any = get_args(_without_none(kind))[0]
+        item = Path if Path in get_args(item) else item  # str | Path
+        if get_origin(item) is Literal:  # Typer cannot repeat one
+            choices = [(choice.upper(), choice) for choice in get_args(item)]
+            item = StrEnum("Choice", choices)  # type: ignore[misc, no-redef]
+        kind = list[item] if is_required else list[item] | None
         default = default if is_required else None
     elif Path in get_args(kind):  # str | Path
         kind = Path | None if NoneType in get_args(kind) else Path
@@ -202,8 +229,9 @@ def _converted(
         elif value is None or value == []:
             found[name] = () if parameter.default is inspect.Parameter.empty else parameter.default
         else:
-            found[name] = value if param.parse is None else _parsed(param.parse, value)
-            param.check(f"--{name.replace('_', '-')}", found[name])
+            plain = [getattr(item, "value", item) for item in value] if isinstance(value, list) else value
+            found[name] = plain if param.parse is None else _parsed(param.parse, value)
+            param.check(option_of(name, parameter), found[name])
     return found
 
 

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING
 
 from icm_cli.output import Field, Output
 from icm_cli.session import Session
-from icm_cli.text import as_fields, coded_size, figure, grouped
+from icm_cli.text import coded_size, figure, grouped
 from icmlora.io.text import counted, human_size, some
 
 if TYPE_CHECKING:
-    from icmlora.fleet.context import Event
     from icmlora.fleet.encode.encode import EncodeReport, TaskEncoded
 
 _STATUS = {
@@ -31,17 +30,9 @@ _FIELDS: tuple[Field[TaskEncoded], ...] = (
 )
 
 
-def print_encoded(session: Session, event: Event, kind: str = "task") -> None:
-    """Print an encoded task as a JSON line of the given type."""
-    from icmlora.fleet.encode.encode import TaskEncoded
-
-    if isinstance(event, TaskEncoded):
-        session.out.event(kind, **as_fields(event))
-
-
 def print_evict_hint(session: Session, report: EncodeReport, max_error: float | None) -> None:
     """Print the `icm evict` command with the same limit, or for a gain, if every task meets its limits."""
-    if report.short or all(task.status == "evicted" for task in report.tasks):
+    if report.short or all(task.status == "evicted" for task in report.done):
         return
     limit = "--min-gain GAIN" if max_error is None else f"--max-error {max_error:g}"
     session.out.hint(f"run `icm evict {limit}` to delete the originals of tasks whose codes meet the limit")
@@ -50,14 +41,14 @@ def print_evict_hint(session: Session, report: EncodeReport, max_error: float | 
 def sum_up(session: Session, report: EncodeReport, *, brief: bool = False) -> None:
     """Print a table of tasks and a summary line, or with `brief` only the summary."""
     out = session.out
-    now = sum(task.size or 0 for task in report.tasks)
-    before = sum(task.before or 0 for task in report.tasks)
+    now = sum(task.size or 0 for task in report.done)
+    before = sum(task.before or 0 for task in report.done)
     if not brief:
-        out.event("summary", tasks=len(report.tasks), short=len(report.short), size=now, before=before)
-        out.listing(_FIELDS, sorted(report.tasks, key=lambda task: task.task))
-    for reason, names in grouped((task.reason, task.task) for task in report.tasks if task.reason).items():
+        out.event("summary", tasks=len(report.done), short=len(report.short), size=now, before=before)
+        out.listing(_FIELDS, sorted(report.done, key=lambda task: task.task))
+    for reason, names in grouped((task.reason, task.task) for task in report.done if task.reason).items():
         out.line(f"{some(names)}: {reason}")
-    done = sum(task.status == "encoded" for task in report.tasks) if brief else len(report.tasks)
+    done = sum(task.status == "encoded" for task in report.done) if brief else len(report.done)
     if done or not brief:
         summary = f"refined {counted(done, 'code')}" if brief else counted(done, "task")
         missed = "" if brief else f"; {len(report.short)} missed the limit"

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from icm_cli.output import Field
-from icm_cli.report import print_event, print_skipped
+from icm_cli.report import print_skipped
 from icm_cli.session import Session
 from icm_cli.text import SOURCES, errors_json, figure
 from icmlora.fleet.measure.metric_result import MetricResult, measured_in
@@ -116,10 +116,9 @@ def no_gain(task: str, scores: Mapping[Source, MetricResult], gains: Collection[
 
 
 def print_measured(session: Session, event: Event) -> None:
-    """Print a measured or failed task, as JSON lines or warnings."""
+    """Print a measured task as a JSON line, and details about its rows."""
     from icmlora.fleet.measure.evaluate import TaskEvaluated
 
-    print_event(session, event)
     if isinstance(event, TaskEvaluated):
         sources, with_context = (
             {source: _as_json(result) for source, result in results.items()}

@@ -72,9 +72,8 @@ if TYPE_CHECKING:
     from icmlora.fleet.evict.types import EvictReport
     from icmlora.fleet.few_shot.generate import Generated
     from icmlora.fleet.few_shot.task_context import ContextReport
-    from icmlora.fleet.few_shot.train import FewShotReport
     from icmlora.fleet.ingest.report import IngestReport
-    from icmlora.fleet.map.map import MapReport
+    from icmlora.fleet.map.task_map import MapReport
     from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable
     from icmlora.fleet.report.report import ReportSummary
     from icmlora.fleet.stats.bill import Bill
@@ -85,13 +84,13 @@ if TYPE_CHECKING:
     from icmlora.fleet.tasks.generators import GeneratorVersion, RolledBack
     from icmlora.fleet.tasks.init import InitReport
     from icmlora.fleet.tasks.tasks import EditReport, Removal, RemoveReport, TaskDetails
-    from icmlora.fleet.train.train import TrainReport
-    from icmlora.fleet.train.update import UpdateReport
+    from icmlora.fleet.train.report import TrainReport
     from icmlora.fleet.vectors.recognize import RecognizeReport
     from icmlora.fleet.vectors.vectors import VectorReport
     from icmlora.fleet.write.cards import MergedPart
-    from icmlora.fleet.write.materialize import MaterializeReport, TooLossy
+    from icmlora.fleet.write.materialize import MaterializeReport
     from icmlora.fleet.write.merge import Merged
+    from icmlora.fleet.write.sources import TooLossy
     from icmlora.formats.discovery.folder import load_adapter, save_adapter
     from icmlora.serving.attach import attach
     from registry.manifests import Generator, Task
@@ -127,7 +126,6 @@ __all__ = [
     "Event",
     "EvictReport",
     "ExportReport",
-    "FewShotReport",
     "Finding",
     "Fleet",
     "Generated",
@@ -183,7 +181,6 @@ __all__ = [
     "TooLossy",
     "TrainReport",
     "UnsafeInput",
-    "UpdateReport",
     "VectorReport",
     "attach",
     "base_model_loader",
@@ -209,7 +206,6 @@ _HOMES = {
     "Event": "icmlora.fleet.context",
     "EvictReport": "icmlora.fleet.evict.types",
     "ExportReport": "icmlora.fleet.bundles.export",
-    "FewShotReport": "icmlora.fleet.few_shot.train",
     "Finding": "registry.verify",
     "Fleet": "icmlora.fleet.api",
     "Generated": "icmlora.fleet.few_shot.generate",
@@ -223,7 +219,7 @@ _HOMES = {
     "Joined": "icmlora.fleet.bases.labels",
     "KnownBase": "icmlora.fleet.bases.base_models",
     "LoraModule": "icmlora.adapter.model",
-    "MapReport": "icmlora.fleet.map.map",
+    "MapReport": "icmlora.fleet.map.task_map",
     "MaterializeReport": "icmlora.fleet.write.materialize",
     "Merged": "icmlora.fleet.write.merge",
     "MergedPart": "icmlora.fleet.write.cards",
@@ -243,9 +239,8 @@ _HOMES = {
     "TaskContext": "icmlora.base_models.examples.context",
     "TaskDetails": "icmlora.fleet.tasks.tasks",
     "TaskRow": "registry.tables",
-    "TooLossy": "icmlora.fleet.write.materialize",
-    "TrainReport": "icmlora.fleet.train.train",
-    "UpdateReport": "icmlora.fleet.train.update",
+    "TooLossy": "icmlora.fleet.write.sources",
+    "TrainReport": "icmlora.fleet.train.report",
     "VectorReport": "icmlora.fleet.vectors.vectors",
     "attach": "icmlora.serving.attach",
     "base_model_loader": "icmlora.base_models.kinds.custom_model",

@@ -55,6 +55,11 @@ class Finding:
         return self.kind not in _HARMLESS
 
     @property
+    def is_of_file(self) -> bool:
+        """Whether a repair of the file corrects it or moves it to quarantine."""
+        return self.kind in OF_FILES
+
+    @property
     def is_of_database(self) -> bool:
         """Whether a rebuild of the database repairs it."""
         return self.kind in _OF_DATABASE or self.is_manifest

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 
-from icmlora.fleet.encode import encode
+from icmlora.fleet.encode import tasks as encode
 from icmlora.fleet.few_shot import generate
 from icmlora.fleet.resources import adapter_source, loading
 from icmlora.generator.initial_a.search import SeedSearch

@@ -7,18 +7,22 @@ from typing import Annotated
 
 import typer
 
-from icm_cli.command import plain_command as command
+from icm_cli.command import plain_command
 from icm_cli.errors import ExitCode
-from icm_cli.options import SomeTasksArg, argument
 from icm_cli.session import Session
+from icmlora.fleet.context import address_of
+from icmlora.fleet.params import Param, Tasks
+from icmlora.fleet.tasks.copies import copy_tasks
 from icmlora.io.text import counted, human_size
 
-FromArg = Annotated[str, argument("STORE1", "Store to copy from: a folder, or postgresql://HOST/DATABASE.")]
-ToArg = Annotated[str, argument("STORE2", "Store to copy to. A missing folder is created.")]
 
-
-@command
-def copy(session: Session, source: FromArg, target: ToArg, tasks: SomeTasksArg = None) -> None:
+@plain_command
+def copy(
+    session: Session,
+    source: Annotated[str, Param("Store to copy from: a folder, or postgresql://HOST/DATABASE.", "STORE1")],
+    target: Annotated[str, Param("Store to copy to. A missing folder is created.", "STORE2")],
+    tasks: Tasks = (),
+) -> None:
     """Copy tasks from one store to another.
 
     Copies originals, texts, vectors, codes and measurements, and the generators of the base models. Every
@@ -30,11 +34,8 @@ def copy(session: Session, source: FromArg, target: ToArg, tasks: SomeTasksArg =
     Example:
       icm copy ~/.local/share/icm /mnt/backup/icm
     """
-    from icmlora.fleet.context import address_of
-    from icmlora.fleet.tasks.copies import copy_tasks
-
     with session.working("copy") as context:
-        done = copy_tasks(replace(context, address=address_of(source)), target, tasks or ())
+        done = copy_tasks(replace(context, address=address_of(source)), target, tasks)
     out = session.out
     out.document(
         {
@@ -52,6 +53,5 @@ def copy(session: Session, source: FromArg, target: ToArg, tasks: SomeTasksArg =
     out.line("; ".join(parts))
     for name, reason in done.refused.items():
         out.warn(f"skipped {name}: {reason}", task=name)
-
     if done.refused:
         raise typer.Exit(ExitCode.PARTLY)

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from icm_cli.command import plain_command as command
+from icm_cli.command import Call, command
 from icm_cli.config import config_file, log_file
 from icm_cli.errors import ExitCode
 from icm_cli.options import option
 from icm_cli.session import Session
+from icmlora.fleet.tasks.doctor import Check, examine
 from icmlora.io.text import human_size
 
 if TYPE_CHECKING:
     from icmlora.io.cards import Card
 
-What = Literal["store", "db", "blobs", "config", "log"]
 PathOpt = Annotated[
-    What | None,
+    Literal["store", "db", "blobs", "config", "log"] | None,
     option(
         "--path",
         "Print only the path of the store, its database, its blobs, the configuration file or the log. For "
@@ -29,26 +28,20 @@ PathOpt = Annotated[
 ]
 
 
-@command
-def doctor(session: Session, path: PathOpt = None) -> None:
-    """Check versions, devices, settings and the store.
-
-    The exit code is 1 if a check fails. Include the output in bug reports. The store is not modified. The configuration
-    file can set store, device and lock_timeout, for example `store = "/data/icm"`.
-
-    Example:
-      icm doctor --json
-      du -sb "$(icm doctor --path store)"
-    """
+@command(examine)
+def doctor(session: Session, call: Call[list[Check]], path: PathOpt = None) -> None:
     if path is not None:
-        found = _path_of(session, path)
+        if path == "config":
+            found = config_file()
+        elif path == "log":
+            found = log_file()
+        else:
+            found = session.context.path / {"store": "", "db": "registry.db", "blobs": "blobs"}[path]
         session.out.document({"name": path, "path": str(found)})
         session.out.answer(str(found))
         return
-    from icmlora.fleet.tasks.doctor import examine
-
     settings = session.settings
-    checks = examine(session.context)
+    checks = call.now()
     problems = [check for check in checks if check.problem is not None]
     configured = {
         "store": (str(session.context.address), settings.store.source),
@@ -69,15 +62,6 @@ def doctor(session: Session, path: PathOpt = None) -> None:
         session.out.warn(f"{check.name}: {check.problem}", kind=check.name)
     if problems:
         raise typer.Exit(ExitCode.FAILED)
-
-
-def _path_of(session: Session, what: What) -> Path:
-    """Return the path of the store, its database, its blobs, the configuration file or the log."""
-    if what == "config":
-        return config_file()
-    if what == "log":
-        return log_file()
-    return session.context.path / {"store": "", "db": "registry.db", "blobs": "blobs"}[what]
 
 
 def _shown(name: str, value: str | int | Card | None) -> str:

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
-
-from icm_cli.command import plain_command as command
-from icm_cli.options import BaseModelOpt, SomeTasksArg, option
+from icm_cli.command import Call, command
 from icm_cli.output import Field
 from icm_cli.session import Session
 from icm_cli.text import as_fields, figure
+from icmlora.fleet.tasks.duplicates import DuplicatePair, DuplicatesReport, find_duplicates
 from icmlora.io.text import counted, some
-
-if TYPE_CHECKING:
-    from icmlora.fleet.tasks.duplicates import DuplicatePair, DuplicatesReport
-
-MaxDistanceOpt = Annotated[
-    float, option("--max-distance X", "Largest distance of a near copy. 0 finds only equal adapters.", min=0.0, max=0.5)
-]
 
 _FIELDS: tuple[Field[DuplicatePair], ...] = (
     Field("task", lambda pair: pair.task, shrink=True),
@@ -26,37 +17,24 @@ _FIELDS: tuple[Field[DuplicatePair], ...] = (
 )
 
 
-@command
-def duplicates(
-    session: Session,
-    tasks: SomeTasksArg = None,
-    max_distance: MaxDistanceOpt = 0.1,
-    base_model: BaseModelOpt = None,
-) -> None:
-    """Find tasks with equal or similar adapters.
-
-    `=` marks equal tensors and scale. `~` marks near copies within DISTANCE, ||dW - dW'|| / max(||dW||, ||dW'||),
-    among tasks of one base model, regardless of rank, type and format. Each task is compared with the oldest of its
-    group, or with the nearest if the oldest is too far. With TASKS, only groups with these tasks are shown. Nothing is
-    changed. --quiet prints one group per line.
-
-    Example:
-      icm duplicates
-      icm duplicates dog-v2 --max-distance 0.3
-    """
-    from icmlora.fleet.tasks.duplicates import find_duplicates
-
-    with session.working("duplicates") as context:
-        found = find_duplicates(context, tasks or (), max_distance=max_distance, base_model=base_model)
-    out = session.out
-    out.document(_as_json(found))
+@command(find_duplicates)
+def duplicates(session: Session, call: Call[DuplicatesReport]) -> None:
+    found, out = call.run(label="duplicates"), session.out
+    names = ("other_bases", "from_codes", "tensors_only")
+    fields = as_fields(found)
+    out.document(
+        {
+            "max_distance": found.max_distance,
+            "compared_count": found.compared,
+            "groups": fields["groups"],
+            **{name: fields[name] for name in names},
+            "left_out": [{"task": entry.task, "reason": entry.reason} for entry in found.left_out],
+        }
+    )
     out.names(" ".join(group.tasks) for group in found.groups)
-    _print(session, found)
-
-
-def _print(session: Session, found: DuplicatesReport) -> None:
-    out, pairs = session.out, [pair for group in found.groups for pair in group.pairs]
-    notes = {pair.task: _note(pair) for pair in pairs} | {pair.task: _OTHER_BASE for pair in found.other_bases}
+    pairs = [pair for group in found.groups for pair in group.pairs]
+    notes = {pair.task: "other heads or biases" if pair.extras_differ else "" for pair in pairs}
+    notes |= {pair.task: "another base model" for pair in found.other_bases}
     pairs += found.other_bases
     out.listing([*_FIELDS, Field("", lambda pair: notes[pair.task], is_rare=True)], pairs)
     compared = counted(found.compared, "task")
@@ -77,29 +55,3 @@ def _print(session: Session, found: DuplicatesReport) -> None:
         out.note(f"compared only for equal tensors, because they cannot have a code: {some(found.tensors_only)}")
     for entry in found.left_out:
         out.warn(f"{entry.task} was not compared: {entry.reason}", kind="not_compared", task=entry.task)
-
-
-_OTHER_BASE = "another base model"
-
-
-def _note(pair: DuplicatePair) -> str:
-    return "other heads or biases" if pair.extras_differ else ""
-
-
-def _as_json(found: DuplicatesReport) -> dict[str, object]:
-    return {
-        "max_distance": found.max_distance,
-        "compared_count": found.compared,
-        "groups": [
-            {
-                "base_model": group.base_model,
-                "tasks": list(group.tasks),
-                "pairs": [as_fields(pair) for pair in group.pairs],
-            }
-            for group in found.groups
-        ],
-        "other_bases": [as_fields(pair) for pair in found.other_bases],
-        "from_codes": found.from_codes,
-        "tensors_only": found.tensors_only,
-        "left_out": [{"task": entry.task, "reason": entry.reason} for entry in found.left_out],
-    }

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
-
 import typer
 
-from icm_cli.command import plain_command as command
-from icm_cli.options import argument
+from icm_cli.command import Call, command
 from icm_cli.output import Field
 from icm_cli.session import Session
+from icmlora.fleet.tasks import generators as use_cases
+from icmlora.fleet.tasks.generators import GeneratorVersion, RolledBack
 from icmlora.io.text import counted, human_size
-
-if TYPE_CHECKING:
-    from icmlora.fleet.tasks.generators import GeneratorVersion
-
-DigestArg = Annotated[str, argument("DIGEST", "First digits of a generator's digest, as listed by `icm generators`.")]
 
 _SHORT = 12
 _FIELDS: tuple[Field[GeneratorVersion], ...] = (
@@ -38,23 +32,9 @@ generators = typer.Typer(name="generators", invoke_without_command=True)
 
 
 @generators.callback()
-@command
-def ls(session: Session) -> None:
-    """List generators and the tasks that need them.
-
-    The generator in use makes new codes. A code always needs the generator it was made with, so older generators stay
-    as long as a task, or an earlier version of one, needs them. `icm prune` deletes the others.
-
-    NETWORKS counts the versions of the network in the file, because `icm train --update` may add one. FEW-SHOT START is
-    the size of the data for `icm generate`.
-
-
-    Example:
-      icm generators
-    """
-    from icmlora.fleet.tasks.generators import list_generators
-
-    found, out = list_generators(session.context), session.out
+@command(use_cases.list_generators)
+def ls(session: Session, call: Call[list[GeneratorVersion]]) -> None:
+    found, out = call.now(), session.out
     out.document([_as_json(version) for version in found])
     out.names(version.generator.blob for version in found)
     out.listing(_FIELDS, found)
@@ -66,19 +46,9 @@ def ls(session: Session) -> None:
 
 
 @generators.command()
-@command
-def rollback(session: Session, digest: DigestArg) -> None:
-    """Make new codes with an earlier generator.
-
-    Its network becomes the next version of the generator. Existing codes keep the generator they were made with, so no
-    adapter changes. `icm encode` encodes tasks again with the generator in use.
-
-    Example:
-      icm generators rollback 3f9a12c4
-    """
-    from icmlora.fleet.tasks.generators import rollback
-
-    done, out = rollback(session.context, digest), session.out
+@command(use_cases.rollback)
+def rollback(session: Session, call: Call[RolledBack]) -> None:
+    done, out = call.now(), session.out
     generator = done.generator
     out.document(
         {

@@ -6,373 +6,199 @@ import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import partial
 from itertools import zip_longest
-from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, cast
 
-from icm_cli.command import plain_command as command
+from icm_cli.command import Call, command
 from icm_cli.commands.vectors import print_vectors_detail
-from icm_cli.options import DeviceOpt, DryRunOpt, argument, option
 from icm_cli.output import Column, Mode, Output
-from icm_cli.report import print_event, print_skipped
-from icm_cli.session import Session, end
+from icm_cli.report import end, print_skipped
+from icm_cli.session import Session
 from icm_cli.text import grouped, joined_text, path_shown
+from icmlora.fleet.bases.joins import BaseJoined
+from icmlora.fleet.context import StageBegun
+from icmlora.fleet.ingest import ingest as ingestion
+from icmlora.fleet.ingest.report import IngestReport, InputProblem, TaskIngested
 from icmlora.io.text import counted, escape, human_size, some
 
 if TYPE_CHECKING:
     from icmlora.fleet.context import Event
-    from icmlora.fleet.ingest.report import IngestReport, InputProblem, TaskIngested
-    from icmlora.fleet.vectors.vectors import VectorReport
-
-PathsArg = Annotated[list[Path], argument("PATH...", "Folders to search for adapters, at any depth.")]
-NameOpt = Annotated[
-    str | None, option("--name NAME", "Name of the task, for a single adapter. Default: the name of its folder.")
-]
-NameFromOpt = Annotated[
-    str | None,
-    option(
-        "--name-from PATTERN", "Name tasks by {name}, {parent}, {grandparent} and {path}, such as '{parent}-{name}'."
-    ),
-]
-SamplesOpt = Annotated[
-    Path | None,
-    option("--samples FILE", "Samples of the task, for a single adapter. Default: samples.jsonl next to it."),
-]
-BaseOfOpt = Annotated[
-    str | None,
-    option(
-        "--base-model NAME",
-        "Base model of image adapters, and of adapters that name none.",
-        completes="base",
-    ),
-]
-TextsOpt = Annotated[bool, option("--texts/--no-texts", "Also ingest samples.jsonl and eval.jsonl next to adapters.")]
-StrictOpt = Annotated[bool, option("--strict", "Check everything first; store nothing if any input is refused.")]
-OnConflictOpt = Annotated[
-    Literal["version", "skip", "fail"] | None,
-    option(
-        "--on-conflict",
-        "If the task has another adapter: add a version, skip or fail. Default: version if it is from the same folder, "
-        "otherwise fail.",
-    ),
-]
-RestoreOpt = Annotated[bool, option("--restore", "Store evicted originals again. Default: they stay evicted.")]
-ReadBinOpt = Annotated[
-    bool,
-    option(
-        "--read-bin",
-        "Also read adapter_model.bin, a pickle, in a sandboxed process, and store it as safetensors.",
-    ),
-]
-InitialOpt = Annotated[
-    Path | None,
-    option(
-        "--initial FOLDER",
-        "Initial weights of a PiSSA, OLoRA or CorDA adapter. Default: pissa_init, olora_init or corda_init next to it.",
-    ),
-]
-VectorsOpt = Annotated[bool, option("--vectors/--no-vectors", "Extract task vectors if the base model is available.")]
 
 
-@command
-def ingest(
-    session: Session,
-    paths: PathsArg,
-    name: NameOpt = None,
-    name_from: NameFromOpt = None,
-    samples: SamplesOpt = None,
-    base_model: BaseOfOpt = None,
-    texts: TextsOpt = True,
-    strict: StrictOpt = False,
-    on_conflict: OnConflictOpt = None,
-    restore: RestoreOpt = False,
-    read_bin: ReadBinOpt = False,
-    initial: InitialOpt = None,
-    vectors: VectorsOpt = True,
-    device: DeviceOpt = None,
-    dry_run: DryRunOpt = False,
-) -> None:
-    """Add adapters to the store: PEFT folders, training runs and other formats.
-
-    Files are checked and copied; PATH is not changed, and ingesting it again is safe. If the adapter of a known task
-    changed in its folder, it becomes the task's next version; earlier versions are kept. Refused inputs are listed at
-    the end and do not stop the rest; the exit code is then 3. If the base model is available, task vectors are
-    extracted too. `icm convert --list-formats` lists the formats.
-
-    A task is named after its folder, or after the parent if the folder has a generic name such as adapter or final. If
-    two names clash, the parent's name is added. In --name-from, {path} joins all folders below PATH, {name#run-} cuts
-    "run-" from the start and {name%-lora} cuts "-lora" from the end.
-
-    Example:
-      icm ingest ./loras
-      icm ingest ./saves --name-from '{parent}-{name}'
-    """
-    from icmlora.fleet.ingest.ingest import ingest as take_in
-
+@command(ingestion.ingest)
+def ingest(session: Session, call: Call[IngestReport]) -> None:
+    out, dry_run = session.out, call["dry_run"]
     problems: list[InputProblem] = []
-    printed: list[IngestReport] = []  # the report, once its totals are printed
+    are_totals_printed = False
+
+    def on_event(event: Event) -> None:
+        nonlocal are_totals_printed
+        if isinstance(event, TaskIngested):
+            out.detail(f"{event.task}: {event.status}, {event.new} new, {event.known} unchanged")
+            for name, read in (("samples", event.samples), ("held-out text", event.eval_data)):
+                if read is not None and read.skipped:
+                    rows = f"kept {counted(read.kept, 'row')} of the {name}, skipped {read.skipped:,}"
+                    out.note(f"{event.task}: {rows}; first problem: {read.reason}")
+        elif isinstance(event, BaseJoined):
+            out.event("base_joined", **asdict(event))
+        elif isinstance(event, InputProblem):
+            problems.append(event)
+        elif isinstance(event, StageBegun):
+            _print_totals(out, cast("IngestReport", event.report), dry_run=False)
+            are_totals_printed = True
+        else:
+            print_vectors_detail(session, event)
+
     try:
-        report, stopped = session.run(
-            "ingest",
-            lambda context: take_in(
-                context,
-                paths,
-                name=name,
-                name_from=name_from,
-                samples=samples,
-                base_model=base_model,
-                texts=texts,
-                strict=strict,
-                on_conflict=on_conflict,
-                restore=restore,
-                read_bin=read_bin,
-                initial=initial,
-                vectors=vectors,
-                device=session.device(device),
-                dry_run=dry_run,
-            ),
-            partial(_print_event, session, problems, printed),
-        )
+        report = call.run(on_event)
     except Exception:
-        if not printed and len(problems) > 1:  # a single reason is in the error itself
-            print_problems(session.out, problems)
+        if not are_totals_printed and len(problems) > 1:  # a single reason is in the error itself
+            print_problems(out, problems)
         raise
-    if not printed:
-        _print_totals(session, report, dry_run=dry_run)
-    partly = _print_extracted(session, report.vectors)
-    _print_notes(session, report, dry_run=dry_run, is_named=name is not None or name_from is not None)
-    done = f"{len(report.ingested)} of {counted(report.found, 'task')} ingested"
-    end(done, stopped=stopped, partly=partly or bool(report.problems))
-
-
-def _print_extracted(session: Session, extracted: VectorReport | None) -> bool:
-    """Print the results for task vectors; return whether any failed."""
-    if extracted is None:
-        return False
-    out = session.out
-    if extracted.done or not extracted.failed:
-        out.line(f"extracted the vectors of {counted(len(extracted.done), 'task')}")
-    for note in extracted.notes:
-        out.note(note)
-    for group in extracted.skipped:
-        print_skipped(session, group, "no vectors")
-    return extracted.is_partial
-
-
-def _print_event(session: Session, problems: list[InputProblem], printed: list[IngestReport], event: Event) -> None:
-    """Print one task; collect the problems, which are listed at the end."""
-    from icmlora.fleet.bases.joins import BaseJoined
-    from icmlora.fleet.context import StageBegun
-    from icmlora.fleet.ingest.report import InputProblem, PlaceholderMet, TaskIngested
-
-    if isinstance(event, TaskIngested):
-        session.out.event("task", **asdict(event))
-        session.out.detail(f"{event.task}: {event.status}, {event.new} new, {event.known} unchanged")
-        for name, read in (("samples", event.samples), ("held-out text", event.eval_data)):
-            if read is not None and read.skipped:
-                rows = f"kept {counted(read.kept, 'row')} of the {name}, skipped {read.skipped:,}"
-                session.out.note(f"{event.task}: {rows}; first problem: {read.reason}")
-    elif isinstance(event, PlaceholderMet):
-        session.out.event("placeholder", **asdict(event))
-    elif isinstance(event, BaseJoined):
-        session.out.event("base_joined", **asdict(event))
-    elif isinstance(event, InputProblem):
-        session.out.event("problem", **asdict(event))
-        problems.append(event)
-    elif isinstance(event, StageBegun):
-        printed.append(cast("IngestReport", event.report))
-        _print_totals(session, printed[0], dry_run=False)
-    else:
-        print_event(session, event)
-        print_vectors_detail(session, event)
-
-
-def _print_totals(session: Session, report: IngestReport, *, dry_run: bool) -> None:
-    verb = "would ingest" if dry_run else "ingested"
+    if not are_totals_printed:
+        _print_totals(out, report, dry_run=dry_run)
+    if (vectors := report.vectors) is not None:
+        if vectors.done or not vectors.failed:
+            out.line(f"extracted the vectors of {counted(len(vectors.done), 'task')}")
+        for note in vectors.notes:
+            out.note(note)
+        for group in vectors.skipped:
+            print_skipped(session, group, "no vectors")
     parts = sum(problem.task is not None for problem in report.problems)
-    some = [
-        *((report.evicted, "evicted"), (report.restored, "restored")),
-        *((len(report.problems) - parts, "refused"), (parts, "ingested in part")),
-    ]
-    more = "".join(f", {count} {what}" for count, what in some if count)
-    session.out.line(
-        f"{verb} {counted(len(report.ingested), 'task')}: {counted(report.new, 'new adapter')}, "
-        f"{report.known} unchanged{more}; {human_size(report.size)}"
-    )
-    if report.evicted:
-        session.out.hint("run `icm ingest --restore PATH` to store evicted originals again")
-
-
-def _print_notes(session: Session, report: IngestReport, *, dry_run: bool, is_named: bool) -> None:
-    session.out.event(
+    out.event(
         "summary",
         dry_run=dry_run,
-        tasks=len(report.ingested),
+        tasks=len(report.done),
         new=report.new,
         known=report.known,
         evicted=report.evicted,
         restored=report.restored,
-        originals_only=sum(task.original_only is not None for task in report.ingested),
-        not_taken=sum(problem.task is None for problem in report.problems),
-        in_part=sum(problem.task is not None for problem in report.problems),
+        originals_only=sum(task.original_only is not None for task in report.done),
+        not_taken=len(report.problems) - parts,
+        in_part=parts,
         placeholders=len(report.placeholders),
         not_kept=report.not_kept,
         size=report.size,
         without_vectors=report.without_vectors,
     )
+    _print_notes(out, report, is_named=call["name"] is not None or call["name_from"] is not None)
+    print_problems(out, report.problems)
+    end(report, f"{len(report.done)} of {counted(report.found, 'task')} ingested")
+
+
+def _print_totals(out: Output, report: IngestReport, *, dry_run: bool) -> None:
+    parts = sum(problem.task is not None for problem in report.problems)
+    counts = [
+        *((report.evicted, "evicted"), (report.restored, "restored")),
+        *((len(report.problems) - parts, "refused"), (parts, "ingested in part")),
+    ]
+    more = "".join(f", {count} {what}" for count, what in counts if count)
+    out.line(
+        f"{'would ingest' if dry_run else 'ingested'} {counted(len(report.done), 'task')}: "
+        f"{counted(report.new, 'new adapter')}, {report.known} unchanged{more}; {human_size(report.size)}"
+    )
+    if report.evicted:
+        out.hint("run `icm ingest --restore PATH` to store evicted originals again")
+
+
+# Whether a fact holds for a task, how the task is shown, and the fact.
+_FACTS: tuple[tuple[Callable[[TaskIngested], object], str, str], ...] = (
+    (
+        lambda task: task.status == "added" and task.is_renamed,
+        "{task} ({folder})",
+        "{has} another name than {its} folder{s}",
+    ),
+    (
+        lambda task: task.status == "version",
+        "{task} (version {version})",
+        "{has} a new version, because {its} adapter{s} changed",
+    ),
+    (
+        lambda task: task.converted_from,
+        "{task} (from {converted_from})",
+        "converted from a pickle and stored as safetensors",
+    ),
+    (lambda task: task.initial, "{task} ({initial})", "{has} initial weights and can have a code"),
+    (
+        lambda task: task.wrapper,
+        "{task} ({wrapper})",
+        "{has} tensor names with a wrapper's prefix, so PEFT loads nothing into an unwrapped model",
+    ),
+    (
+        lambda task: task.original_only is None and task.extras_size > task.lora_size,
+        "{task} ({extras}, LoRA {lora})",
+        "{has} extras (heads, tokenizers, other files) larger than the LoRA",
+    ),
+    (
+        lambda task: task.status == "decoded",
+        "{task}",
+        "skipped, because icm wrote {its} adapter{s} from the code of an evicted task",
+    ),
+    (lambda task: task.same_as_final, "{task} (step {steps})", "{has} checkpoints identical to {its} final adapter{s}"),
+    (lambda task: task.same_as, "{task} ({same_as})", "{has} the same tensors as another"),
+)
+
+
+def _shown(task: TaskIngested, template: str) -> str:
+    shown = {
+        "folder": path_shown(task.folder),
+        "initial": path_shown(task.initial or ""),
+        "extras": human_size(task.extras_size),
+        "lora": human_size(task.lora_size),
+        "steps": ", ".join(map(str, task.same_as_final)),
+    }
+    return template.format_map(vars(task) | shown)
+
+
+def _print_notes(out: Output, report: IngestReport, *, is_named: bool) -> None:
     for joined in report.joined:
-        session.out.note(joined_text(joined))
-    if not is_named:
-        _print_names(session.out, report)
-    _print_versions(session.out, report)
-    _print_bases(session.out, report)
-    _print_originals(session.out, report)
-    for shown, one, several, what in _FACTS:
-        tasks = [text for task in report.ingested if (text := shown(task)) is not None]
-        if tasks:
-            session.out.note(f"{counted(len(tasks), what)} {one if len(tasks) == 1 else several}: {some(tasks)}")
-    if any(task.wrapper not in (None, "module") for task in report.ingested):
-        session.out.hint("run `icm materialize TASK --source code` to write the names that PEFT expects")
-    _print_duplicates(session.out, report)
-    _print_placeholders(session.out, report)
-    if report.not_kept:
-        files = [name if count == 1 else f"{name} ({count} times)" for name, count in report.not_kept.items()]
-        total = counted(sum(report.not_kept.values()), "file")
-        session.out.note(f"did not store {total} next to adapters: {some(files)}")
-    _print_missing_vectors(session.out, report)
-    print_problems(session.out, report.problems)
-
-
-def _print_missing_vectors(out: Output, report: IngestReport) -> None:
-    """Print why tasks have no task vectors, and the command that helps."""
-    if not report.without_vectors:
-        return
-    tasks = f"{counted(len(report.without_vectors), 'task')} without task vectors"
-    missing = report.bases_not_found
-    if not missing:
-        out.note(tasks)
-        out.hint("run `icm vectors` to extract them")
-        return
-    bases = f"base model{'s' if len(missing) > 1 else ''} {some(missing)} not found on this machine"
-    out.note(f"{tasks}: {bases}")
-    more = " for each of them" if len(missing) > 1 else ""
-    out.hint(f"run `icm base add {shlex.quote(missing[0])} PATH`{more}, then `icm vectors`")
-
-
-def _print_names(out: Output, report: IngestReport) -> None:
-    """Print the new tasks that are not named after their folder."""
-    added = [task for task in report.ingested if task.status == "added"]
-    named = [f"{task.task} ({path_shown(task.folder)})" for task in added if task.is_renamed]
-    if named:
-        fact = "has another name than its folder" if len(named) == 1 else "have other names than their folders"
-        out.note(f"{counted(len(named), 'task')} {fact}: {some(named)}")
-    if foreign := [task.task for task in added if not task.task.isascii()]:
-        out.hint(f"use Tab to complete names, or `icm edit {shlex.quote(foreign[0])} --name NAME` to rename a task")
-
-
-def _print_versions(out: Output, report: IngestReport) -> None:
-    """Print the tasks with a new version."""
-    new = [task for task in report.ingested if task.status == "version"]
-    if len(new) == 1:
-        number = new[0].version
-        out.note(f"{new[0].task}: version {number} (its adapter changed; version {number - 1} is kept)")
-    elif new:
-        shown = some([f"{task.task} (version {task.version})" for task in new])
-        out.note(f"{counted(len(new), 'task')} have a new version, because their adapters changed: {shown}")
-
-
-def _print_bases(out: Output, report: IngestReport) -> None:
-    """Print base models that are guessed, and names that look like one base model."""
+        out.note(joined_text(joined))
     for names in report.lookalikes:
         first, *others = map(shlex.quote, sorted(names, key=lambda name: (name.count("/") != 1, name)))
         alias = f"`icm base alias {first} {' '.join(others)}`"
         out.note(f"{some(names)} look like one base model; if they are, run {alias}")
-    if guessed := grouped((task.base_model, task.task) for task in report.ingested if task.base_is_guess):
+    if guessed := grouped((task.base_model, task.task) for task in report.done if task.base_is_guess):
         groups = [f"{base} for {some(tasks)}" for base, tasks in guessed.items()]
         out.note(f"guessed the base model from the tensor shapes: {'; '.join(groups)}")
         out.hint("if that is wrong, run `icm ingest PATH --base-model NAME --on-conflict version`")
-
-
-def _print_originals(out: Output, report: IngestReport) -> None:
-    reasons = grouped((task.original_only, task.task) for task in report.ingested if task.original_only is not None)
-    if reasons:
+    if reasons := grouped((task.original_only, task.task) for task in report.done if task.original_only is not None):
         count = sum(map(len, reasons.values()))
         verb = "cannot have a code and stays an original" if count == 1 else "cannot have a code and stay originals"
         groups = [f"{some(tasks)} ({reason})" for reason, tasks in reasons.items()]
         out.note(f"{counted(count, 'task')} {verb}: {some(groups, '; ')}")
-
-
-_WRAPPED = "tensor names with a wrapper's prefix, so PEFT loads nothing into an unwrapped model"
-_LARGE = "extras (heads, tokenizers, other files) larger than the LoRA"
-_DECODED = "skipped, because icm wrote {} from the code of an evicted task"
-# A text for each task that a fact holds for, the fact about one and about several, and what they are.
-_FACTS: tuple[tuple[Callable[[TaskIngested], str | None], str, str, str], ...] = (
-    (
-        lambda task: None if task.converted_from is None else f"{task.task} (from {task.converted_from})",
-        *2 * ("converted from a pickle and stored as safetensors",),
-        "task",
-    ),
-    (
-        lambda task: None if task.initial is None else f"{task.task} ({path_shown(task.initial)})",
-        "has initial weights and can have a code",
-        "have initial weights and can have a code",
-        "task",
-    ),
-    (
-        lambda task: None if task.wrapper is None else f"{task.task} ({task.wrapper})",
-        f"has {_WRAPPED}",
-        f"have {_WRAPPED}",
-        "task",
-    ),
-    (
-        lambda task: (
-            f"{task.task} ({human_size(task.extras_size)}, LoRA {human_size(task.lora_size)})"
-            if task.original_only is None and task.extras_size > task.lora_size
-            else None
-        ),
-        f"has {_LARGE}",
-        f"have {_LARGE}",
-        "task",
-    ),
-    (
-        lambda task: task.task if task.status == "decoded" else None,
-        _DECODED.format("it"),
-        _DECODED.format("them"),
-        "adapter",
-    ),
-)
-
-
-def _print_duplicates(out: Output, report: IngestReport) -> None:
-    """Print checkpoints that equal the final adapter, and new adapters that equal another task's."""
-    equal = [task for task in report.ingested if task.same_as_final]
-    same = [f"{task.task} (step {', '.join(map(str, task.same_as_final))})" for task in equal]
-    if same:
-        steps = sum(len(task.same_as_final) for task in equal)
-        verb = "is identical to its final adapter" if steps == 1 else "are identical to their final adapters"
-        out.note(f"{counted(steps, 'checkpoint')} {verb}: {some(same)}")
-    pairs = [(task.task, task.same_as) for task in report.ingested if task.same_as is not None]
-    if len(pairs) == 1:
-        out.note("{} has the same tensors as {}".format(*pairs[0]))
-    elif pairs:
-        shown = some([f"{task} ({other})" for task, other in pairs])
-        out.note(f"{len(pairs):,} tasks have the same tensors as another: {shown}")
-    if pairs:
+    for holds, template, fact in _FACTS[is_named:]:  # the first fact is about names
+        tasks = [_shown(task, template) for task in report.done if holds(task)]
+        has, its, s = ("has", "its", "") if len(tasks) == 1 else ("have", "their", "s")
+        if tasks:
+            out.note(f"{counted(len(tasks), 'task')} {fact.format(has=has, its=its, s=s)}: {some(tasks)}")
+    foreign = [task.task for task in report.done if task.status == "added" and not task.task.isascii()]
+    if foreign and not is_named:
+        out.hint(f"use Tab to complete names, or `icm edit {shlex.quote(foreign[0])} --name NAME` to rename a task")
+    if any(task.wrapper not in (None, "module") for task in report.done):
+        out.hint("run `icm materialize TASK --source code` to write the names that PEFT expects")
+    if any(task.same_as is not None for task in report.done):
         out.hint("run `icm rm NAME` to remove a task, or `icm duplicates` to find near copies too")
-
-
-def _print_placeholders(out: Output, report: IngestReport) -> None:
-    """Print the placeholders that were skipped, and the number of adapters next to them."""
-    met = report.placeholders
-    if not met:
-        return
-    tasks = list(dict.fromkeys(item.task for item in met))
-    out.note(f"skipped {counted(len(met), 'placeholder')} of {some(tasks)}")
-    if left := sum(item.passed_over for item in met):
-        out.note(f"skipped {counted(left, 'checkpoint')} next to them, without a final adapter")
-    out.hint("run `icm restore FOLDER` to write adapters back to their placeholders")
+    if met := report.placeholders:
+        out.note(
+            f"skipped {counted(len(met), 'placeholder')} of {some(list(dict.fromkeys(item.task for item in met)))}"
+        )
+        if left := sum(item.passed_over for item in met):
+            out.note(f"skipped {counted(left, 'checkpoint')} next to them, without a final adapter")
+        out.hint("run `icm restore FOLDER` to write adapters back to their placeholders")
+    if report.not_kept:
+        files = [name if count == 1 else f"{name} ({count} times)" for name, count in report.not_kept.items()]
+        total = counted(sum(report.not_kept.values()), "file")
+        out.note(f"did not store {total} next to adapters: {some(files)}")
+    if report.without_vectors:
+        fact, missing = f"{counted(len(report.without_vectors), 'task')} without task vectors", report.bases_not_found
+        if missing:
+            out.note(f"{fact}: base model{'s' if len(missing) > 1 else ''} {some(missing)} not found on this machine")
+            more = " for each of them" if len(missing) > 1 else ""
+            out.hint(f"run `icm base add {shlex.quote(missing[0])} PATH`{more}, then `icm vectors`")
+        else:
+            out.note(fact)
+            out.hint("run `icm vectors` to extract them")
 
 
 def print_problems(out: Output, problems: Sequence[InputProblem]) -> None:

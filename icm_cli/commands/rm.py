@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from icm_cli.command import plain_command as command
-from icm_cli.options import DryRunOpt, TasksArg, YesOpt
+from icm_cli.command import Call, command
+from icm_cli.options import DryRunOpt, YesOpt
 from icm_cli.session import Session
+from icmlora.fleet.tasks.tasks import RemoveReport, plan_removal, remove_tasks
 from icmlora.io.text import counted, human_size
 
 
-@command
-def rm(session: Session, tasks: TasksArg, dry_run: DryRunOpt = False, yes: YesOpt = False) -> None:
-    """Remove tasks with all versions of their adapters, vectors, codes and measurements.
-
-    If any name is unknown, nothing is removed. Files that no other task needs are deleted; if another icm process is
-    running, by the next `icm prune`. Removing an evicted task removes the last copy of its adapter, and its
-    placeholders can no longer be restored.
-
-    Example:
-      icm rm shakespeare --dry-run
-    """
-    from icmlora.fleet.tasks.tasks import plan_removal, remove_tasks
-
-    out, context = session.out, session.context
-    planned = plan_removal(context, tasks)
+@command(remove_tasks, without=("last_copies",))
+def rm(session: Session, call: Call[RemoveReport], dry_run: DryRunOpt = False, yes: YesOpt = False) -> None:
+    out, planned = session.out, plan_removal(session.context, call["tasks"])
     for task in planned:
         versions = f"{counted(task.versions, 'version')}, " if task.versions > 1 else ""
         last = "; the code is the only copy, because the original was evicted" if task.is_last_copy else ""
@@ -36,7 +25,7 @@ def rm(session: Session, tasks: TasksArg, dry_run: DryRunOpt = False, yes: YesOp
     question = f"Remove {counted(len(names), 'task')}{lost}?"
     is_removed, freed = not dry_run and out.confirm(question, yes=yes), None
     if is_removed:
-        freed = remove_tasks(context, names, last_copies=last_copies).freed
+        freed = call.now(tasks=names, last_copies=last_copies).freed
     out.document(
         {
             "removed": names if is_removed else [],

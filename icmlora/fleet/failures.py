@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from icmlora.base_models.kinds.custom_model import CustomModality
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound, BaseModelUnsuited, Cancelled, IcmLoraError
@@ -81,12 +81,10 @@ class BaseModelFailed(Event):
     hint: str | None
 
 
-class _ReportOfBases(Protocol):
-    failed: list[BaseModelFailed]
-
-
 @contextmanager
-def one_of_several(context: Context, report: _ReportOfBases, base_model: str, all_: Sequence[str]) -> Iterator[None]:
+def one_of_several(
+    context: Context, failed: list[BaseModelFailed], base_model: str, all_: Sequence[str]
+) -> Iterator[None]:
     """Do the work for one base model in the block; what is wrong with it is noted, so that the others go on.
 
     Raises:
@@ -97,11 +95,11 @@ def one_of_several(context: Context, report: _ReportOfBases, base_model: str, al
     except Cancelled:
         raise
     except (IcmLoraError, DamagedStore) as error:
-        if len(report.failed) + 1 == len(all_):
+        if len(failed) + 1 == len(all_):
             raise
         told = TaskFailed.of(base_model, error)
-        report.failed.append(BaseModelFailed(base_model, told.kind, told.message, told.hint))
-        context.on_event(report.failed[-1])
+        failed.append(BaseModelFailed(base_model, told.kind, told.message, told.hint))
+        context.on_event(failed[-1])
 
 
 @dataclass

@@ -27,8 +27,9 @@ from torch import nn
 from icmlora.base_models.finding.tensors import BaseTensors
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound, DataError
 from icmlora.fleet.bundles.bundles import Bundle
+from icmlora.fleet.resources.code_source import open_codes
 from icmlora.fleet.resources.decoding import read_context
-from icmlora.fleet.write.materialize import Chosen, choose
+from icmlora.fleet.write.sources import ResolvedSource, resolve_source
 from icmlora.formats.peft.initial import converted_form
 from icmlora.formats.peft.tensors import rounded_like
 from icmlora.io.safetensors import encode
@@ -142,10 +143,10 @@ def _served(context: Context) -> ServedTasks:
 
 
 @contextmanager
-def _chosen(fleet: Fleet | Bundle, task: str) -> Iterator[Chosen]:
+def _chosen(fleet: Fleet | Bundle, task: str) -> Iterator[ResolvedSource]:
     if isinstance(fleet, Bundle):
-        with fleet.open() as codes:
-            yield choose(codes, codes.get(task))
+        with open_codes(fleet.context) as codes:
+            yield resolve_source(codes, codes.get(task))
     else:
         yield _served(fleet.context).get(task).source
 

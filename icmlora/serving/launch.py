@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from icmlora.errors import BaseModelNotFound, DataError
-from icmlora.fleet.resources.decoding import template_of
+from icmlora.fleet.resources.adapter_row import template_of
 from icmlora.formats.peft.initial import converted_form
 from icmlora.io.strict_json import parse_object
 from icmlora.serving.requirements import VLLM_RANKS, EngineName, config_problem, largest_rank

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from icmlora.fleet.bundles.bundles import Bundle
 from icmlora.fleet.context import Context
-from icmlora.fleet.resources.code_source import CodeSource, open_store
+from icmlora.fleet.resources.code_source import CodeSource, open_codes
 from registry.errors import RegistryError, StoreUnavailable
 from registry.files import identity
 
@@ -59,7 +59,7 @@ class ServingBundle:
         if opened != (stamp := self.stamp()):
             bundle = Bundle(self._path)
             self._opened = stamp, bundle
-        return bundle.open()
+        return open_codes(bundle.context)
 
 
 class ServingStore:
@@ -96,7 +96,7 @@ class ServingStore:
 
     def open(self) -> AbstractContextManager[CodeSource]:
         """Open the store."""
-        return open_store(self._context)
+        return open_codes(self._context)
 
     def _ask(self, *, at_once: bool = False) -> None:
         with self._guard:

@@ -32,7 +32,8 @@ from icmlora.errors import DataError, TaskChanged
 from icmlora.fleet.context import Context
 from icmlora.fleet.resources.code_source import CodeSource, StoreCodes
 from icmlora.fleet.resources.decoding import form_of
-from icmlora.fleet.write.materialize import Chosen, choose
+from icmlora.fleet.write.materialize import render
+from icmlora.fleet.write.sources import ResolvedSource, resolve_source
 from icmlora.formats.format import write_adapter_files
 from icmlora.serving.store import ServingBundle, ServingStore
 from registry.errors import DamagedStore, StoreUnavailable, TaskNotFound
@@ -71,7 +72,7 @@ class ServedTask:
 
     name: str
     key: str
-    source: Chosen = field(compare=False, repr=False)
+    source: ResolvedSource = field(compare=False, repr=False)
 
     @property
     def base_model(self) -> str:
@@ -96,13 +97,13 @@ class ServedTask:
     @property
     def missing(self) -> list[str]:
         """Digests of the blobs that have to be downloaded before its adapter can be written."""
-        chosen, final = self.source, self.source.task.final
-        if not isinstance(chosen.codes, _DetachedParts):
+        source, final = self.source, self.source.task.final
+        if not isinstance(source.codes, _DetachedParts):
             return []
         needed: list[str | None] = [final.config, *(extra.blob for extra in final.extras)]
-        needed += [] if chosen.code is None else [chosen.code.blob, chosen.code.generator]
-        needed += [final.weights, final.initial, final.card] if chosen.source == "original" else []
-        return [digest for digest in needed if digest is not None and not chosen.codes.blobs.is_at_hand(digest)]
+        needed += [] if source.code is None else [source.code.blob, source.code.generator]
+        needed += [final.weights, final.initial, final.card] if source.source == "original" else []
+        return [digest for digest in needed if digest is not None and not source.codes.blobs.is_at_hand(digest)]
 
 
 class ServedTasks:
@@ -206,11 +207,11 @@ class ServedTasks:
         known = self._known.get(name)
         if known is not None and known[1] is not None and known[1].source.task.manifest == task.manifest:
             return known[1]
-        chosen = choose(codes, task)
+        source = resolve_source(codes, task)
         if isinstance(codes, StoreCodes):  # a bundle is opened again to read it
-            number = None if chosen.generator is None else codes.version_of(chosen.generator, task.base_model)
-            chosen = replace(chosen, codes=_DetachedParts(codes, number, self._source.open))
-        return ServedTask(name, key_of(chosen), chosen)
+            number = None if source.generator is None else codes.version_of(source.generator, task.base_model)
+            source = replace(source, codes=_DetachedParts(codes, number, self._source.open))
+        return ServedTask(name, key_of(source), source)
 
     def fetch(self, task: ServedTask) -> None:
         """Download the blobs of a task into the cache.
@@ -260,17 +261,17 @@ class ServedTasks:
         """
         self.fetch(task)  # before the semaphore, so that a slow network blocks no other task
         with self._decoders:
-            made = None
+            files = None
             if isinstance(task.source.codes, _DetachedParts):
                 with suppress(DamagedStore):  # unreferenced blobs may have been deleted
-                    made = task.source.files()
-            if made is None:
+                    files = render(task.source)
+            if files is None:
                 with self.open() as codes:
-                    chosen = choose(codes, codes.get(task.name))
-                    if key_of(chosen) != task.key:
+                    source = resolve_source(codes, codes.get(task.name))
+                    if key_of(source) != task.key:
                         raise TaskChanged(f"task {task.name!r} is being changed")
-                    made = chosen.files()
-            write_adapter_files(directory, made.format, made.content, task.name)
+                    files = render(source)
+            write_adapter_files(directory, task.source.format, files, task.name)
 
     @contextmanager
     def _logging_outages(self) -> Iterator[None]:
@@ -294,7 +295,7 @@ class _DetachedParts:
     ) -> None:
         self.blobs = codes.store.blobs
         self.read = self.blobs.read
-        self._generator, self._number, self._open = codes.opened_generator, number, open_codes
+        self._generator, self._number, self._open = codes.generator_cache, number, open_codes
 
     def version_of(self, generator: str, base_model: str) -> int | None:
         return self._number  # at the time of the lookup
@@ -323,16 +324,16 @@ def can_be_served(name: str) -> bool:
     return not is_huge and all(task_name_problem(part) is None for part in (task, number))
 
 
-def key_of(chosen: Chosen) -> str:
+def key_of(source: ResolvedSource) -> str:
     """Return the SHA-256 of all inputs of an adapter's files, including the version of icm."""
-    final, code = chosen.task.final, chosen.code
-    facts: dict[str, object] = {"icm": _icm_version(), "task": chosen.task.name, "source": chosen.source}
+    final, code = source.task.final, source.code
+    facts: dict[str, object] = {"icm": _icm_version(), "task": source.task.name, "source": source.source}
     facts |= {"config": final.config, "format": final.format}
     facts["extras"] = [[extra.file, extra.blob] for extra in final.extras]
-    if chosen.generator is None:
+    if source.generator is None:
         facts["weights"] = final.weights
     else:
-        facts |= {"generator": chosen.generator, "code": None if code is None else code.blob}
+        facts |= {"generator": source.generator, "code": None if code is None else code.blob}
         facts |= {"dtype": final.dtype, "template": final.template, "layout": [*map(list, final.layout)]}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -28,9 +28,10 @@ from typing import Any
 from unittest.mock import patch
 
 from icmlora import Fleet
-from icmlora.fleet.encode import encode as encoding
-from icmlora.fleet.encode.encode import PendingCode, TaskEncoded, encode_tasks
-from icmlora.fleet.resources.loading import Models
+from icmlora.fleet.encode import tasks as encoding
+from icmlora.fleet.encode.encode import TaskEncoded
+from icmlora.fleet.encode.tasks import PendingCode, encode_tasks
+from icmlora.fleet.resources.loading import ModelCache
 from icmlora.fleet.resources.workers import Tell, _cluster
 from icmlora.generator.codec.limits import Limits
 from registry.manifests import Task
@@ -43,7 +44,7 @@ _NOTE = "refining, step "
 
 
 def killed_once(
-    models: Models, tasks: Sequence[Task], tell: Tell, limits: Limits, **options: Any
+    models: ModelCache, tasks: Sequence[Task], tell: Tell, limits: Limits, **options: Any
 ) -> Iterator[tuple[Task, TaskEncoded | PendingCode]]:
     """Encode as usual; the process is killed in the middle of the first task that is refined, once in each store."""
     killed, half = paths_of(models.store).root.parent / "killed", (limits.refine or 40) // 2
@@ -69,9 +70,9 @@ def measure(source: Path, tasks: list[str], refine: int, case: str) -> dict[str,
             seconds = time.perf_counter() - started
         if (killed := (Path(folder) / "killed").exists()) != case.endswith("killed"):
             raise SystemExit(f"{case}: a worker was {'' if killed else 'not '}killed")
-        statuses = {task.status for task in report.tasks}
+        statuses = {task.status for task in report.done}
         if statuses != {"encoded"}:
-            raise SystemExit(f"{case}: {statuses}; {[task.reason for task in report.tasks if task.reason]}")
+            raise SystemExit(f"{case}: {statuses}; {[task.reason for task in report.done if task.reason]}")
         with fleet.context.open(read_only=True) as store:
             codes = [task.code and task.code.blob for task in store.named(tasks)]
         return {"seconds": round(seconds, 2), "load": round(load, 2), "codes": codes}

@@ -177,7 +177,7 @@ def test_a_damaged_adapter_is_named_and_stops_no_other(icm: Icm, dog: Path, tmp_
 def test_names_are_printed_as_text(icm: Icm, dog: Path, tmp_path: Path) -> None:
     ran = ingest(icm, saved_again(dog, tmp_path / "[red]x\x1b[2J"))
     (name,) = [line.split()[0] for line in icm("duplicates").out.splitlines() if " = " in line]
-    assert f"{name} has the same tensors as dog" in ran.err
+    assert f"{name} (dog)" in ran.err
     assert "\x1b" not in ran.err + icm("duplicates").out
 
 
@@ -194,7 +194,7 @@ def test_an_evicted_adapter_is_compared_as_its_code(icm: Icm, trained: Path, own
 def test_the_file_of_an_evicted_adapter_is_recognised(icm: Icm, trained: Path, own_loras: Path, tmp_path: Path) -> None:
     assert icm("evict", "poems", "--max-error", "0.7").code == 0
     ran = ingest(icm, Path(shutil.copytree(own_loras / "poems", tmp_path / "verse")))
-    assert "verse has the same tensors as poems" in ran.err
+    assert "verse (poems)" in ran.err
     assert pairs_of(icm("duplicates", "--json")) == {"verse": ("poems", True)}
 
 
@@ -207,7 +207,7 @@ def same_as(ran: Ran) -> dict[str, Any]:
 
 def test_ingest_says_that_an_adapter_is_there_already(icm: Icm, dog: Path, tmp_path: Path) -> None:
     ran = ingest(icm, saved_again(dog, tmp_path / "dog-v2"))
-    assert ran.err.count("dog-v2 has the same tensors as dog\n") == 1
+    assert ran.err.count("1 task has the same tensors as another: dog-v2 (dog)\n") == 1
     assert "ingested 1 task: 1 new adapter" in ran.out
     assert "same tensors" not in icm("ingest", tmp_path / "dog-v2", "--no-vectors").err  # it is known by now
 
@@ -263,6 +263,6 @@ def test_checkpoints_with_the_tensors_of_the_final_adapter_are_reported(icm: Icm
     saved_again(run, run / "checkpoint-10")
     write_lora(run / "checkpoint-20", seed=2)
     ran = ingest(icm, run)
-    assert "1 checkpoint is identical to its final adapter: dog (step 10)\n" in ran.err
+    assert "1 task has checkpoints identical to its final adapter: dog (step 10)\n" in ran.err
     same = {row["step"]: row["same_as_final"] for row in icm("show", "dog", "--json").document["adapters"]}
     assert same == {10: True, 20: False, None: False}

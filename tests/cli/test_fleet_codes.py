@@ -32,8 +32,8 @@ def stopping_after(kind: type[Event]) -> Callable[[Event], None]:
 def test_encode_tells_each_task_and_reports_them_all(trained: Path) -> None:
     events: list[Event] = []
     report = Fleet(trained, on_event=events.append).encode(max_error=0.32)
-    assert [event for event in events if isinstance(event, TaskEncoded)] == report.tasks
-    assert [task.task for task in report.tasks] == NAMES
+    assert [event for event in events if isinstance(event, TaskEncoded)] == report.done
+    assert [task.task for task in report.done] == NAMES
     assert report.short == []
 
 
@@ -52,7 +52,7 @@ def test_an_encode_that_is_stopped_reports_what_it_recorded(trained: Path) -> No
         Fleet(trained, on_event=stopping_after(TaskEncoded)).encode(max_error=0.055)
     report = stopped.value.report
     assert isinstance(report, EncodeReport)
-    assert [task.task for task in report.tasks] == ["poems"]
+    assert [task.task for task in report.done] == ["poems"]
     assert {name for name, code in codes(trained).items() if code.blob != before[name].blob} == {"poems"}
 
 
@@ -71,7 +71,7 @@ def test_an_encode_that_is_stopped_within_a_task_leaves_its_code(trained: Path) 
 def test_a_stopped_encode_lets_go_of_the_base_model(trained: Path) -> None:
     with pytest.raises(Cancelled):
         Fleet(trained, on_event=stopping_after(TaskEncoded)).encode(max_error=0.055)
-    assert Fleet(trained, lock_timeout=0).encode(max_error=0.055).tasks[0].status == "known"
+    assert Fleet(trained, lock_timeout=0).encode(max_error=0.055).done[0].status == "known"
 
 
 def test_evaluate_returns_every_source_and_sums_up_their_gains(trained: Path) -> None:
@@ -102,7 +102,7 @@ def test_evict_spares_what_is_pinned_and_reports_the_rest(trained: Path) -> None
     fleet = Fleet(trained)
     assert [task.name for task in fleet.edit(["Rules"], pinned=True).tasks] == ["rules"]
     report = fleet.evict(max_error=0.7)
-    assert {task.task: task.status for task in report.tasks} == {
+    assert {task.task: task.status for task in report.done} == {
         "poems": "evicted", "rules": "pinned", "silent": "evicted",
     }  # fmt: skip
     assert fleet.edit(["poems"], pinned=True).evicted == ["poems"]

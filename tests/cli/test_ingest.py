@@ -363,7 +363,7 @@ def test_a_changed_adapter_in_the_folder_of_a_known_task_is_its_next_version(icm
     write_adapter(stored / "rust", seed=99)
     ran = icm("ingest", stored)
     assert (ran.code, ran.out.partition(";")[0]) == (0, "ingested 3 tasks: 1 new adapter, 8 unchanged")
-    assert "rust: version 2 (its adapter changed; version 1 is kept)" in ran.err
+    assert "1 task has a new version, because its adapter changed: rust (version 2)" in ran.err
     assert "0 new adapters, 9 unchanged" in icm("ingest", stored).out
 
 
@@ -432,7 +432,7 @@ def test_an_ingest_that_is_stopped_at_once_has_stored_nothing(fleet: Path, tmp_p
     with pytest.raises(Cancelled) as stop:
         Fleet(tmp_path / "store", on_event=stop_after(1)).ingest([fleet])
     assert isinstance(stop.value.report, IngestReport)
-    assert (stop.value.report.found, stop.value.report.ingested) == (3, [])
+    assert (stop.value.report.found, stop.value.report.done) == (3, [])
 
 
 def test_an_ingest_that_is_stopped_between_batches_keeps_the_first(
@@ -442,7 +442,7 @@ def test_an_ingest_that_is_stopped_between_batches_keeps_the_first(
     with pytest.raises(Cancelled) as stop:
         Fleet(tmp_path / "store", on_event=stop_after(3)).ingest([fleet])  # progress, the first task, progress
     assert isinstance(stop.value.report, IngestReport)
-    assert [task.task for task in stop.value.report.ingested] == names(icm) == ["rust"]
+    assert [task.task for task in stop.value.report.done] == names(icm) == ["rust"]
     assert stop.value.report.without_vectors == ["rust"]
 
 

@@ -96,7 +96,7 @@ def test_a_second_one_in_the_same_folder_gets_a_number_and_keeps_it(icm: Icm, tm
     assert names(icm) == ["dog", "Dog-2"]
     assert "0 new adapters, 2 unchanged" in icm("ingest", tmp_path / "runs").out
     write_adapter(second, seed=3)
-    assert "Dog-2: version 2" in icm("ingest", tmp_path / "runs").err
+    assert "Dog-2 (version 2)" in icm("ingest", tmp_path / "runs").err
     assert names(icm) == ["dog", "Dog-2"]
 
 
@@ -123,7 +123,7 @@ def test_a_run_that_was_continued_is_the_next_version_of_its_task(icm: Icm, tmp_
     write_adapter(tmp_path / "rust" / "checkpoint-20", seed=2)
     ran = icm("ingest", tmp_path / "rust")
     assert (ran.code, "1 new adapter, 1 unchanged" in ran.out) == (0, True)
-    assert "rust: version 2" in ran.err
+    assert "rust (version 2)" in ran.err
     assert names(icm) == ["rust"]
 
 

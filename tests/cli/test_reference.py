@@ -6,18 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from icm_cli.commands.duplicates import duplicates as duplicates_command
 from icm_cli.commands.generate import generate as generate_command
-from icm_cli.commands.ingest import ingest as ingest_command
 from icm_cli.commands.report import report as report_command
 from icm_cli.commands.vectors import vectors as vectors_command
 from icm_cli.errors import ExitCode
 from icm_cli.reference import commands, pages
 from icmlora.fleet.few_shot.generate import generate
 from icmlora.fleet.few_shot.train import SAMPLE_TOKENS
-from icmlora.fleet.ingest.ingest import ingest
 from icmlora.fleet.report.report import write_report
-from icmlora.fleet.tasks.duplicates import find_duplicates
 from icmlora.fleet.vectors.extraction import SAMPLES_READ
 from icmlora.fleet.vectors.vectors import extract_vectors
 from icmlora.generator.config import _TOLERANCES
@@ -82,10 +78,8 @@ def test_a_short_option_means_the_same_everywhere() -> None:
 @pytest.mark.parametrize(
     ("command", "use_case"),
     [
-        (ingest_command, ingest),
         (vectors_command, extract_vectors),
         (generate_command, generate),
-        (duplicates_command, find_duplicates),
         (report_command, write_report),
     ],
 )

@@ -15,11 +15,11 @@ import pytest
 from icm_cli.errors import ExitCode
 from icmlora.base_models.kinds import likelihood
 from icmlora.fleet.bundles import export as exporting
-from icmlora.fleet.encode import encode as encoding
-from icmlora.fleet.evict.evict import Evictor
+from icmlora.fleet.encode import tasks as encoding
+from icmlora.fleet.evict.evictor import Evictor
 from icmlora.fleet.evict.types import TaskEvicted
 from icmlora.fleet.measure.measure import TaskLosses
-from icmlora.fleet.vectors import vectors
+from icmlora.fleet.vectors import extraction as vectors
 from icmlora.generator.codec.generator_file import GeneratorFile
 from registry.manifests import File, Task
 from registry.store import Store

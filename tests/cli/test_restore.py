@@ -187,7 +187,7 @@ def test_what_came_from_codes_is_ingested_again_without_a_word_of_conflict(icm: 
     icm("restore", here)
     ran = icm("ingest", here, "--no-vectors")
     assert (ran.code, "0 new adapters" in ran.out) == (0, True)
-    assert "3 adapters skipped, because icm wrote them from the code of an evicted task" in ran.err
+    assert "3 tasks skipped, because icm wrote their adapters from the code of an evicted task" in ran.err
 
 
 @pytest.mark.slow

@@ -18,8 +18,8 @@ from icmlora.fleet.context import Event
 from icmlora.fleet.encode.encode import TaskEncoded
 from icmlora.fleet.measure.evaluate import TaskEvaluated
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource
+from icmlora.fleet.train import generator as publishing
 from icmlora.fleet.train import run as training
-from icmlora.fleet.train import train as publishing
 from icmlora.training.effect import Effect, Lost
 from registry.store import Store
 from tests.cli.coded import current
@@ -141,8 +141,8 @@ def test_a_stop_after_the_training_keeps_the_generator_and_says_how_to_go_on(
             os.kill(os.getpid(), signal.SIGINT)
         real(session, event)
 
-    real = command._print_event
-    monkeypatch.setattr(command, "_print_event", tell)
+    real = command._print_step
+    monkeypatch.setattr(command, "_print_step", tell)
     ran = icm("train", "--device", "cpu", "--steps", STEPS, *options)
     assert (ran.code, f"generator 1 of {LABEL}" in ran.out) == (ExitCode.INTERRUPTED, True)
     assert f"interrupted; {told}" in ran.err

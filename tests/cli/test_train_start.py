@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from icm_cli.errors import ExitCode
-from icmlora.fleet.few_shot import train as starting
+from icmlora.fleet.few_shot import start as starting
 from icmlora.io.text import human_size
 from tests.cli.coded import codes, current, make_another_current
 from tests.cli.conftest import Ran
@@ -129,7 +129,7 @@ def test_without_a_generator_it_names_the_command_that_makes_one(icm: Icm, mixed
 )
 def test_options_of_generator_and_codes_do_not_go_with_it(icm: Icm, trained: Path, option: str) -> None:
     ran = icm(*FEW_SHOT, option, "--json")
-    assert (ran.code, "then `icm train --few-shot`" in ran.error["hint"]) == (ExitCode.USAGE, True)
+    assert (ran.code, "cannot be combined with" in ran.error["message"]) == (ExitCode.USAGE, True)
 
 
 def test_episodes_are_only_for_it(icm: Icm, trained: Path) -> None:

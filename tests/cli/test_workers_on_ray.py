@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
-from icm_cli.commands import encode as command
+from icm_cli import command
 from icm_cli.errors import ExitCode
+from icm_cli.session import Session
 from icmlora import Fleet
-from icmlora.fleet.context import Context
-from icmlora.fleet.encode import encode as encoding
-from icmlora.fleet.encode.encode import encode_tasks
+from icmlora.fleet.context import Context, Event
+from icmlora.fleet.encode import tasks as encoding
+from icmlora.fleet.encode.encode import TaskEncoded
+from icmlora.fleet.encode.tasks import encode_tasks
 from icmlora.fleet.resources.workers import _cluster, _Worker
 from icmlora.generator.codec.limits import Limits
 from registry.errors import StoreNotFound
@@ -65,8 +67,8 @@ def twin(fleet: Fleet, tmp_path: Path) -> Fleet:
 
 def test_codes_refined_by_two_workers_are_those_of_one_process_byte_for_byte(fleet: Fleet, twin: Fleet) -> None:
     report = fleet.encode(refine=2, device="cpu", workers="2")
-    assert sorted(task.task for task in report.tasks) == TASKS
-    assert {task.status for task in report.tasks} == {"encoded"}
+    assert sorted(task.task for task in report.done) == TASKS
+    assert {task.status for task in report.done} == {"encoded"}
     twin.encode(refine=2, device="cpu")
     assert code_blobs(fleet) == code_blobs(twin)
     assert is_sound(fleet)
@@ -79,7 +81,7 @@ def test_if_a_worker_is_killed_with_a_task_another_one_does_it(
         patch.setattr(encoding, "encode_tasks", dies_once)
         report = fleet.encode(max_error=0.22, workers="2")
     assert (fleet.path.parent / "died").exists()
-    assert {task.task: task.status for task in report.tasks} == dict.fromkeys(TASKS, "encoded")
+    assert {task.task: task.status for task in report.done} == dict.fromkeys(TASKS, "encoded")
     twin.encode(max_error=0.22)
     assert code_blobs(fleet) == code_blobs(twin)
     assert is_sound(fleet)
@@ -91,7 +93,7 @@ def test_a_task_that_kills_every_worker_keeps_its_code_and_the_others_are_encode
     before = code_blobs(fleet)
     monkeypatch.setattr(encoding, "encode_tasks", dies_always)
     report = fleet.encode(max_error=0.22, workers="2")
-    statuses = {task.task: task.status for task in report.tasks}
+    statuses = {task.task: task.status for task in report.done}
     assert statuses == {name: "unmeasured" if name == "poems" else "encoded" for name in TASKS}
     assert code_blobs(fleet)["poems"] == before["poems"]
 
@@ -120,12 +122,13 @@ def facts(fleet: Fleet) -> list[object]:
 def test_ctrl_c_ends_the_workers_and_keeps_what_is_recorded(
     icm: Icm, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def tell(*arguments: Any) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        real(*arguments)
+    def tell(session: Session, event: Event) -> None:
+        if isinstance(event, TaskEncoded):
+            os.kill(os.getpid(), signal.SIGINT)
+        real(session, event)
 
-    real, before = command.print_encoded, code_blobs(fleet)
-    monkeypatch.setattr(command, "print_encoded", tell)
+    real, before = command.print_event, code_blobs(fleet)
+    monkeypatch.setattr(command, "print_event", tell)
     ran = icm("encode", "--max-error", "0.22", "--workers", "2", "--json")
     assert (ran.code, ran.error["message"]) == (ExitCode.INTERRUPTED, "interrupted; encoded 1 task")
     after = code_blobs(fleet)

@@ -102,7 +102,7 @@ def crowd(folder: Path, address: str, seconds: float, *, workers: int = WORKERS,
 
     import icmlora.fleet.bundles.bundles
     import icmlora.fleet.encode.encode
-    import icmlora.fleet.evict.evict
+    import icmlora.fleet.evict.evictor
     import icmlora.fleet.train.train  # noqa: F401
 
     fork = multiprocessing.get_context("fork")

@@ -124,7 +124,7 @@ def _serve() -> None:
 
     from icmlora.fleet.bundles import import_ as importing
     from icmlora.fleet.ingest import files as ingest_files
-    from icmlora.fleet.train import train as training
+    from icmlora.fleet.train import run as training
 
     # A run of a second then has several checkpoints and commits, with kills between them.
     training._CHECKPOINT_SECONDS = 0.02

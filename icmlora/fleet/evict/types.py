@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from icmlora.errors import DataError
 from icmlora.fleet.context import Event
 from icmlora.fleet.measure.metric_result import gain_text
+from icmlora.fleet.results import Report
 from registry.manifests import WithRelativeError
-
-if TYPE_CHECKING:
-    from icmlora.fleet.evict.placeholders import FolderReplaced
-
 
 NOT_MEASURED = "the relative error of its code was not measured here"
 """Why a code is not trusted: it came in a bundle, whose figures are claims."""
 
 
 class CheckFailed(DataError):
-    """A code misses a limit or cannot be measured; holds the measurements until then."""
-
-    def __init__(
-        self,
-        reason: str,
-        squared_error: float | None = None,
-        retained_gain: float | None = None,
-        precision: str | None = None,
-    ) -> None:
-        super().__init__(reason)
-        self.squared_error, self.retained_gain, self.precision = squared_error, retained_gain, precision
+    """A code misses a limit or cannot be measured."""
 
 
 @dataclass(frozen=True)
@@ -47,34 +34,47 @@ class EvictLimits:
             return
         if squared is None:
             raise CheckFailed(NOT_MEASURED)
-        if (found := math.sqrt(squared)) > self.max_error:
-            raise CheckFailed(f"its relative error is {found:.4f}, above the limit of {self.max_error:g}", squared)
+        if (error := math.sqrt(squared)) > self.max_error:
+            raise CheckFailed(f"its relative error is {error:.4f}, above the limit of {self.max_error:g}")
 
-    def check_gain(self, gain: float | None, squared: float | None = None, precision: str | None = None) -> None:
+    def check_gain(self, gain: float | None, precision: str | None) -> None:
         """Raise `CheckFailed` unless a retained gain, in a precision of the base model, is within the limit."""
         if self.min_gain is None:
             return
         if gain is None:
-            raise CheckFailed("the retained gain of its code was not measured", squared)
+            raise CheckFailed("the retained gain of its code was not measured")
         if not gain >= self.min_gain:
-            fact = f"its retained gain is {gain_text(gain, precision, 4)}, below the limit of {self.min_gain:g}"
-            raise CheckFailed(fact, squared, gain, precision)
+            raise CheckFailed(
+                f"its retained gain is {gain_text(gain, precision, 4)}, below the limit of {self.min_gain:g}"
+            )
 
 
-EvictStatus = Literal[
-    "evicted", "would_evict", "replaced", "would_replace", "kept", "original_only", "pinned", "known", "removed"
-]
+@dataclass(frozen=True)
+class FolderReplaced:
+    """The result for the folder that an adapter was ingested from."""
+
+    path: str
+    # `replaced`, `would_replace` in a dry run, `there` (it has the placeholder already), `missing` (the adapter is not
+    # there any more), `left` (see `reason`).
+    status: Literal["replaced", "would_replace", "there", "missing", "left"]
+    freed: int = 0  # bytes; a file that has another name elsewhere frees nothing
+    reason: str | None = None
+    is_full: bool = False  # whether the reason is that the disk is full
 
 
 @dataclass(frozen=True)
 class TaskEvicted(WithRelativeError, Event):
     """One task is done."""
 
+    TYPE = "task"
+
     task: str
     # `evicted`; `would_evict` in a dry run; with `keep_originals` `replaced` or `would_replace`; `kept` (see `reason`);
     # `original_only` (there can be no code, see `reason`); `pinned`; `known` (nothing was left to evict); `removed` by
     # another process.
-    status: EvictStatus
+    status: Literal[
+        "evicted", "would_evict", "replaced", "would_replace", "kept", "original_only", "pinned", "known", "removed"
+    ]
     adapters: int = 0
     freed: int = 0  # their bytes in the store; a file that another task or version needs frees nothing
     code_size: int | None = None  # bytes of the code that replaces them
@@ -98,35 +98,33 @@ class TaskEvicted(WithRelativeError, Event):
 
 
 @dataclass
-class EvictReport:
+class EvictReport(Report[TaskEvicted]):
     """The evictions of a call, or those that it would make."""
 
-    tasks: list[TaskEvicted] = field(default_factory=list)
-    # Whether an original was kept that was meant to go: it misses a limit, or its task is named, and pinned or
-    # original only.
-    partly: bool = False
+    are_named: bool = False  # whether the caller named the tasks
     pending: int = 0  # bytes that a later `prune` frees
     is_in_use: bool = False  # whether they are pending because another process used the store
 
     @property
+    def is_partial(self) -> bool:
+        """Whether an original was kept: it misses a limit, or its task is named, and pinned or original only."""
+        kept = ("pinned", "original_only") if self.are_named else ()
+        return super().is_partial or any(task.is_partial or task.status in kept for task in self.done)
+
+    @property
     def gone(self) -> list[TaskEvicted]:
         """The tasks whose originals were deleted, or would be."""
-        return [task for task in self.tasks if task.status in ("evicted", "would_evict")]
+        return [task for task in self.done if task.status in ("evicted", "would_evict")]
 
     @property
     def kept(self) -> list[TaskEvicted]:
         """The tasks that miss a limit."""
-        return [task for task in self.tasks if task.status == "kept"]
-
-    @property
-    def original_only(self) -> list[TaskEvicted]:
-        """The tasks that cannot have a code."""
-        return [task for task in self.tasks if task.status == "original_only"]
+        return [task for task in self.done if task.status == "kept"]
 
     @property
     def folders(self) -> list[FolderReplaced]:
         """The results in the folders of all adapters."""
-        return [folder for task in self.tasks for folder in task.folders]
+        return [folder for task in self.done for folder in task.folders]
 
     @property
     def placeholders(self) -> list[FolderReplaced]:
@@ -141,14 +139,9 @@ class EvictReport:
     @property
     def freed(self) -> int:
         """All bytes that were freed in the store, or would be."""
-        return sum(task.freed + task.left for task in self.tasks) - self.pending
-
-    @property
-    def left(self) -> int:
-        """All bytes that interrupted evictions had left."""
-        return sum(task.left for task in self.tasks)
+        return sum(task.freed + task.left for task in self.done) - self.pending
 
     @property
     def freed_in_folders(self) -> int:
         """All bytes that placeholders freed in users' folders, or would free."""
-        return sum(task.freed_in_folders for task in self.tasks)
+        return sum(task.freed_in_folders for task in self.done)

@@ -31,8 +31,9 @@ from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.context import Context, base_name, has_loaders, use_case
 from icmlora.fleet.encode.refiner import Refiner
 from icmlora.fleet.few_shot.from_samples import Recipe, Source, make_from
+from icmlora.fleet.few_shot.start import read_few_shot_start
 from icmlora.fleet.few_shot.task_context import kept_files
-from icmlora.fleet.few_shot.train import SAMPLE_TOKENS, read_few_shot_start
+from icmlora.fleet.few_shot.train import SAMPLE_TOKENS
 from icmlora.fleet.resources.adapter_row import new_adapter
 from icmlora.fleet.resources.loading import open_base
 from icmlora.fleet.resources.stored_vectors import comparable_vectors, comparison_key

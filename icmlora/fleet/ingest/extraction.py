@@ -19,7 +19,7 @@ def note_missing_vectors(store: Store | None, report: IngestReport) -> dict[str,
     """Report the tasks without task vectors that could have some; return task -> base model of those to extract."""
     if store is None:
         return {}
-    possible = [task for task in report.ingested if task.original_only is None]
+    possible = [task for task in report.done if task.original_only is None]
     names = {task.task for task in possible if not format_named(task.format).is_for_images}
     base_models = {row.name: row.base for row in store.rows_of(names=names) if row.vectors == 0}
     can_run = {label: _can_run(store, label) for label in set(base_models.values())}

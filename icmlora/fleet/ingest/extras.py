@@ -7,7 +7,7 @@ of a few bytes refers to them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from registry.store import Store
 
 _MAX_COMPANION = 128 << 20
-_REFERRED = 1024  # least bytes of a tensor that a record refers to; its entry in the record takes about 200
+_MIN_REFERRED = 1024  # bytes of a tensor that a record refers to; its entry in the record takes about 200
 # Of packed extras in memory. Storing many at once takes hardly longer than one: each batch waits for the disk.
 _WAITING_BYTES = 64 << 20
 
@@ -54,21 +54,21 @@ class ExtrasKeeper:
             tasks: The tasks.
             known: Those that the store has, by name in lower case.
         """
-        kept = [self._kept(task, known) if isinstance(task, PreparedTask) else task for task in tasks]
+        kept: list[PreparedTask | Refusal] = []
+        for task in tasks:
+            if isinstance(task, Refusal) or not (task.found.final.companions or task.kept):
+                kept.append(task)
+                continue
+            problems = list(task.problems)
+            try:
+                extras = self._extras(task, known.get(task.task.name.lower()), problems)
+            except (IcmLoraError, SourceRefused) as error:
+                kept.append(Refusal(error, task.found.final.place))
+            else:
+                with_extras = replace(task.task, final=replace(task.task.final, extras=extras))
+                kept.append(replace(task, task=with_extras, problems=tuple(problems)))
         self._flush()
         return kept
-
-    def _kept(self, task: PreparedTask, known: Mapping[str, Task]) -> PreparedTask | Refusal:
-        if not task.found.final.companions and not task.kept:
-            return task
-        problems = list(task.problems)
-        try:
-            extras = self._extras(task, known.get(task.task.name.lower()), problems)
-        except (IcmLoraError, SourceRefused) as error:
-            return Refusal(error, task.found.final.place)
-        with_extras = replace(task.task, final=replace(task.task.final, extras=extras))
-        size = task.size + sum(extra.size for extra in extras if extra.file is not None)
-        return replace(task, task=with_extras, size=size, problems=tuple(problems))
 
     def _flush(self) -> None:
         if self._store is not None and self._waiting:
@@ -81,7 +81,11 @@ class ExtrasKeeper:
             own = known.final.extras
             # An extra that the store lost is packed again.
             if own and (self._store is None or all(self._store.blobs.exists(extra.blob) for extra in own)):
-                return (*own, *self._files(_came_later(companions, {extra.file for extra in own}), problems))
+                # Files of a context belong together: a known one may be newer than the folder.
+                files = {extra.file for extra in own}
+                files = files if CONTEXT_NAMES.isdisjoint(files) else files | CONTEXT_NAMES
+                later = {name: path for name, path in companions.items() if name not in files}
+                return (*own, *self._files(later, problems))
         extras = self._files(companions, problems)
         # Weights that stay evicted are not in the store; their adapter has its extras already.
         if self._store is not None and task.kept and self._store.blobs.exists(final.weights):
@@ -101,7 +105,7 @@ class ExtrasKeeper:
 
     def _equal(self, tensors: Mapping[str, RawTensor], base_model: str) -> dict[str, Reference]:
         """Find the tensors that the base model has too, if it is on this machine."""
-        large = {name: tensor for name, tensor in tensors.items() if len(tensor.data) >= _REFERRED}
+        large = {name: tensor for name, tensor in tensors.items() if len(tensor.data) >= _MIN_REFERRED}
         if not large or base_model == UNKNOWN_BASE:
             return {}
         found = self._bases.copy_of(base_model)
@@ -144,9 +148,3 @@ def _with_usable_context(companions: Mapping[str, Path], problems: list[Refusal]
         problems.append(Refusal(error, path))
         return {name: path for name, path in companions.items() if name not in CONTEXT_NAMES}
     return companions
-
-
-def _came_later(companions: Mapping[str, Path], known: Collection[str | None]) -> dict[str, Path]:
-    """Return the unknown files. Files of a context belong together: a known one may be newer than the folder."""
-    known = {*known} if CONTEXT_NAMES.isdisjoint(known) else CONTEXT_NAMES.union(known)
-    return {name: path for name, path in companions.items() if name not in known}

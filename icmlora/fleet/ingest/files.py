@@ -10,7 +10,7 @@ read first, because weights are checked against them, and stored from memory.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,16 +22,15 @@ from icmlora.base_models.examples.examples import MAX_BYTES
 from icmlora.base_models.examples.media_archive import has_media, read_examples
 from icmlora.base_models.finding.labels import full_label
 from icmlora.errors import DataError, IcmLoraError, located
-from icmlora.fleet.ingest.record import Offer
 from icmlora.fleet.resources.adapter_row import new_adapter
 from icmlora.formats.discovery.found import FoundAdapter, FoundTask
-from icmlora.formats.format import AdapterFormat, AdapterSummary
+from icmlora.formats.format import AdapterSummary
 from icmlora.formats.tensor_hash import tensors_key
 from icmlora.formats.weights import check_head, read_weights
 from icmlora.io.files import read_regular
 from icmlora.io.safetensors import TensorInfo
 from registry.errors import SourceRefused
-from registry.files import CheckFirst, read_plain
+from registry.files import read_plain
 from registry.manifests import Adapter, File, Task
 from registry.names import UNKNOWN_BASE, source_label
 from registry.storage.blobs.content import PutRefusal, digest_of
@@ -65,54 +64,18 @@ class TextRead:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreparedTask(Offer):
+class PreparedTask:
     """A checked task. Its bytes are in the store, except in a dry run; `ExtrasKeeper` adds its extras."""
 
     found: FoundTask
-    size: int  # bytes of all its adapters' files
-    problems: tuple[Refusal, ...]
+    task: Task  # as it would be if the store did not know it; any label may name its base model
+    problems: tuple[Refusal, ...]  # checkpoints and texts that it is ingested without
     samples_read: TextRead | None = None
     eval_read: TextRead | None = None
     kept: tuple[TensorInfo, ...] = ()  # tensors of its final adapter that no code can represent
+    base_is_told: bool = False  # the user names the base model, because the adapters name none
     base_is_guess: bool = False  # the widths of an image adapter make it likely, and nothing names it
     wrapper: str | None = None  # prefix of a wrapper in the names of its final adapter's tensors
-
-
-@dataclass(frozen=True)
-class _Small:
-    """The small files of one adapter, in memory."""
-
-    config: bytes
-    card: bytes | None
-    initial: bytes | None  # initial weights
-
-    @property
-    def meaning(self) -> _Meaning:
-        """The files that its weights are read with."""
-        return self.config, self.initial
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """A file that passed its checks; it is in the store, except in a dry run."""
-
-    file: File
-    content: _Weights | TextRead
-
-
-_Meaning = tuple[bytes, bytes | None]
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """The content of a file of weights; several folders may link to it, each with a configuration of its own."""
-
-    summaries: Mapping[_Meaning, AdapterSummary | IcmLoraError]
-    tensors_key: str
-
-
-_Checks = dict[Path, Callable[[bytes | memoryview], _Weights | TextRead]]
-_Outcomes = dict[Path, _Checked | Exception]
 
 
 def batches(tasks: Sequence[FoundTask]) -> Iterator[list[FoundTask]]:
@@ -132,7 +95,7 @@ def batches(tasks: Sequence[FoundTask]) -> Iterator[list[FoundTask]]:
         yield batch
 
 
-def prepare(
+def check_files(
     tasks: Sequence[FoundTask],
     store: Store | None,
     evicted: Mapping[str, Task] = MappingProxyType({}),
@@ -149,235 +112,217 @@ def prepare(
         refused: Refused weights, which are not opened.
         any_row: Whether samples may have any form, as the loader of a base model may read.
     """
-    adapters = [adapter for task in tasks for adapter in task.adapters]
-    initial: dict[Path, bytes] = {}
-    small = {adapter.place: _read_small(adapter, initial) for adapter in adapters}
-    good = {folder: item for folder, item in small.items() if isinstance(item, _Small)}
-    formats = {adapter.weights: adapter.format for adapter in adapters}
-    shown = {item.weights: item.place / item.pickle if item.pickle else item.weights for item in adapters}
-    meanings: defaultdict[Path, dict[_Meaning, None]] = defaultdict(dict)
-    for adapter in adapters:
-        if adapter.place in good:
-            meanings[adapter.weights][good[adapter.place].meaning] = None
-    checks: _Checks = {
-        path: partial(_inspect, formats[path], list(some), path=shown[path])
-        for path, some in meanings.items()
-        if path not in refused
-    }
-    texts = {path for task in tasks for path in (task.samples, task.eval_data) if path is not None}
-    check = partial(_check_text, any_row=any_row)
-    packed = {
-        path: _packed(path, store, check) for path in sorted(texts) if _size(path) <= MAX_BYTES and has_media(path)
-    }
-    plain = sorted(path for path in texts - packed.keys() if _size(path) <= MAX_BYTES)
-    checks |= {path: partial(check, path=path) for path in plain}
-    first = {path: partial(_check_head, formats[path], path=shown[path]) for path in meanings}
-    if store is None:
-        outcomes = _check_only(checks, first)
-    else:
-        withheld = _withheld(tasks, good, evicted)
-        contents = {data for item in good.values() for data in (item.config, item.card) if data is not None}
-        # If weights stay evicted, their initial weights do too.
-        back = (item.initial for item in adapters if not withheld[item.weights])
-        contents |= {initial[path] for path in back if path in initial}
-        outcomes = _check_and_store(checks, first, sorted(contents), store, withheld)
-    hint = f"shorten the file to a sample of the task's text; {_AGAIN}"
-    for path in texts - checks.keys() - packed.keys():
-        outcomes[path] = DataError(f"more than {MAX_BYTES} bytes of text", path=path, hint=hint)
-    outcomes |= dict(refused) | packed
-    return [_prepared(task, small, outcomes) for task in tasks]
+    batch = _Batch(tasks, refused, any_row=any_row)
+    batch.check_files(store, evicted)
+    return [batch.combined(task) for task in tasks]
 
 
-def _read_small(found: FoundAdapter, initial: dict[Path, bytes]) -> _Small | IcmLoraError:
-    """Read the small files of an adapter; the initial weights of several adapters are read once."""
-    try:
+@dataclass(frozen=True)
+class _SmallFiles:
+    """The configuration, the card and the initial weights of an adapter, in memory."""
+
+    config: bytes
+    card: bytes | None
+    initial: bytes | None
+
+    @property
+    def meaning(self) -> tuple[bytes, bytes | None]:
+        """The files that its weights are read with."""
+        return self.config, self.initial
+
+
+class _Batch:
+    """The files of some tasks, and what their checks found."""
+
+    def __init__(self, tasks: Sequence[FoundTask], refused: Mapping[Path, IcmLoraError], *, any_row: bool) -> None:
+        self._tasks, self._any_row = tasks, any_row
+        self._files: dict[Path, File | Exception] = dict(refused)  # of weights and texts: the blob, or the refusal
+        self._keys: dict[Path, str] = {}  # of the tensors of weights
+        self._texts: dict[Path, TextRead] = {}
+        # Several folders may link to one file of weights, each with a configuration of its own.
+        self._users: defaultdict[Path, dict[tuple[bytes, bytes | None], FoundAdapter]] = defaultdict(dict)
+        self._summaries: dict[tuple[Path, bytes, bytes | None], AdapterSummary | IcmLoraError] = {}
+        self._initial: dict[Path, bytes] = {}  # read once for several adapters
+        self._small: dict[Path, _SmallFiles | IcmLoraError] = {}
+        for found in (adapter for task in tasks for adapter in task.adapters):
+            try:
+                small = self._small[found.place] = self._read_small(found)
+            except IcmLoraError as error:
+                self._small[found.place] = error
+            else:
+                self._users[found.weights].setdefault(small.meaning, found)
+
+    def _read_small(self, found: FoundAdapter) -> _SmallFiles:
         config = b"" if found.config is None else read_regular(found.config, max_bytes=_CONFIG_LIMIT)
         card = None if found.card is None else read_regular(found.card, max_bytes=_CARD_LIMIT)
         with located(found.config):  # parsed separately, so that an error names this file and not the weights
             found.format.read_config(config)
-        if found.initial is not None and found.initial not in initial:
-            initial[found.initial] = read_weights(found.initial, found.format)
-    except IcmLoraError as error:
-        return error
-    return _Small(config, card, None if found.initial is None else initial[found.initial])
+        if found.initial is None:
+            return _SmallFiles(config, card, None)
+        if found.initial not in self._initial:
+            self._initial[found.initial] = read_weights(found.initial, found.format)
+        return _SmallFiles(config, card, self._initial[found.initial])
 
+    def check_files(self, store: Store | None, evicted: Mapping[str, Task]) -> None:
+        """Check weights and texts, and store those that pass with the small files."""
+        texts = {path for task in self._tasks for path in (task.samples, task.eval_data) if path is not None}
+        for path in sorted(texts):
+            if _size(path) > MAX_BYTES:
+                hint = f"shorten the file to a sample of the task's text; {_AGAIN}"
+                self._files[path] = DataError(f"more than {MAX_BYTES} bytes of text", path=path, hint=hint)
+            elif has_media(path):
+                self._files[path] = self._pack(path, store)
+        paths = [*(path for path in self._users if path not in self._files), *sorted(texts - self._files.keys())]
+        first = {path: partial(self._check_head, path) for path in paths if path in self._users}
+        if store is None:
+            for path in paths:
+                try:
+                    data = read_plain(path, first=first.get(path))
+                    self._inspect(path, data)
+                    self._files[path] = _file(data)
+                except (IcmLoraError, SourceRefused) as error:
+                    self._files[path] = error
+            return
+        withheld = self._withheld(evicted)
+        small = [item for item in self._small.values() if isinstance(item, _SmallFiles)]
+        contents = {data for item in small for data in (item.config, item.card) if data is not None}
+        # If weights stay evicted, their initial weights do too.
+        adapters = (adapter for task in self._tasks for adapter in task.adapters if not withheld[adapter.weights])
+        contents |= {self._initial[found.initial] for found in adapters if found.initial in self._initial}
+        # The whole batch in one call: each call waits for the disk once, and that is what takes time.
+        done = store.blobs.put_files(paths, self._inspect, (IcmLoraError,), sorted(contents), withheld, first)
+        self._files |= {
+            one.path: one.error if isinstance(one, PutRefusal) else File(one.digest, one.size) for one in done
+        }
 
-def _check_head(known: AdapterFormat, descriptor: int, size: int, *, path: Path) -> None:
-    with located(path):
-        check_head(known, descriptor, size)
+    def _check_head(self, path: Path, descriptor: int, size: int) -> None:
+        found = next(iter(self._users[path].values()))
+        with located(_shown(found)):
+            check_head(found.format, descriptor, size)
 
+    def _inspect(self, path: Path, data: bytes) -> None:
+        """Check a text, or weights under each of their configurations; raise if they are valid under none."""
+        if path not in self._users:
+            self._check_text(path, data)
+            return
+        errors = []
+        for (config, initial), found in self._users[path].items():
+            try:
+                summary = found.format.inspect(config, data, path=_shown(found), initial=initial)
+                self._summaries[path, config, initial] = summary
+            except IcmLoraError as error:
+                self._summaries[path, config, initial] = error
+                errors.append(error)
+        if len(errors) == len(self._users[path]):
+            raise errors[0]
+        self._keys[path] = tensors_key(data)
 
-def _inspect(
-    adapter_format: AdapterFormat, meanings: Sequence[_Meaning], data: bytes | memoryview, *, path: Path
-) -> _Weights:
-    """Check weights under each of their configurations; raise if they are valid under none."""
-    found: dict[_Meaning, AdapterSummary | IcmLoraError] = {}
-    for config, initial in meanings:
+    def _check_text(self, path: Path, data: bytes) -> None:
         try:
-            found[config, initial] = adapter_format.inspect(config, data, path=path, initial=initial)
-        except IcmLoraError as error:
-            found[config, initial] = error
-    errors = [item for item in found.values() if isinstance(item, IcmLoraError)]
-    if len(errors) == len(found):
-        raise errors[0]
-    return _Weights(found, tensors_key(data))
+            found = check_examples(data, path=path, any_row=self._any_row)
+        except DataError as error:
+            error.hint = f"{error.hint}; {_AGAIN}"
+            raise
+        self._texts[path] = TextRead(len(found), found.skipped, found.reason)
 
-
-def _check_text(data: bytes | memoryview, *, path: Path, any_row: bool) -> TextRead:
-    try:
-        found = check_examples(bytes(data), path=path, any_row=any_row)
-    except DataError as error:
-        error.hint = f"{error.hint}; {_AGAIN}"
-        raise
-    return TextRead(len(found), found.skipped, found.reason)
-
-
-def _packed(path: Path, store: Store | None, check: Callable[..., TextRead]) -> _Checked | Exception:
-    """Store rows with the files that they name as one archive; each may be as large as a batch, so one at a time."""
-    try:
-        data = read_examples(path)
-        found = check(data, path=path)
-        digest = digest_of(data) if store is None else store.blobs.put(data)
-    except (IcmLoraError, OSError) as error:
-        return error
-    return _Checked(File(digest, len(data)), found)
-
-
-def _withheld(
-    tasks: Sequence[FoundTask], small: Mapping[Path, _Small], evicted: Mapping[str, Task]
-) -> defaultdict[Path, set[str]]:
-    """Map each weights file to the digests of evicted weights that must not be stored again."""
-    withheld: defaultdict[Path, set[str]] = defaultdict(set)
-    # If another adapter needs one of these, recording raises `MissingBlob` and the batch is stored in full.
-    for task in tasks:
-        known = evicted.get(task.name.lower())
-        for found in () if known is None else task.adapters:
-            if known is None or found.place not in small:
-                continue
-            # As in the store, a final adapter is recognised by its bytes alone, a checkpoint also by its step.
-            rows = [known.final] if found.is_final else [one for one in known.checkpoints if one.step == found.step]
-            config = digest_of(small[found.place].config)
-            withheld[found.weights] |= {
-                str(one.weights) for one in rows if one.is_evicted and not one.was_never_here and one.config == config
-            }
-    return withheld
-
-
-def _check_and_store(
-    checks: _Checks,
-    first: Mapping[Path, CheckFirst],
-    contents: Sequence[bytes],
-    store: Store,
-    withheld: Mapping[Path, Collection[str]],
-) -> _Outcomes:
-    """Store the files that pass their checks, and other contents."""
-
-    def inspect(path: Path, data: bytes) -> _Weights | TextRead:
-        return checks[path](data)
-
-    # The whole batch in one call: each call waits for the disk once, and that is what takes time.
-    done = store.blobs.put_files(list(checks), inspect, (IcmLoraError,), contents, withheld, first)
-    return {
-        one.path: one.error if isinstance(one, PutRefusal) else _Checked(File(one.digest, one.size), one.inspected)
-        for one in done
-    }
-
-
-def _check_only(checks: _Checks, first: Mapping[Path, CheckFirst]) -> _Outcomes:
-    """Read and refuse files as the store would."""
-    outcomes: _Outcomes = {}
-    for path, check in checks.items():
+    def _pack(self, path: Path, store: Store | None) -> File | Exception:
+        """Store rows and the files that they name as one archive. One at a time: each may be as large as a batch."""
         try:
-            data = read_plain(path, first=first.get(path))
-            outcomes[path] = _Checked(_file(data), check(data))
-        except (IcmLoraError, SourceRefused) as error:
-            outcomes[path] = error
-    return outcomes
+            data = bytes(read_examples(path))
+            self._check_text(path, data)
+            return _file(data) if store is None else File(store.blobs.put(data), len(data))
+        except (IcmLoraError, OSError) as error:
+            return error
 
+    def _withheld(self, evicted: Mapping[str, Task]) -> Mapping[Path, Collection[str]]:
+        """Map each file of weights to the digests of evicted weights that must not be stored again."""
+        withheld: defaultdict[Path, set[str]] = defaultdict(set)
+        # If another adapter needs one of these, recording raises `MissingBlob` and the batch is stored in full.
+        for task in self._tasks:
+            known = evicted.get(task.name.lower())
+            for found in () if known is None else task.adapters:
+                small = self._small[found.place]
+                if known is None or isinstance(small, Exception):
+                    continue
+                # As in the store, a final adapter is recognised by its bytes alone, a checkpoint also by its step.
+                rows = [known.final] if found.is_final else [one for one in known.checkpoints if one.step == found.step]
+                config = digest_of(small.config)
+                withheld[found.weights] |= {
+                    str(row.weights)
+                    for row in rows
+                    if row.is_evicted and not row.was_never_here and row.config == config
+                }
+        return withheld
 
-def _prepared(
-    task: FoundTask, small: Mapping[Path, _Small | IcmLoraError], outcomes: _Outcomes
-) -> PreparedTask | Refusal:
-    """Combine the files of one task; refuse the task if its final adapter was refused."""
-    checkpoints: list[Adapter] = []
-    problems: list[Refusal] = []
-    size, final = 0, None
-    for found in task.adapters:
-        match _read_of(found, small, outcomes):
-            case Exception() as error:
-                problems.append(Refusal(error, found.place))
+    def combined(self, task: FoundTask) -> PreparedTask | Refusal:
+        """Combine the files of one task; refuse the task if its final adapter was refused."""
+        checkpoints: list[Adapter] = []
+        problems: list[Refusal] = []
+        final: tuple[Adapter, AdapterSummary] | None = None
+        for found in task.adapters:
+            read = self._adapter(found)
+            if isinstance(read, Exception):
+                problems.append(Refusal(read, found.place))
                 if found.is_final:
                     return problems[-1]
-            case files, weights, summary, key:
-                adapter = _adapter(found, files, weights, summary, key)
-                size += adapter.original_bytes
-                if found.is_final:
-                    final = adapter, summary
-                else:
-                    checkpoints.append(adapter)
-    assert final is not None  # a task has a final adapter
-    adapter, summary = final
-    label = full_label(summary.base_model, summary.revision, task.final.place, task.folder)
-    (samples, samples_read), (eval_data, eval_read) = (
-        _text(path, outcomes, problems) for path in (task.samples, task.eval_data)
-    )
-    return PreparedTask(
-        found=task,
-        task=Task(
-            name=task.name,
-            base_model=UNKNOWN_BASE if label is None else label,
-            final=adapter,
-            checkpoints=tuple(checkpoints),
-            samples=samples,
-            eval_data=eval_data,
-        ),
-        size=size,
-        problems=tuple(problems),
-        samples_read=samples_read,
-        eval_read=eval_read,
-        kept=summary.extras,
-        base_is_guess=summary.base_is_guess,
-        wrapper=summary.wrapper,
-    )
+            elif found.is_final:
+                final = read
+            else:
+                checkpoints.append(read[0])
+        assert final is not None  # a task has a final adapter
+        adapter, summary = final
+        texts: list[File | None] = []
+        for path in (task.samples, task.eval_data):
+            file = None if path is None else self._files[path]
+            if path is not None and isinstance(file, Exception):
+                problems.append(Refusal(file, path))
+            texts.append(None if isinstance(file, Exception) else file)
+        samples, eval_data = texts
+        label = full_label(summary.base_model, summary.revision, task.final.place, task.folder)
+        return PreparedTask(
+            found=task,
+            task=Task(
+                name=task.name,
+                base_model=UNKNOWN_BASE if label is None else label,
+                final=adapter,
+                checkpoints=tuple(checkpoints),
+                samples=samples,
+                eval_data=eval_data,
+            ),
+            problems=tuple(problems),
+            samples_read=None if samples is None or task.samples is None else self._texts[task.samples],
+            eval_read=None if eval_data is None or task.eval_data is None else self._texts[task.eval_data],
+            kept=summary.extras,
+            base_is_guess=summary.base_is_guess,
+            wrapper=summary.wrapper,
+        )
+
+    def _adapter(self, found: FoundAdapter) -> tuple[Adapter, AdapterSummary] | Exception:
+        """Return one adapter with its summary, or the first reason to refuse it."""
+        small = self._small[found.place]
+        if isinstance(small, Exception):
+            return small
+        weights = self._files[found.weights]
+        if isinstance(weights, Exception):
+            return weights
+        summary = self._summaries[found.weights, small.config, small.initial]
+        if isinstance(summary, Exception):
+            return summary
+        adapter = new_adapter(
+            summary,
+            weights=weights,
+            config=_file(small.config),
+            card=None if small.card is None else _file(small.card),
+            source=source_label(found.place),
+        )
+        initial = None if small.initial is None else _file(small.initial)
+        key = self._keys[found.weights]
+        return replace(adapter, step=found.step, format=found.format.name, initial=initial, tensors_key=key), summary
 
 
-def _read_of(
-    found: FoundAdapter, small: Mapping[Path, _Small | IcmLoraError], outcomes: _Outcomes
-) -> tuple[_Small, File, AdapterSummary, str] | Exception:
-    """Return the files of one adapter with their summary and key, or the first reason to refuse it."""
-    files = small[found.place]
-    if isinstance(files, Exception):
-        return files
-    checked = outcomes[found.weights]
-    if isinstance(checked, Exception):
-        return checked
-    assert not isinstance(checked.content, TextRead)
-    summary = checked.content.summaries[files.meaning]
-    return summary if isinstance(summary, Exception) else (files, checked.file, summary, checked.content.tensors_key)
-
-
-def _text(path: Path | None, outcomes: _Outcomes, problems: list[Refusal]) -> tuple[File, TextRead] | tuple[None, None]:
-    """Return a text and its usable rows, or note why it cannot be used."""
-    if path is None:
-        return None, None
-    match outcomes[path]:
-        case _Checked(file=file, content=TextRead() as read):
-            return file, read
-        case Exception() as error:
-            problems.append(Refusal(error, path))
-    return None, None
-
-
-def _adapter(found: FoundAdapter, files: _Small, weights: File, summary: AdapterSummary, tensors_key: str) -> Adapter:
-    adapter = new_adapter(
-        summary,
-        weights=weights,
-        config=_file(files.config),
-        card=None if files.card is None else _file(files.card),
-        source=source_label(found.place),
-    )
-    initial = None if files.initial is None else _file(files.initial)
-    return replace(adapter, step=found.step, format=found.format.name, initial=initial, tensors_key=tensors_key)
+def _shown(found: FoundAdapter) -> Path:
+    """Return the path of weights for messages: a converted pickle is a temporary file."""
+    return found.place / found.pickle if found.pickle else found.weights
 
 
 def _file(data: bytes) -> File:

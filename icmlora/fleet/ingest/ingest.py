@@ -1,7 +1,7 @@
 """Ingest adapters: find them, check them, store their bytes, then publish them.
 
     find     paths -> tasks, named, in batches
-    prepare  files -> checked in memory -> blobs, durable        (icmlora.fleet.ingest.files)
+    check    files -> checked in memory -> blobs, durable        (icmlora.fleet.ingest.files)
     record   one transaction per batch -> manifests              (icmlora.fleet.ingest.record)
     extract  task vectors of the new tasks, if the base model is on this machine
 
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from icmlora.base_models.finding.labels import typed_label
 from icmlora.errors import AdapterRefused, Cancelled, IcmLoraError, OptionsConflict, UnsafeInput
@@ -26,10 +26,11 @@ from icmlora.fleet.failures import FAILURES
 from icmlora.fleet.ingest.duplicates import KnownTensors
 from icmlora.fleet.ingest.extraction import extract, note_missing_vectors
 from icmlora.fleet.ingest.extras import ExtrasKeeper
-from icmlora.fleet.ingest.files import PreparedTask, Refusal, batches, prepare
+from icmlora.fleet.ingest.files import PreparedTask, Refusal, batches, check_files
 from icmlora.fleet.ingest.known_tasks import KnownTasks
-from icmlora.fleet.ingest.record import OnConflict, Outcome, record
-from icmlora.fleet.ingest.report import IngestReport, InputProblem, PlaceholderMet, TaskIngested
+from icmlora.fleet.ingest.record import record
+from icmlora.fleet.ingest.report import IngestReport, InputProblem, OnConflict, PlaceholderMet, TaskIngested
+from icmlora.fleet.params import Device, DryRun, Param
 from icmlora.formats.discovery.discovery import Discovery, find_tasks, name_tasks, no_adapter
 from icmlora.formats.discovery.found import FoundTask
 from icmlora.formats.discovery.naming import NameTemplate
@@ -48,49 +49,70 @@ if TYPE_CHECKING:
 @use_case
 def ingest(
     context: Context,
-    paths: Sequence[str | Path],
+    paths: Annotated[Sequence[str | Path], Param("Folders to search for adapters, at any depth.", "PATH...")],
     *,
-    name: str | None = None,
-    name_from: str | None = None,
-    samples: str | Path | None = None,
-    base_model: str | None = None,
-    texts: bool = True,
-    strict: bool = False,
-    on_conflict: Literal["version", "skip", "fail"] | None = None,
-    restore: bool = False,
-    read_bin: bool = False,
-    initial: str | Path | None = None,
-    vectors: bool = True,
-    device: str = "auto",
-    dry_run: bool = False,
+    name: Annotated[
+        str | None, Param("Name of the task, for a single adapter. Default: the name of its folder.", "--name NAME")
+    ] = None,
+    name_from: Annotated[
+        str | None,
+        Param(
+            "Name tasks by {name}, {parent}, {grandparent} and {path}, such as '{parent}-{name}'.",
+            "--name-from PATTERN",
+        ),
+    ] = None,
+    samples: Annotated[
+        str | Path | None,
+        Param("Samples of the task, for a single adapter. Default: samples.jsonl next to it.", "--samples FILE"),
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        Param("Base model of image adapters, and of adapters that name none.", "--base-model NAME", completes="base"),
+    ] = None,
+    texts: Annotated[
+        bool, Param("Also ingest samples.jsonl and eval.jsonl next to adapters.", "--texts/--no-texts")
+    ] = True,
+    strict: Annotated[bool, Param("Check everything first; store nothing if any input is refused.")] = False,
+    on_conflict: Annotated[
+        OnConflict | None,
+        Param(
+            "If the task has another adapter: add a version, skip or fail. Default: version if it is from the same "
+            "folder, otherwise fail."
+        ),
+    ] = None,
+    restore: Annotated[bool, Param("Store evicted originals again. Default: they stay evicted.")] = False,
+    read_bin: Annotated[
+        bool,
+        Param("Also read adapter_model.bin, a pickle, in a sandboxed process, and store it as safetensors."),
+    ] = False,
+    initial: Annotated[
+        str | Path | None,
+        Param(
+            "Initial weights of a PiSSA, OLoRA or CorDA adapter. Default: pissa_init, olora_init or corda_init next "
+            "to it.",
+            "--initial FOLDER",
+        ),
+    ] = None,
+    vectors: Annotated[
+        bool, Param("Extract task vectors if the base model is available.", "--vectors/--no-vectors")
+    ] = True,
+    device: Device = "auto",
+    dry_run: DryRun = False,
 ) -> IngestReport:
-    """Ingest adapters into the store, which is created if necessary. Ingesting the same again changes nothing.
+    """Add adapters to the store: PEFT folders, training runs and other formats.
 
-    Refused inputs are in the report's `problems` and do not stop the rest. A base model under a new label, such as a
-    known mirror, is joined to the base model in the store; these labels are in `joined`.
+    Files are checked and copied; PATH is not changed, and ingesting it again is safe. If the adapter of a known task
+    changed in its folder, it becomes the task's next version; earlier versions are kept. Refused inputs are listed at
+    the end and do not stop the rest; the exit code is then 3. If the base model is available, task vectors are
+    extracted too. `icm convert --list-formats` lists the formats.
 
-    Args:
-        context: The store.
-        paths: Adapters in any format of `icm convert --list-formats`, training runs with checkpoint-N folders, or
-            folders of those at any depth.
-        name: Name for the task, if exactly one is found. By default a task is named after its folder.
-        name_from: Pattern for the names, such as `{parent}-{name}`; see `icm ingest --help`.
-        samples: Samples for the task as JSON lines, if exactly one is found. By default the `samples.jsonl` next
-            to its adapter.
-        base_model: Base model of the adapters that name none. A task that was ingested without one gets it.
-        texts: Also ingest the `samples.jsonl` and `eval.jsonl` found next to adapters.
-        strict: Check everything first, and store nothing if any input is refused.
-        on_conflict: If the store has a task of that name with another adapter: add a `version`, `skip` or `fail`. By
-            default, add a version if the adapter is from the same folder, and fail otherwise.
-        restore: Store evicted originals again. By default they stay evicted.
-        read_bin: Also read weights that are a pickle, `adapter_model.bin`, in a process of its own with limits;
-            the store keeps them as safetensors.
-        initial: Folder with the initial weights of a PiSSA, OLoRA or CorDA adapter. By default `pissa_init`,
-            `olora_init` or `corda_init` in or next to its folder.
-        vectors: Also extract task vectors if the base model is on this machine. Failures are in the report's
-            `vectors`, and the adapters stay.
-        device: Where to extract task vectors.
-        dry_run: Check everything and report the changes, but write nothing.
+    A task is named after its folder, or after the parent if the folder has a generic name such as adapter or final. If
+    two names clash, the parent's name is added. In --name-from, {path} joins all folders below PATH, {name#run-} cuts
+    "run-" from the start and {name%-lora} cuts "-lora" from the end.
+
+    Example:
+      icm ingest ./loras
+      icm ingest ./saves --name-from '{parent}-{name}'
 
     Raises:
         OptionsConflict: Both `name` and `name_from` are given.
@@ -99,141 +121,60 @@ def ingest(
     """
     if name is not None and name_from is not None:
         raise OptionsConflict("--name and --name-from cannot be used together")
-    folder = None if initial is None else Path(initial).resolve()
-    found = _find([Path(path) for path in paths], name, samples, texts=texts, read_bin=read_bin, initial=folder)
-    request = _Request(
-        found,
+    roots, folder = [Path(path) for path in paths], None if initial is None else Path(initial).resolve()
+    found = find_tasks(roots, texts=texts, read_bin=read_bin, initial=folder)
+    if not found.tasks and not found.refused and not found.stand_ins:
+        raise no_adapter(roots)
+    if found.tasks and name is not None:
+        found = replace(found, tasks=name_tasks(found.tasks, name=name))
+    if samples is not None:
+        if len(found.tasks) != 1:
+            fact = f"--samples is for one task, but {len(found.tasks)} were found"
+            raise AdapterRefused(fact, kind="samples", path=samples, hint="specify the folder of a single task")
+        found = replace(found, tasks=(replace(found.tasks[0], samples=Path(samples)),))
+    not_kept = Counter(source_label(Path(path.name)) for task in found.tasks for path in task.not_kept)
+    report = IngestReport(found=len(found.tasks), not_kept=dict(sorted(not_kept.items())))
+    ingestion = _Ingestion(
+        context,
+        report,
         is_named=name is not None,
         pattern=None if name_from is None else NameTemplate(name_from),
         told=None if base_model is None else typed_label(base_model),
         on_conflict=on_conflict,
         restore=restore,
+        dry_run=dry_run,
     )
-    not_kept = Counter(source_label(Path(path.name)) for task in found.tasks for path in task.not_kept)
-    report = IngestReport(found=len(found.tasks), not_kept=dict(sorted(not_kept.items())))
-    problems = _Problems(context, report)
     with reporting(report):
         if strict:
-            _check_all(context, request)
-        extractable = _take(context, request, problems, dry_run=dry_run)
-        if not report.ingested:
-            problems.raise_first("nothing was ingested: all {count} inputs were refused")
+            checking = replace(context, on_event=lambda event: _only_progress(context, event))
+            check = replace(ingestion, context=checking, report=IngestReport(), dry_run=True)
+            check.run(found)
+            _raise_first(check.report, "nothing was ingested: {count} inputs were refused, and --strict allows none")
+        extractable = ingestion.run(found)
+        if not report.done:
+            _raise_first(report, "nothing was ingested: all {count} inputs were refused")
         if vectors and extractable:
             context.on_event(StageBegun("task vectors", report))
             extract(context, report, extractable, device)
     return report
 
 
-@dataclass(frozen=True)
-class _Request:
-    """The tasks that were found, and the options for all of them."""
-
-    found: Discovery
-    is_named: bool  # by the user, with the name of the only task
-    pattern: NameTemplate | None
-    told: str | None  # the base model of image adapters, and of others that name none
-    on_conflict: OnConflict | None
-    restore: bool
+def _only_progress(context: Context, event: Event) -> None:
+    if isinstance(event, Progress | InputProblem):
+        context.on_event(event)
 
 
-class _Problems:
-    """Adds refused inputs to a report."""
-
-    def __init__(self, context: Context, report: IngestReport) -> None:
-        self._context, self.report = context, report
-        self._first: Exception | None = None
-
-    def add(self, error: Exception, path: Path, task: str | None = None) -> None:
-        """Report an error. `path` is used if the error does not name a closer one."""
-        self._first = self._first or error
-        kind = getattr(error, "kind", "conflict" if isinstance(error, TaskConflict) else "unreadable")
-        message = str(getattr(error, "message", error))
-        where = source_label(Path(getattr(error, "path", None) or path))
-        problem = InputProblem(where, str(kind), message, getattr(error, "hint", None), task)
-        self.report.problems.append(problem)
-        self._context.on_event(problem)
-
-    def raise_first(self, message: str) -> None:
-        """Raise the error if there is one; if there are several, one with the exit code of the first."""
-        problems = self.report.problems
-        if self._first is None:
-            return
-        if len(problems) == 1:
-            raise self._first
-        kind = UnsafeInput if isinstance(self._first, UnsafeInput | SourceRefused) else AdapterRefused
-        raise kind(message.format(count=len(problems)), kind=problems[0].kind)
-
-
-def _find(
-    paths: Sequence[Path],
-    name: str | None,
-    samples: str | Path | None,
-    *,
-    texts: bool,
-    read_bin: bool,
-    initial: Path | None,
-) -> Discovery:
-    found = find_tasks(paths, texts=texts, read_bin=read_bin, initial=initial)
-    if not found.tasks and not found.refused and not found.stand_ins:
-        raise no_adapter(paths)
-    if found.tasks and name is not None:
-        found = replace(found, tasks=name_tasks(found.tasks, name=name))
-    if samples is None:
-        return found
-    if len(found.tasks) != 1:
-        fact = f"--samples is for one task, but {len(found.tasks)} were found"
-        raise AdapterRefused(fact, kind="samples", path=samples, hint="specify the folder of a single task")
-    return replace(found, tasks=(replace(found.tasks[0], samples=Path(samples)),))
-
-
-def _check_all(context: Context, request: _Request) -> None:
-    """Make a dry run, and raise if any input is refused."""
-
-    def only_progress(event: Event) -> None:
-        if isinstance(event, Progress | InputProblem):
-            context.on_event(event)
-
-    checking = replace(context, on_event=only_progress)
-    problems = _Problems(checking, IngestReport(found=len(request.found.tasks)))
-    _take(checking, request, problems, dry_run=True)
-    problems.raise_first("nothing was ingested: {count} inputs were refused, and --strict allows none")
-
-
-def _take(context: Context, request: _Request, problems: _Problems, *, dry_run: bool) -> dict[str, str]:
-    """Ingest the tasks that were found; return those to extract vectors of, as `note_missing_vectors` does."""
-    report, found = problems.report, request.found
-    for refusal in found.refused:
-        problems.add(refusal, Path(refusal.path or "."))
-    for item in found.stand_ins:
-        report.placeholders.append(PlaceholderMet(source_label(item.path), item.placeholder.task, item.passed_over))
-        context.on_event(report.placeholders[-1])
-    if not found.tasks:  # so no store is created
-        return {}
-    with _open(context, dry_run=dry_run) as store:
-        known = KnownTasks(store)
-        tasks = found.tasks
-        if not request.is_named:
-            # With `--on-conflict`, a task of the same name from another folder is the same task, trained again.
-            is_same = request.on_conflict not in (None, "fail")
-            tasks = name_tasks(tasks, known=known, pattern=request.pattern, same_name_is_same_task=is_same)
-        batch = _Batches(context, request, problems, store, known, dry_run=dry_run)
-        done, total = 0, sum(len(task.adapters) for task in tasks)
-        context.progress(done, total)
-        try:
-            with PickleReader() as reader:
-                for some in batches(tasks):
-                    batch.ingest(some, reader)
-                    done += sum(len(task.adapters) for task in some)
-                    context.progress(done, total, some[-1].name)
-        except Cancelled:
-            note_missing_vectors(store, report)
-            raise
-        report.lookalikes = batch.bases.lookalikes()
-        return note_missing_vectors(store, report)
+def _raise_first(report: IngestReport, message: str) -> None:
+    """Raise the error if there is one; if there are several, one with the exit code of the first."""
+    if len(report.errors) == 1:
+        raise report.errors[0]
+    if report.errors:
+        kind = UnsafeInput if isinstance(report.errors[0], UnsafeInput | SourceRefused) else AdapterRefused
+        raise kind(message.format(count=len(report.errors)), kind=report.problems[0].kind)
 
 
 @contextmanager
-def _open(context: Context, *, dry_run: bool) -> Iterator[Store | None]:
+def _opened(context: Context, *, dry_run: bool) -> Iterator[Store | None]:
     """Open the store for writing. A dry run opens it for reading, and yields None if it does not exist."""
     try:
         store = context.open(create=not dry_run, read_only=dry_run)
@@ -249,60 +190,99 @@ def _open(context: Context, *, dry_run: bool) -> Iterator[Store | None]:
         yield store
 
 
-class _Batches:
-    """Ingests tasks, a batch at a time; `store` is None if it does not exist, and nothing is written in a dry run."""
+@dataclass
+class _Ingestion:
+    """Ingests tasks, a batch at a time; a dry run writes nothing."""
 
-    def __init__(
-        self,
-        context: Context,
-        request: _Request,
-        problems: _Problems,
-        store: Store | None,
-        known: KnownTasks,
-        *,
-        dry_run: bool,
-    ) -> None:
-        self._context, self._request, self._problems = context, request, problems
-        self._store, self._known = store, known
-        self._target = None if dry_run else store  # where blobs and manifests are written
-        self.bases = KnownBases(context, store, dry_run=dry_run)
-        self._extras = ExtrasKeeper(self.bases, self._target)
-        self._tensors = KnownTensors(known, None if store is None else store.blobs.read)
-        problems.report.joined = self.bases.joined
+    context: Context
+    report: IngestReport
+    is_named: bool  # by the user, with the name of the only task
+    pattern: NameTemplate | None
+    told: str | None  # the base model of image adapters, and of others that name none
+    on_conflict: OnConflict | None
+    restore: bool
+    dry_run: bool
 
-    def ingest(self, batch: Sequence[FoundTask], reader: PickleReader) -> None:
+    def run(self, found: Discovery) -> dict[str, str]:
+        """Ingest the tasks that were found; return those to extract vectors of, as `note_missing_vectors` does."""
+        for refusal in found.refused:
+            self._refuse(refusal, Path(refusal.path or "."))
+        for item in found.stand_ins:
+            met = PlaceholderMet(source_label(item.path), item.placeholder.task, item.passed_over)
+            self.report.placeholders.append(met)
+            self.context.on_event(met)
+        if not found.tasks:  # so no store is created
+            return {}
+        with _opened(self.context, dry_run=self.dry_run) as store:
+            self._store = store  # None if it does not exist
+            self._target = None if self.dry_run else store  # where blobs and manifests are written
+            self._known = KnownTasks(store)
+            self._bases = KnownBases(self.context, store, dry_run=self.dry_run)
+            self._extras = ExtrasKeeper(self._bases, self._target)
+            self._tensors = KnownTensors(self._known, None if store is None else store.blobs.read)
+            self.report.joined = self._bases.joined
+            tasks = found.tasks
+            if not self.is_named:
+                # With `--on-conflict`, a task of the same name from another folder is the same task, trained again.
+                is_same = self.on_conflict not in (None, "fail")
+                tasks = name_tasks(tasks, known=self._known, pattern=self.pattern, same_name_is_same_task=is_same)
+            done, total = 0, sum(len(task.adapters) for task in tasks)
+            self.context.progress(done, total)
+            try:
+                with PickleReader() as reader:
+                    for batch in batches(tasks):
+                        self._ingest(batch, reader)
+                        done += sum(len(task.adapters) for task in batch)
+                        self.context.progress(done, total, batch[-1].name)
+            except Cancelled:
+                note_missing_vectors(store, self.report)
+                raise
+            self.report.lookalikes = self._bases.lookalikes()
+            return note_missing_vectors(store, self.report)
+
+    def _refuse(self, error: Exception, path: Path, task: str | None = None) -> None:
+        """Report an error. `path` is used if the error does not name a closer one."""
+        kind = getattr(error, "kind", "conflict" if isinstance(error, TaskConflict) else "unreadable")
+        message = str(getattr(error, "message", error))
+        where = source_label(Path(getattr(error, "path", None) or path))
+        self.report.errors.append(error)
+        self.report.problems.append(InputProblem(where, str(kind), message, getattr(error, "hint", None), task))
+        self.context.on_event(self.report.problems[-1])
+
+    def _ingest(self, batch: Sequence[FoundTask], reader: PickleReader) -> None:
         """Check tasks, store their files, publish them in one transaction, and report each."""
         found = self._known.tasks(task.name for task in batch)
         known = {name: task for name, task in found.items() if isinstance(task, Task)}
+        damaged = {name: task for name, task in found.items() if isinstance(task, DamagedStore)}
         problems: list[tuple[Exception, Path, str | None]] = []
         with converted(batch, reader) as (readable, refused):
-            for task in list(readable):
-                if isinstance(damage := found.get(task.name.lower()), DamagedStore):
-                    problems.append((damage, task.folder, None))
-                    readable.remove(task)
-            evicted = {} if self._request.restore or self._target is None else known
+            problems += [
+                (damaged[key], task.folder, None) for task in readable if (key := task.name.lower()) in damaged
+            ]
+            readable = [task for task in readable if task.name.lower() not in damaged]
             try:
-                prepared = self._prepared(readable, known, evicted, refused)
-                outcomes = self._recorded(prepared, known, evicted)
+                evicted = {} if self.restore or self._target is None else known
+                prepared = self._check(readable, known, evicted, refused)
+                results = self._record(prepared, known, evicted)
             except MissingBlob:
                 # Weights were not stored because they were evicted, but their task needs them now: store everything.
-                prepared = self._prepared(readable, known, {}, refused)
-                outcomes = self._recorded(prepared, known, {})
+                prepared = self._check(readable, known, {}, refused)
+                results = self._record(prepared, known, {})
         for item in prepared:
             if isinstance(item, Refusal):
                 problems.append((item.error, item.path, None))
                 continue
-            outcome = outcomes[item.task.name]
-            if isinstance(outcome, TaskConflict):
-                problems.append((outcome, item.found.folder, None))
+            result, name = results[item.task.name], None
+            if isinstance(result, TaskConflict):
+                problems.append((result, item.found.folder, None))
             else:
-                self._report(item, outcome)
-            name = None if isinstance(outcome, TaskConflict) else outcome.name
+                name = result.task
+                self._report_task(item, result)
             problems += [(problem.error, problem.path, name) for problem in item.problems]
         for problem in sorted(problems, key=lambda problem: str(problem[1])):
-            self._problems.add(*problem)
+            self._refuse(*problem)
 
-    def _prepared(
+    def _check(
         self,
         tasks: Sequence[FoundTask],
         known: Mapping[str, Task],
@@ -310,20 +290,20 @@ class _Batches:
         refused: Mapping[Path, IcmLoraError],
     ) -> list[PreparedTask | Refusal]:
         """Store the files of tasks, find their base models, then keep their extras, which may refer to these."""
-        prepared = prepare(tasks, self._target, evicted, refused, any_row=has_loaders())
-        labels = {item.task.base_model for item in prepared if isinstance(item, PreparedTask)}
-        self.bases.join_labels(labels if self._request.told is None else {*labels, self._request.told})
-        return self._extras.keep([self._with_base(item) for item in prepared], known)
+        checked = check_files(tasks, self._target, evicted, refused, any_row=has_loaders())
+        labels = {item.task.base_model for item in checked if isinstance(item, PreparedTask)}
+        self._bases.join_labels(labels if self.told is None else {*labels, self.told})
+        return self._extras.keep(
+            [item if isinstance(item, Refusal) else self._with_base(item) for item in checked], known
+        )
 
-    def _with_base(self, item: PreparedTask | Refusal) -> PreparedTask | Refusal:
+    def _with_base(self, item: PreparedTask) -> PreparedTask | Refusal:
         """Find the base model of a task; the user specifies it for image adapters, and for others that name none."""
-        if isinstance(item, Refusal):
-            return item
-        told, label, final = self._request.told, item.task.base_model, item.found.final
+        told, label, final = self.told, item.task.base_model, item.found.final
         if label == UNKNOWN_BASE or (told is not None and final.format.is_for_images):
             task = replace(item.task, base_model=told or UNKNOWN_BASE)
             item = replace(item, task=task, base_is_told=told is not None, base_is_guess=False)
-        elif told is not None and self.bases.name_of(told) != self.bases.name_of(label):
+        elif told is not None and self._bases.name_of(told) != self._bases.name_of(label):
             alias = f"run `icm base alias {told} {label}` if they are the same model"
             hint = f"{alias}; otherwise ingest it without --base-model"
             error = AdapterRefused(f"it was trained for {label!r}, not for {told!r}", kind="base-model", hint=hint)
@@ -333,38 +313,42 @@ class _Batches:
 
             try:
                 architecture = architecture_of(read_regular(final.weights, max_bytes=MAX_FILE_BYTES))
-                self.bases.check_gguf(item.task.base_model, architecture)
+                self._bases.check_gguf(item.task.base_model, architecture)
             except AdapterRefused as refusal:
                 return Refusal(refusal, final.weights)
         return item
 
-    def _recorded(
+    def _record(
         self, items: Sequence[PreparedTask | Refusal], known: Mapping[str, Task], evicted: Mapping[str, Task]
-    ) -> dict[str, Outcome | TaskConflict]:
-        """Publish tasks in one transaction, without decoded copies and conflicts; return all outcomes by name."""
-        good = [item for item in items if isinstance(item, PreparedTask)]
-        outcomes: dict[str, Outcome | TaskConflict] = {}
-        changed = list[Adapter]()
-        for item in good:
-            present = known.get(item.task.name.lower())
-            if present is None or (present.final.weights, present.final.config) != _files(item.task.final):
-                changed.append(item.task.final)
-                if present is not None and self._is_decoded(present, item.task.final):
-                    count = len(item.task.adapters)
-                    more = present.base_model, present.version
-                    outcomes[item.task.name] = Outcome(present.name, "decoded", 0, count, *more)
+    ) -> dict[str, TaskIngested | TaskConflict]:
+        """Publish tasks in one transaction, without decoded copies and conflicts; return all results by name."""
+        results: dict[str, TaskIngested | TaskConflict] = {}
+        offers: list[PreparedTask] = []
+        changed: list[Adapter] = []
+        for item in items:
+            if isinstance(item, Refusal):
+                continue
+            task, present = item.task, known.get(item.task.name.lower())
+            if present is None or (present.final.weights, present.final.config) != _files(task.final):
+                changed.append(task.final)
+                if present is not None and self._is_decoded(present, task.final):
+                    base, version, count = present.base_model, present.version, len(task.adapters)
+                    done = TaskIngested(present.name, "decoded", 0, count, base_model=base, version=version)
+                    results[task.name] = done
+                    continue
+            offers.append(item)
         self._tensors.look_up(changed)
-        offers = [item for item in good if item.task.name not in outcomes]
-        made = record(
+        recorded = record(
             self._store,
-            offers,
+            [item.task for item in offers],
             known,
-            on_conflict=self._request.on_conflict,
-            restore=self._request.restore,
+            on_conflict=self.on_conflict,
+            restore=self.restore,
+            told_bases={item.task.name for item in offers if item.base_is_told},
             withheld={str(one.weights) for task in evicted.values() for one in task.adapters if one.is_evicted},
             dry_run=self._target is None,
         )
-        return outcomes | dict(zip((item.task.name for item in offers), made, strict=True))
+        return results | dict(zip((item.task.name for item in offers), recorded, strict=True))
 
     def _is_decoded(self, known: Task, final: Adapter) -> bool:
         """Return whether an adapter is a decoded copy of an evicted one, as `icm restore` writes it.
@@ -376,50 +360,40 @@ class _Batches:
         from icmlora.fleet.resources.decoding import files_of_code  # imports torch; few tasks come here
 
         try:
-            generator = self._context.generator.get(known.code.generator, self._store.blobs.read)
-            made = files_of_code(self._store, generator, known)
+            generator = self.context.generator.get(known.code.generator, self._store.blobs.read)
+            decoded = files_of_code(self._store, generator, known)
         except FAILURES:
             return False
-        return (digest_of(made.weights), digest_of(made.config)) == _files(final)
+        return (digest_of(decoded.weights), digest_of(decoded.config)) == _files(final)
 
-    def _report(self, item: PreparedTask, outcome: Outcome) -> None:
-        final, base = item.task.final, self.bases.name_of(outcome.base_model)
-        is_new = outcome.status in ("added", "version")
-        named = replace(item.task, name=outcome.name, base_model=base)
-        ingested = TaskIngested(
-            task=outcome.name,
-            status=outcome.status,
-            new=outcome.new,
-            known=outcome.known,
-            size=item.size,
-            evicted=outcome.evicted,
-            restored=outcome.restored,
+    def _report_task(self, item: PreparedTask, result: TaskIngested) -> None:
+        found, final, base = item.found, item.task.final, self._bases.name_of(result.base_model)
+        is_new = result.status in ("added", "version")
+        named = replace(item.task, name=result.task, base_model=base)
+        files = sum(adapter.original_bytes for adapter in item.task.adapters)
+        item_bytes = max((ITEM_BYTES.get(dtype, 4) for dtype in final.dtype.split("+")), default=4)
+        result = replace(
+            result,
+            size=files + sum(extra.size for extra in final.extras if extra.file is not None),
             samples=item.samples_read,
             eval_data=item.eval_read,
-            folder=source_label(item.found.folder),
-            is_renamed=not item.found.is_called_like_its_folder(outcome.name),
+            folder=source_label(found.folder),
+            is_renamed=not found.is_called_like_its_folder(result.task),
             base_model=base,
             base_is_guess=item.base_is_guess and is_new,
             original_only=named.not_encodable,
             extras_size=final.extras_bytes,
-            lora_size=_lora_size(final),
-            converted_from=item.found.final.pickle,
-            initial=None if item.found.final.initial is None else source_label(item.found.final.initial.parent),
+            lora_size=final.parameters * item_bytes if final.original_only is None else 0,
+            converted_from=found.final.pickle,
+            initial=None if found.final.initial is None else source_label(found.final.initial.parent),
             format=final.format,
             wrapper=item.wrapper,
             same_as=self._tensors.add(named) if is_new else None,
             same_as_final=self._tensors.same_as_final(named),
-            version=outcome.version,
         )
-        self._problems.report.ingested.append(ingested)
-        self._context.on_event(ingested)
+        self.report.done.append(result)
+        self.context.on_event(result)
 
 
 def _files(adapter: Adapter) -> tuple[str, str]:
     return adapter.weights, adapter.config
-
-
-def _lora_size(final: Adapter) -> int:
-    if final.original_only is not None:
-        return 0
-    return final.parameters * max((ITEM_BYTES.get(dtype, 4) for dtype in final.dtype.split("+")), default=4)

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from icmlora.fleet.bases.joins import BaseJoined
 from icmlora.fleet.context import Event
 from icmlora.fleet.ingest.files import TextRead
+from icmlora.fleet.results import Report
 
 if TYPE_CHECKING:
     from icmlora.fleet.vectors.vectors import VectorReport
+
+OnConflict = Literal["version", "skip", "fail"]
 
 
 @dataclass(frozen=True)
 class TaskIngested(Event):
     """A task is in the store now, or would be after a dry run."""
 
-    task: str
-    status: str  # as in `icmlora.fleet.ingest.record.Outcome`
-    new: int
+    TYPE = "task"
+
+    task: str  # as the store spells it
+    # `added`; `updated`; `known`; `version` (a new one); `skipped`; `decoded` (it is what the task's code decodes to)
+    status: str
+    new: int  # adapters that were not in the store
     known: int
-    size: int  # bytes of all its adapters' files
-    evicted: int = 0
+    size: int = 0  # bytes of all its adapters' files
+    evicted: int = 0  # known adapters that stay evicted
     restored: int = 0
     samples: TextRead | None = None
     eval_data: TextRead | None = None
@@ -47,6 +53,8 @@ class TaskIngested(Event):
 class InputProblem(Event):
     """A refused input."""
 
+    TYPE = "problem"
+
     path: str
     kind: str
     message: str
@@ -58,21 +66,23 @@ class InputProblem(Event):
 class PlaceholderMet(Event):
     """A placeholder of `icm evict --placeholder` that was skipped, because it has no adapter."""
 
+    TYPE = "placeholder"
+
     path: str
     task: str  # the task that it names
     passed_over: int  # adapters of the same run that were skipped, because the final one is not there
 
 
 @dataclass
-class IngestReport:
+class IngestReport(Report[TaskIngested]):
     """The results of an ingest."""
 
     found: int = 0
     joined: list[BaseJoined] = field(default_factory=list)  # new labels that mean a known base model
     # Groups of base models with similar names, one of them new. They stay separate.
     lookalikes: list[list[str]] = field(default_factory=list)
-    ingested: list[TaskIngested] = field(default_factory=list)
     problems: list[InputProblem] = field(default_factory=list)
+    errors: list[Exception] = field(default_factory=list)  # one for each problem
     placeholders: list[PlaceholderMet] = field(default_factory=list)
     # Files next to adapters that belong to neither an adapter nor its trainer: name -> number of files.
     not_kept: Mapping[str, int] = field(default_factory=dict)
@@ -81,26 +91,31 @@ class IngestReport:
     vectors: VectorReport | None = None  # of the tasks that task vectors were extracted for
 
     @property
+    def is_partial(self) -> bool:
+        """Whether something that was asked for was not done."""
+        return super().is_partial or bool(self.problems) or (self.vectors is not None and self.vectors.is_partial)
+
+    @property
     def new(self) -> int:
         """Adapters that were recorded."""
-        return sum(task.new for task in self.ingested)
+        return sum(task.new for task in self.done)
 
     @property
     def known(self) -> int:
         """Adapters that the store already had."""
-        return sum(task.known for task in self.ingested)
+        return sum(task.known for task in self.done)
 
     @property
     def evicted(self) -> int:
         """Known adapters that stay evicted."""
-        return sum(task.evicted for task in self.ingested)
+        return sum(task.evicted for task in self.done)
 
     @property
     def restored(self) -> int:
         """Evicted adapters whose weights are in the store again."""
-        return sum(task.restored for task in self.ingested)
+        return sum(task.restored for task in self.done)
 
     @property
     def size(self) -> int:
         """Bytes of all adapters that were recorded or already known."""
-        return sum(task.size for task in self.ingested)
+        return sum(task.size for task in self.done)

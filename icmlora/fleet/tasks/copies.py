@@ -60,10 +60,10 @@ def copy_tasks(context: Context, target: str | Path | DatabaseUrl, tasks: Sequen
     with context.open(read_only=True) as source, there.open(create=True) as other:
         chosen = select_tasks(source, tasks)
         copying = _Copying(source, other, report)
-        bases = {name: copying.base(name) for name in dict.fromkeys(task.base_model for task in chosen)}
+        bases = {name: copying.copy_base(name) for name in dict.fromkeys(task.base_model for task in chosen)}
         for done, task in enumerate(chosen):
             context.progress(done, len(chosen), task.name)
-            copying.task(task, bases[task.base_model])
+            copying.copy_task(task, bases[task.base_model])
         context.progress(len(chosen), len(chosen))
     return report
 
@@ -75,7 +75,7 @@ class _Copying:
         self._source, self._other, self._report = source, other, report
         self._verified = set[str]()  # blobs of the other store that were read back
 
-    def base(self, name: str) -> str | RegistryError:
+    def copy_base(self, name: str) -> str | RegistryError:
         """Copy facts, labels and generators of a base model; return its name there, or why it cannot be copied."""
         base = self._source.base_model(name)
         known = next((self._other.base_model(label) for label in base.names if self._knows(label)), base)
@@ -93,12 +93,12 @@ class _Copying:
         try:
             if base.manifest is not None:
                 self._other.update_base(known.name, with_facts)
-            self._generators(base.name, known.name)
+            self._copy_generators(base.name, known.name)
         except DamagedStore as error:
             return error
         return known.name
 
-    def task(self, task: Task, base_model: str | RegistryError) -> None:
+    def copy_task(self, task: Task, base_model: str | RegistryError) -> None:
         """Copy a task, or note why that cannot be."""
         report, name = self._report, task.name
         try:
@@ -107,59 +107,38 @@ class _Copying:
             versions = self._source.history(name)
             if base_model != task.base_model:
                 versions = [replace(one, base_model=base_model, label=one.label or one.base_model) for one in versions]
-            known = self._find(name, versions)
+            try:
+                known = self._other.find(name)
+            except DamagedStore:  # it may have lost documents that its manifest shares with others
+                self._other.blobs.put_all([data for one in versions for data in encode(one).documents.values()])
+                known = self._other.find(name)
             if known is None:
                 self._put(versions, read_back=True)
                 self._other.adopt(versions)
                 report.copied.append(name)
             else:
-                is_restored = self._restore(self._other.history(known.name))
-                is_completed = self._complete(known.name, versions) or is_restored
+                is_completed = self._put(self._other.history(known.name), if_here=True)
+                while new := _missing(self._other.history(known.name), versions):
+                    self._put(new)
+                    try:
+                        self._other.publish(new, older=True)
+                    except LostRace:  # another process changed it
+                        continue
+                    is_completed = True
+                    break
                 (report.completed if is_completed else report.known).append(name)
         except (BaseModelConflict, TaskConflict, LostRace, DamagedStore) as error:
             report.refused[name] = error.message
-
-    def _complete(self, name: str, versions: Sequence[Task]) -> bool:
-        """Add missing parts and versions of a known task; return whether there were any."""
-        while True:
-            new = _missing(self._other.history(name), versions)
-            if not new:
-                return False
-            self._put(new)
-            try:
-                self._other.publish(new, older=True)
-            except LostRace:  # another process changed it
-                continue
-            return True
-
-    def _find(self, name: str, versions: Sequence[Task]) -> Task | None:
-        """Return a task of the other store, which may have lost the documents that its manifest shares with others."""
-        try:
-            return self._other.find(name)
-        except DamagedStore:
-            self._other.blobs.put_all([data for one in versions for data in encode(one).documents.values()])
-            return self._other.find(name)
-
-    def _restore(self, states: Sequence[State]) -> bool:
-        """Copy blobs that the other store has lost; return whether there were any."""
-        needed = dict.fromkeys(str(file) for state in states for file in _needed(state))
-        lost = [digest for digest in needed if not self._other.blobs.exists(digest)]
-        found = [digest for digest in lost if self._source.blobs.exists(digest)]
-        for digest in found:
-            data = self._source.blobs.read(digest)
-            self._put_batch([data])
-            self._report.size += len(data)
-        return bool(found)
 
     def _knows(self, label: str) -> bool:
         base = self._other.base_model(label)
         return base.manifest is not None or self._other.task_counts().get(base.name, 0) > 0
 
-    def _generators(self, base_model: str, there: str) -> None:
+    def _copy_generators(self, base_model: str, there: str) -> None:
         """Copy generators that the other store lacks; the last one is in use there if it may be."""
         mine, theirs = self._source.generators(base_model), self._other.generators(there)
         current = self._other.generator(there)
-        self._restore(theirs)
+        self._put(theirs, if_here=True)
         new = [one for one in mine if one.blob not in {known.blob for known in theirs}]
         if not new:
             return
@@ -170,18 +149,29 @@ class _Copying:
             used = current
         self._other.publish(renumbered(self._other, there, new, current, used))
 
-    def _put(self, states: Sequence[State], *, read_back: bool = False) -> None:
-        """Copy the blobs that states need, and read them back; those that are there only if `read_back`."""
-        other, batch = self._other.blobs, list[bytes]()
+    def _put(self, states: Sequence[State], *, read_back: bool = False, if_here: bool = False) -> bool:
+        """Copy blobs that states need and the other store lacks, and read them back; return whether it lacked any.
+
+        Args:
+            states: The states.
+            read_back: Also check the blobs that the other store has.
+            if_here: Skip blobs that this store lacks too.
+        """
+        other, here = self._other.blobs, self._source.blobs
+        has_copied, batch = False, list[bytes]()
         needed = dict.fromkeys(str(file) for state in states for file in _needed(state))
         for digest in [digest for digest in needed if digest not in self._verified]:
-            if not (has := other.exists(digest)) or read_back:
-                batch.append(self._source.blobs.read(digest))
-                self._report.size += 0 if has else len(batch[-1])
+            has = other.exists(digest)
+            if (has and not read_back) or (if_here and not here.exists(digest)):
+                continue
+            batch.append(here.read(digest))
+            has_copied |= not has
+            self._report.size += 0 if has else len(batch[-1])
             if sum(map(len, batch)) >= _BATCH_BYTES:
                 self._put_batch(batch)
                 batch = []
         self._put_batch(batch)
+        return has_copied
 
     def _put_batch(self, batch: Sequence[bytes]) -> None:
         for digest in self._other.blobs.put_all(batch):
@@ -210,20 +200,15 @@ def _missing(known: Sequence[Task], versions: Sequence[Task]) -> list[Task]:
         TaskConflict: A version has another adapter.
     """
     numbers, present = {one.version: one for one in known}, known[-1]
-    shared = [one for one in versions if one.version in numbers]
-    if not shared or not all(_is_same(numbers[one.version], one) for one in shared):
+    pairs = [(numbers[one.version], one) for one in versions if one.version in numbers]
+    if not pairs or any(mine.base_model != one.base_model or not mine.final.is_same(one.final) for mine, one in pairs):
         raise TaskConflict(present.name, fact=f"the target store has another task named {present.name!r}")
-    completed = [_completed(numbers[one.version], one) for one in shared]
-    changed = [one for one in completed if one != numbers[one.version]]
+    changed = [completed for mine, one in pairs if (completed := _completed(mine, one)) != mine]
     added = [replace(one, manifest=None) for one in versions if one.version not in numbers]
     if added and added[-1].version > present.version:  # it becomes the current version, and only that is checked
         kept = {name: getattr(present, name) for name in ("tags", "note", "pinned", "manifest", "seq")}
         added[-1] = replace(added[-1], **kept, aliases={**added[-1].aliases, **present.aliases})
     return sorted([*changed, *added], key=lambda task: task.version)
-
-
-def _is_same(known: Task, task: Task) -> bool:
-    return known.base_model == task.base_model and known.final.is_same(task.final)
 
 
 def _completed(known: Task, task: Task) -> Task:

@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING
 from icmlora.fleet.context import Context, use_case
 from registry.errors import RegistryError, StoreNotFound
 from registry.names import DatabaseUrl
-from registry.tables import REPAIR_HINT
 
 if TYPE_CHECKING:
     from icmlora.io.cards import Card
-    from registry.store import Store
 
 _DISTRIBUTIONS = ("icm-lora", "torch", "transformers", "peft", "safetensors", "sqlalchemy", "numpy", "typer")
 _MIN_SPACE = 1 << 30  # bytes: enough for a few adapters and a generator
@@ -34,18 +32,24 @@ class Check:
 
 @use_case
 def examine(context: Context) -> list[Check]:
-    """Check versions, devices, free space and the store, for a problem report."""
-    return [*_versions(), *_devices(), *_database_library(), *_store(context)]
+    """Check versions, devices, settings and the store.
 
+    The exit code is 1 if a check fails. Include the output in bug reports. The store is not modified. The configuration
+    file can set store, device and lock_timeout, for example `store = "/data/icm"`.
 
-def _versions() -> list[Check]:
+    Example:
+      icm doctor --json
+      du -sb "$(icm doctor --path store)"
+    """
     found = [Check("python", platform.python_version()), Check("platform", platform.platform())]
     for name in _DISTRIBUTIONS:
         try:
             found.append(Check(name, version(name)))
         except PackageNotFoundError:
             found.append(Check(name, None, "not installed"))
-    return found
+    note = " (has the WAL-reset bug, which icm avoids by using the rollback journal)"
+    suffix = note if has_wal_reset_bug(sqlite3.sqlite_version_info) else ""
+    return [*found, *_devices(), Check("sqlite", f"{sqlite3.sqlite_version}{suffix}"), *_store(context)]
 
 
 def _devices() -> list[Check]:
@@ -66,12 +70,6 @@ def _devices() -> list[Check]:
         *(Check(device, card) for device, card in cards.items()),
         Check("mps", mac or "none"),
     ]
-
-
-def _database_library() -> list[Check]:
-    note = "has the WAL-reset bug, which icm avoids by using the rollback journal"
-    suffix = f" ({note})" if has_wal_reset_bug(sqlite3.sqlite_version_info) else ""
-    return [Check("sqlite", f"{sqlite3.sqlite_version}{suffix}")]
 
 
 def has_wal_reset_bug(release: tuple[int, ...]) -> bool:
@@ -119,26 +117,25 @@ def _on_server(context: Context, url: DatabaseUrl) -> list[Check]:
 
 def _opened(context: Context, shown: str | None) -> list[Check]:
     """Open the store and check its database; report the error that another command would raise."""
+    from registry.tables import REPAIR_HINT  # imports SQLAlchemy
+
     try:
         with context.open(read_only=True) as store:
             store.changes()
             facts = list(store.parts.database.damage())
             damage = f"the database is damaged: {facts[0]}; {REPAIR_HINT}" if facts else None
-            return [Check("store", shown), Check("database", "damaged" if facts else "ok", damage), *_blobs(store)]
+            checks = [Check("store", shown), Check("database", "damaged" if facts else "ok", damage)]
+            if not store.blobs.is_remote:
+                return checks
+            try:
+                store.blobs.now()  # it writes and reads
+            except RegistryError as error:
+                return [*checks, Check("blobs", store.blobs.home, _message(error))]
+            return [*checks, Check("blobs", store.blobs.home)]
     except StoreNotFound:
         return [Check("store", "none yet; run `icm init` to create it")]
     except RegistryError as error:
         return [Check("store", shown, _message(error))]
-
-
-def _blobs(store: Store) -> list[Check]:
-    if not store.blobs.is_remote:
-        return []
-    try:
-        store.blobs.now()  # it writes and reads
-    except RegistryError as error:
-        return [Check("blobs", store.blobs.home, _message(error))]
-    return [Check("blobs", store.blobs.home)]
 
 
 def _message(error: RegistryError) -> str:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context, use_case
+from icmlora.fleet.params import Param
 from registry.errors import DamagedStore
 from registry.manifests import Generator, Task
-from registry.reachability import manifests_of
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -39,7 +39,17 @@ class RolledBack:
 
 @use_case
 def list_generators(context: Context) -> list[GeneratorVersion]:
-    """List all generators by base model, oldest first, with the tasks that need each."""
+    """List generators and the tasks that need them.
+
+    The generator in use makes new codes. A code always needs the generator it was made with, so older generators stay
+    as long as a task, or an earlier version of one, needs them. `icm prune` deletes the others.
+
+    NETWORKS counts the versions of the network in the file, because `icm train --update` may add one. FEW-SHOT START is
+    the size of the data for `icm generate`.
+
+    Example:
+      icm generators
+    """
     with context.open(read_only=True) as store:
         generators, tasks = store.generators(), _tasks_of(store)
         current = {one.base_model: one.version for one in generators}
@@ -50,12 +60,17 @@ def list_generators(context: Context) -> list[GeneratorVersion]:
 
 
 @use_case
-def rollback(context: Context, digest: str) -> RolledBack:
-    """Make new codes with another generator of the same base model; existing codes keep theirs.
+def rollback(
+    context: Context,
+    digest: Annotated[str, Param("First digits of a generator's digest, as listed by `icm generators`.", "DIGEST")],
+) -> RolledBack:
+    """Make new codes with an earlier generator.
 
-    Args:
-        context: The store.
-        digest: The first digits of the generator's digest, four or more.
+    Its network becomes the next version of the generator. Existing codes keep the generator they were made with, so no
+    adapter changes. `icm encode` encodes tasks again with the generator in use.
+
+    Example:
+      icm generators rollback 3f9a12c4
 
     Raises:
         DataError: No generator, or more than one, begins with these digits.
@@ -67,17 +82,16 @@ def rollback(context: Context, digest: str) -> RolledBack:
         store.blobs.check(found.blob)
         if found.start is not None:
             store.blobs.check(found.start)
-        generator = store.update_generator(found.base_model, lambda current: _next(current, found))
+
+        def following(current: Generator | None) -> Generator:
+            if current is None or current.blob == found.blob:
+                return current or found
+            return replace(found, version=current.version + 1, seq=current.seq, manifest=current.manifest)
+
+        generator = store.update_generator(found.base_model, following)
         needing = set(_tasks_of(store)[generator.blob])
         coded = [row.name for row in store.rows() if row.base == found.base_model and row.is_coded]
         return RolledBack(generator, [name for name in coded if name not in needing])
-
-
-def _next(current: Generator | None, found: Generator) -> Generator:
-    """Return a network as the next version after the current one; the current one if it has that network."""
-    if current is None or current.blob == found.blob:
-        return current or found
-    return replace(found, version=current.version + 1, seq=current.seq, manifest=current.manifest)
 
 
 def _find(store: Store, digits: str) -> Generator:
@@ -95,6 +109,8 @@ def _find(store: Store, digits: str) -> Generator:
 
 def _tasks_of(store: Store) -> defaultdict[str, list[str]]:
     """Return digest of a network -> the tasks and earlier versions whose codes need it."""
+    from registry.reachability import manifests_of  # imports SQLAlchemy
+
     current = {row.name.lower(): row.version for row in store.rows()}
     tasks = defaultdict[str, list[str]](list)
     for (_, key), body in manifests_of(store, Task.KIND):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from typing import Annotated
 
 from icmlora.errors import OptionsConflict
 from icmlora.fleet.context import Context, use_case
+from icmlora.fleet.params import Param
 from registry.errors import StoreNotFound
 from registry.names import DatabaseUrl
 
@@ -20,15 +23,44 @@ class InitReport:
     recovered: int | None = None  # tasks of a lost database that was rebuilt
 
 
-@use_case
-def init(context: Context, blobs: str | None = None, *, recover: bool = False) -> InitReport:
-    """Make a store, unless it exists.
+def _absolute(blobs: str) -> str:
+    """Return an absolute path with its symlinks, which may differ between machines; a URL stays as it is."""
+    return blobs if "://" in blobs else os.path.abspath(blobs)
 
-    Args:
-        context: Where to make it: a folder, or the address of a database, which exists and has no other tables.
-        blobs: Where to put its bytes: `s3://BUCKET/PREFIX`, `gs://...`, `az://...`, or a folder that all machines
-            have at the same path. By default the folder of the store.
-        recover: Rebuild a lost database from the manifests in `blobs`. Two databases must never share their files.
+
+@use_case
+def init(
+    context: Context,
+    blobs: Annotated[
+        str | None,
+        Param(
+            "Storage for file contents: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX, or a folder at "
+            "the same path on all machines. Default: the folder of the store.",
+            "--blobs LOCATION",
+            parse=_absolute,
+        ),
+    ] = None,
+    *,
+    recover: Annotated[
+        bool,
+        Param(
+            "Rebuild the lost database of the store whose files are at --blobs. Never use it while that database "
+            "exists."
+        ),
+    ] = False,
+) -> InitReport:
+    """Create a shared store in PostgreSQL and an object store.
+
+    The database must exist. Blobs can also be in a shared folder. Their location is saved in the database, so other
+    users need only the address of the store. A store in a single folder needs no `icm init`, because `icm ingest`
+    creates it.
+
+    Credentials are not saved. They are read from PGHOST, PGUSER, PGPASSWORD and ~/.pgpass, and from AWS_ACCESS_KEY_ID,
+    AWS_SECRET_ACCESS_KEY, ~/.aws and the instance role.
+
+    Example:
+      icm init postgresql://db.example/fleet --blobs s3://loras/fleet
+      export ICM_STORE=postgresql://db.example/fleet
 
     Raises:
         NotAStore: There is something else, or a store that has its bytes at another place.

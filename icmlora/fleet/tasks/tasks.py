@@ -6,10 +6,11 @@ import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context, base_name, check_base_model, use_case
+from icmlora.fleet.params import BaseModelName, Filters, Limit, NamedTasks, Param, Sort, TaskName
 from icmlora.formats.tensor_hash import same_tensors, tensors_digest
 from registry.errors import DamagedStore, GeneratorNotFound, LastCopy, LostRace, TaskConflict
 from registry.filters import FIELDS, FilterField, Selection, parse_filter, parse_sort
@@ -68,27 +69,32 @@ class RemoveReport:
 
 
 def filter_fields() -> Collection[FilterField]:
-    """Return the fields by which tasks can be filtered and sorted."""
+    """Return the fields that tasks can be filtered and sorted by."""
     return FIELDS.values()
 
 
 @use_case
 def list_tasks(
     context: Context,
-    base_model: str | None = None,
+    base_model: BaseModelName = None,
     *,
-    filters: Sequence[str] = (),
-    sort: str | None = None,
-    limit: int | None = None,
+    filters: Filters = (),
+    sort: Sort = None,
+    limit: Limit = None,
 ) -> list[TaskRow]:
-    """List the tasks, by name unless `sort` is given.
+    """List the tasks in the store, or in a bundle with --from.
 
-    Args:
-        context: The store.
-        base_model: Only the tasks of this base model.
-        filters: Conditions such as `rank>=8`, `tag=prod` or `base~llama`; a task is listed if all of them hold.
-        sort: A field and a direction, such as `size:desc`; tasks without a value come last.
-        limit: Maximum number of tasks.
+    ORIGINAL: size of the original; "evicted" if it was deleted, "none" if a bundle brought only the code.
+    CODE: size of the code; "-" if there is none yet (run `icm train`), "original only" if there cannot be one
+    (`icm show` gives the reason). GAIN and RELATIVE ERROR: measured quality of the code. A narrow terminal shows fewer
+    columns. --quiet prints only names.
+
+    A filter is FIELD, an operator (= != > >= < <= or ~ for contains) and a value; case does not matter. Fields: name,
+    base, rank, size, code, extras, gain, error, tag, source, note, and status (evicted, pinned, coded, original-only,
+    does-nothing, generated). Sizes take units: 10MB, 512KiB.
+
+    Example:
+      icm ls -F 'rank>=8' -F tag=prod -F 'base~llama' --sort size:desc --limit 20
 
     Raises:
         DataError: No task belongs to the base model.
@@ -128,33 +134,32 @@ def of_base_model(store: Store, selection: Selection) -> Selection:
 @use_case
 def edit_tasks(
     context: Context,
-    tasks: Sequence[str],
+    tasks: NamedTasks,
     *,
-    name: str | None = None,
-    add_tags: Sequence[str] = (),
-    remove_tags: Sequence[str] = (),
+    name: Annotated[str | None, Param("New name. For a single task.", "--name NEW")] = None,
+    add_tags: Annotated[Sequence[str], Param("Tag to add. Can be repeated.", "--tag TAG", completes="tag")] = (),
+    remove_tags: Annotated[
+        Sequence[str], Param("Tag to remove. Can be repeated.", "--untag TAG", completes="tag")
+    ] = (),
     note: str | Literal[False] | None = None,
-    pinned: bool | None = None,
+    pinned: Annotated[bool | None, Param("Protect the originals from `icm evict`.", "--pin/--no-pin")] = None,
 ) -> EditReport:
-    """Change the name, the tags and the note of tasks, and whether their originals are pinned, in one step.
+    """Change the name, tags, note or pin of tasks.
 
-    Adapters, vectors, codes and measurements stay with a task. Ingesting the same adapter again under its old name
-    finds it under the new one.
+    Without options, the current values are printed. A name may contain letters and digits of any script, ".", "_" and
+    "-". Existing bundles and folders keep the old name. `icm evict` never deletes a pinned original. Either all changes
+    are made or none.
 
-    Args:
-        context: The store.
-        tasks: Names of tasks, in any case; if one is unknown, nothing changes.
-        name: A new name, for one task.
-        add_tags: Tags to add. Upper and lower case are the same tag; one that is there already changes nothing.
-        remove_tags: Tags to remove.
-        note: A note in place of an earlier one; False removes it.
-        pinned: Whether `evict` keeps their originals.
+    Example:
+      icm edit lora-final-v2 --name poems
+      icm edit poems rules --tag prod --untag trial --pin
 
     Raises:
         DataError: A tag is both added and removed, or the name is for several tasks.
         TaskConflict: Another task has the name.
         InvalidName: The name, a tag or the note breaks its rule.
     """
+    # In Python, a note of False removes the note.
     if both := {tag.lower() for tag in add_tags} & {tag.lower() for tag in remove_tags}:
         raise DataError(f"tag {min(both)!r} is both added and removed", hint="specify it once")
     if name is not None and len({task.lower() for task in tasks}) > 1:
@@ -164,10 +169,10 @@ def edit_tasks(
     wanted, unwanted = {tag.lower(): check_tag(tag) for tag in add_tags}, {tag.lower() for tag in remove_tags}
 
     def edited(task: Task) -> Task:
-        tags = {tag: shown for tag, shown in (wanted | _by_tag(task)).items() if tag not in unwanted}
+        tags = wanted | {tag.lower(): tag for tag in task.tags}  # a tag that is there keeps its spelling
         return replace(
             task,
-            tags=tuple(tags[tag] for tag in sorted(tags)),
+            tags=tuple(tags[tag] for tag in sorted(tags.keys() - unwanted)),
             note=task.note if note is None else text,
             pinned=task.pinned if pinned is None else pinned,
         )
@@ -185,10 +190,6 @@ def edit_tasks(
             except LostRace:
                 continue
             return EditReport(done, [task.name for task in done if task.final.is_evicted])
-
-
-def _by_tag(task: Task) -> dict[str, str]:
-    return {tag.lower(): tag for tag in task.tags}
 
 
 def _renamed(store: Store, task: Task, name: str) -> Task:
@@ -212,13 +213,36 @@ def list_tags(context: Context) -> Mapping[str, int]:
 
 
 @use_case
-def show_task(context: Context, task: str) -> TaskDetails:
-    """Return everything the store knows about one `task`."""
-    from icmlora.fleet.map.map import nearest_tasks
+def show_task(context: Context, task: TaskName) -> TaskDetails:
+    """Show one task: its adapters, vectors, code and measured quality.
+
+    TASK@2 or TASK@ALIAS shows one of its versions; `icm log` lists them. The nearest tasks have the smallest cosine
+    distance between task vectors. `icm map` compares all tasks.
+
+    Example:
+      icm show shakespeare
+      icm show shakespeare@2
+      icm show watercolour --errors
+    """
+    from icmlora.fleet.map.task_map import nearest_tasks
 
     with context.open(read_only=True) as store:
         known = store.task(task)
-        generator, template = _generator(store, known), _template(known)
+        try:
+            code = known.code
+            generator = None if code is None else store.generator_of(code.generator, known.base_model)
+        except (DamagedStore, GeneratorNotFound):  # `icm verify` reports it
+            generator = None
+        # The template that was used last.
+        facts = [*(one.settings for one in reversed(known.measured)), *(v.extractor for v in reversed(known.vectors))]
+        template = next((str(settings["template"]) for settings in facts if "template" in settings), None)
+
+        def digest(blob: str) -> str | None:
+            try:
+                return tensors_digest(store.blobs.read(blob))
+            except DamagedStore:  # evicted, or `icm verify` reports it
+                return None
+
         return TaskDetails(
             task=known,
             generator=generator,
@@ -227,28 +251,9 @@ def show_task(context: Context, task: str) -> TaskDetails:
             template=template,
             has_own_template=template is not None and template == _own_template(store, known),
             header=header_of(store, known),
-            same_as_final=_same_as_final(store, known),
+            # Files are read only if their keys are equal.
+            same_as_final=tuple(same_tensors(one, known.final, digest) for one in known.checkpoints),
         )
-
-
-def _generator(store: Store, task: Task) -> Generator | None:
-    """Return the generator of a task's code."""
-    try:
-        return None if task.code is None else store.generator_of(task.code.generator, task.base_model)
-    except (DamagedStore, GeneratorNotFound):  # `icm verify` reports it
-        return None
-
-
-def _same_as_final(store: Store, task: Task) -> tuple[bool, ...]:
-    """Return whether each checkpoint has the tensors of the final adapter; files are read only if their keys match."""
-
-    def digest(blob: str) -> str | None:
-        try:
-            return tensors_digest(store.blobs.read(blob))
-        except DamagedStore:  # evicted, or `icm verify` reports it
-            return None
-
-    return tuple(same_tensors(checkpoint, task.final, digest) for checkpoint in task.checkpoints)
 
 
 def header_of(store: Store, task: Task) -> Mapping[str, str]:
@@ -288,27 +293,31 @@ def plan_removal(context: Context, tasks: Sequence[str]) -> list[Removal]:
             adapters = [adapter for version in versions for adapter in version.adapters]
             files = {(one.weights, one.config): one for one in adapters}.values()
             size, left = sum(one.stored_bytes for one in files), sum(map(folders.has_left, files))
-            planned.append(Removal(name, len(versions), len(adapters), size, _is_last_copy(versions), left))
+            is_last_copy = any(version.final.is_evicted for version in versions)
+            planned.append(Removal(name, len(versions), len(adapters), size, is_last_copy, left))
     return planned
 
 
 @use_case
-def remove_tasks(context: Context, tasks: Sequence[str], *, last_copies: Collection[str] = ()) -> RemoveReport:
-    """Remove tasks with all their versions, and free their files as far as nothing else needs them.
+def remove_tasks(context: Context, tasks: NamedTasks, *, last_copies: Collection[str] = ()) -> RemoveReport:
+    """Remove tasks with all versions of their adapters, vectors, codes and measurements.
 
-    Args:
-        context: The store.
-        tasks: The tasks to remove: all of them, or none if one is refused.
-        last_copies: Evicted tasks to remove although their code is the only copy.
+    If any name is unknown, nothing is removed. Files that no other task needs are deleted; if another icm process is
+    running, by the next `icm prune`. Removing an evicted task removes the last copy of its adapter, and its
+    placeholders can no longer be restored.
+
+    Example:
+      icm rm shakespeare --dry-run
 
     Raises:
-        LastCopy: A task is evicted and not in `last_copies`.
+        LastCopy: A task is evicted and not in `last_copies`: its code is the only copy.
     """
     allowed = {name.lower() for name in last_copies}
     with context.open() as store:
         found = list({task.name: task for task in (_task_to_remove(store, name) for name in tasks)}.values())
         for task in found:
-            if task.name.lower() not in allowed and _is_last_copy(store.history(task.name)):
+            is_last_copy = any(version.final.is_evicted for version in store.history(task.name))
+            if is_last_copy and task.name.lower() not in allowed:
                 fact = f"task {task.name!r} was evicted: its code is the only copy"
                 raise LastCopy(fact, hint="run the same command again to remove it anyway")
         store.remove(found)
@@ -322,15 +331,6 @@ def _task_to_remove(store: Store, name: str) -> Task:
             f"a single version such as {name!r} cannot be removed", hint="run `icm rm TASK` to remove all versions"
         )
     return store.task(name)
-
-
-def _is_last_copy(versions: Sequence[Task]) -> bool:
-    return any(task.final.is_evicted for task in versions)
-
-
-def _template(task: Task) -> str | None:
-    facts = [*(one.settings for one in reversed(task.measured)), *(one.extractor for one in reversed(task.vectors))]
-    return next((str(known["template"]) for known in facts if "template" in known), None)
 
 
 def _own_template(store: Store, task: Task) -> str | None:

@@ -6,20 +6,18 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound, DataError
 from icmlora.fleet.context import Context, Event, locate_base, use_case
-from icmlora.fleet.params import DryRun, Param, age
+from icmlora.fleet.params import DryRun, Param, Tasks, age
 from registry.errors import DamagedStore
 from registry.manifests import Code, Task
-from registry.verify import OF_FILES as OF_FILES
-from registry.verify import Finding as Finding
-from registry.verify import Rebuilt
 
 if TYPE_CHECKING:
     from registry.reachability import PruneReport as PruneReport
     from registry.store import Store
+    from registry.verify import Finding, Rebuilt
 
 _SAME = 1e-3
 """How much two measurements of a relative error may differ, on other processors and with other versions of torch."""
@@ -34,15 +32,25 @@ class Found(Event):
 
 @use_case
 def verify(
-    context: Context, tasks: Sequence[str] = (), *, read_data: bool = False, decode: bool = False
+    context: Context,
+    tasks: Tasks = (),
+    *,
+    read_data: Annotated[bool, Param("Hash every blob instead of only checking its length.")] = False,
+    decode: Annotated[bool, Param("Decode codes that still have an original, and compare their errors.")] = False,
 ) -> list[Finding]:
-    """Check the database, the manifests and the blobs, tell `on_event` each finding, and return all of them.
+    """Check the store for damage.
 
-    Args:
-        context: The store.
-        tasks: Check only the files that these tasks need; everything if empty.
-        read_data: Also read and hash every blob. By default only its presence and length are checked.
-        decode: Also decode every code whose original is there, and compare its error with the recorded one.
+    Compares the database with the manifests, and checks the length of every blob. --read-data also checks the contents.
+    The exit code is 1 if there are problems. Remarks are not problems: they name adapters that have no effect and, with
+    --read-data, adapters that do not fit their base model, if it is on this machine, and changes that were not
+    committed. -v also lists harmless leftovers of interrupted commands.
+
+    Other commands skip damaged tasks, and delete nothing until the store is repaired.
+
+    --repair deletes nothing. A removed task stays removed.
+
+    Example:
+      icm verify --read-data
     """
     findings = []
     with context.open(read_only=True) as store:
@@ -61,10 +69,13 @@ def _findings(store: Store, tasks: Sequence[str], *, read_data: bool, decode: bo
         return
     fitted = defaultdict[str, list[Task]](list)
     for task in store.named(tasks) if tasks else store.tasks():
-        if decode:
-            yield from _wrong_error(store, task)
+        code = task.code
+        if decode and code is not None and task.final.can_be_read and code.squared_error is not None:
+            fact = _wrong_error(store, task, code, math.sqrt(code.squared_error))
+            if fact is not None:
+                yield _finding("code", task, f"the code of task {task.name} {fact}", code.blob)
         if task.final.does_nothing:
-            yield _remark(task, f"the adapter of {task.name} does nothing: {task.final.original_only}")
+            yield _finding("remark", task, f"the adapter of {task.name} does nothing: {task.final.original_only}")
         elif task.final.layout and read_data:
             fitted[task.base_model].append(task)
         if read_data and task.final.extras:
@@ -73,13 +84,19 @@ def _findings(store: Store, tasks: Sequence[str], *, read_data: bool, decode: bo
         yield from _misfits(store, base_model, some)
 
 
+def _finding(kind: Literal["remark", "code"], task: Task, text: str, digest: str | None = None) -> Finding:
+    from registry.verify import Finding  # imports SQLAlchemy
+
+    return Finding(kind, text, digest or "", digest, (task.name,))
+
+
 def _missing_references(store: Store, task: Task) -> Iterator[Finding]:
     from icmlora.fleet.resources.decoding import check_references
 
     try:
         check_references(store, task)
     except BaseModelMismatch as error:
-        yield _remark(task, f"the adapter of {task.name} cannot be written from its code: {error.message}")
+        yield _finding("remark", task, f"the adapter of {task.name} cannot be written from its code: {error.message}")
     except (BaseModelNotFound, DataError, DamagedStore):  # nothing to compare with, or damage that was found already
         return
 
@@ -97,23 +114,11 @@ def _misfits(store: Store, base_model: str, tasks: Sequence[Task]) -> Iterator[F
         try:
             check_fits(base, task.final.layout)
         except BaseModelMismatch as error:
-            yield _remark(task, f"the adapter of {task.name} does not fit: {error.message}")
+            yield _finding("remark", task, f"the adapter of {task.name} does not fit: {error.message}")
 
 
-def _remark(task: Task, text: str) -> Finding:
-    return Finding("remark", text, "", tasks=(task.name,))
-
-
-def _wrong_error(store: Store, task: Task) -> Iterator[Finding]:
-    """Decode a code whose original is there, and yield it if its error is not the recorded one."""
-    code = task.code
-    if code is not None and task.final.can_be_read and code.squared_error is not None:
-        fact = _error_fact(store, task, code, math.sqrt(code.squared_error))
-        if fact is not None:
-            yield Finding("code", f"the code of task {task.name} {fact}", code.blob, code.blob, (task.name,))
-
-
-def _error_fact(store: Store, task: Task, code: Code, recorded: float) -> str | None:
+def _wrong_error(store: Store, task: Task, code: Code, recorded: float) -> str | None:
+    """Decode a code whose original is there; return the problem if its error is not the recorded one."""
     from icmlora.adapter.metrics import squared_error
     from icmlora.fleet.failures import FAILURES, as_error
     from icmlora.fleet.resources.decoding import decode_code
@@ -150,7 +155,7 @@ def repair_files(context: Context, findings: Sequence[Finding] | None = None) ->
     """
     with context.open() as store:
         found = list(store.verify(read_data=True)) if findings is None else findings
-        done = [(one, store.repair(one)) for one in found if one.kind in OF_FILES]
+        done = [(one, store.repair(one)) for one in found if one.is_of_file]
         return [(one, result) for one, result in done if result is not None]
 
 

@@ -22,7 +22,7 @@ import torch
 from icmlora.fleet.context import Context
 from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource, layout_of
-from icmlora.fleet.train.run import TrainingRun, measured_sensitivity, options_of, train_network
+from icmlora.fleet.train.run import TrainingRun, TrainOptions, measured_sensitivity, schedule_of, train_network
 from icmlora.generator.codec.code import generator_of
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.codec.encoding import Encoded, encode_adapter
@@ -67,16 +67,13 @@ class UpdateCandidates:
         store: Store,
         source: StoreAdapterSource,
         device: torch.device,
-        *,
         run: TrainingRun | None,
         tolerance: float,
-        steps: int | None,
-        learning_rate: float | None,
-        seed: int,
+        options: TrainOptions,
     ) -> None:
         self._context, self._store, self._source, self._run = context, store, source, run
         self._tolerance, self._device = tolerance, device
-        self._steps, self._learning_rate, self._seed = steps, learning_rate, seed
+        self._options = options
         self.steps = 0
         self.left_out = dict(source.left_out)
         self.added: Sequence[str] = ()  # networks that the best candidate appends: `tuned`, `fresh`
@@ -114,10 +111,10 @@ class UpdateCandidates:
         # Never more steps than a first training on these tasks has: a trained decoder starts nearer to its end.
         steps = min(_TUNING_STEPS * source.tasks(), steps_for(source.adapters(), source.parameters()))
         options = TrainConfig(
-            steps=self._steps or stretched(steps, draws_of(self._device)),
-            learning_rate=self._learning_rate or _TUNING_RATE,
+            steps=self._options.steps or stretched(steps, draws_of(self._device)),
+            learning_rate=self._options.learning_rate or _TUNING_RATE,
             weight_decay=0.0,
-            seed=self._seed,
+            seed=self._options.seed,
         )
         # Only the decoder is tuned: the parts that read adapters and task vectors stay as they are.
         state = self._train(source, new_state(tunable_network(network).to(self._device), options))
@@ -139,11 +136,9 @@ class UpdateCandidates:
             quality=1,
             tolerance=self._tolerance,
         )
-        options = options_of(
-            source, self._device, steps=self._steps, learning_rate=self._learning_rate, seed=self._seed
-        )
+        options = schedule_of(source, self._device, self._options)
         sensitivity = measured_sensitivity(self._context, self._store, source, config, self._device)
-        network = fresh_network(config, source, self._seed, sensitivity)
+        network = fresh_network(config, source, self._options.seed, sensitivity)
         state = self._train(source, new_state(network.to(self._device), options))
         return self._with_last_version(append_version(data, generator_to_bytes(state.net), None), source, is_kept=True)
 

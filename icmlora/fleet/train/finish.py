@@ -9,14 +9,15 @@ The store is complete before and after each of these.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from icmlora.errors import Cancelled
 from icmlora.fleet.context import Context, StageBegun
-from icmlora.fleet.encode.encode import EncodeReport, encode_in
-from icmlora.fleet.failures import BaseModelFailed
-from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable, evaluate_in, measurable_in
+from icmlora.fleet.encode.encode import EncodeReport
+from icmlora.fleet.encode.tasks import encode_in
+from icmlora.fleet.measure.evaluate import EvaluateReport
+from icmlora.fleet.measure.tasks import evaluate_in, measurable_in
+from icmlora.fleet.train.report import TrainReport, Updated
 from icmlora.generator.codec.limits import Limits
 from registry.errors import IcmError
 
@@ -24,29 +25,10 @@ if TYPE_CHECKING:
     from registry.store import Store
 
 
-@dataclass
-class FinishReport:
-    """The results of encoding and measuring after a training."""
-
-    failed: list[BaseModelFailed] = field(default_factory=list)
-    encoded: list[EncodeReport] = field(default_factory=list)  # once for limits, or for each base model refined
-    measurable: Measurable | None = None  # tasks that this machine can measure; None before that is known
-    evaluated: EvaluateReport | None = None
-    evaluate_error: IcmError | None = None  # why none of the measurable tasks could be measured
-
-    @property
-    def is_partial(self) -> bool:
-        """Whether a base model failed, a code misses a limit, or a task could not be measured."""
-        short = any(one.short for one in self.encoded)
-        unmeasured = self.evaluated is not None and self.evaluated.is_partial
-        return bool(self.failed) or short or unmeasured or self.evaluate_error is not None
-
-
 def finish(
     context: Context,
     store: Store,
-    report: FinishReport,
-    base_models: Sequence[str],
+    report: TrainReport,
     tasks: Sequence[str],
     limits: Limits,
     *,
@@ -57,16 +39,17 @@ def finish(
 ) -> None:
     """Encode again for limits or refine, then measure, and add the results to the report.
 
-    `base_models` are those with new codes, `tasks` the tasks with a new code, if not all, and `only` the base model
-    that was selected, if any. Without limits, codes are refined.
+    `tasks` are those with a new code, if not all, and `only` is the base model that was selected, if any. Without
+    limits, codes are refined.
     """
+    base_models = [one.base_model for one in report.done if not isinstance(one, Updated) or one.tasks]
     labels: Sequence[str | None] = base_models if limits.refine != 0 else []
     if not limits.is_by_quality:
         labels = [only] if base_models else []
     for label in labels:
         try:
             context.on_event(StageBegun("encode", report))
-            encoded = encode_in(context, store, tasks, limits, label, device=device, workers=workers)
+            encoded = encode_in(context, store, tasks, limits, label, device, workers)
             report.encoded.append(encoded)
         except Cancelled as stop:
             report.encoded.append(cast("EncodeReport | None", stop.report) or EncodeReport())
@@ -78,7 +61,7 @@ def finish(
         return
     try:
         context.on_event(StageBegun("eval", report))
-        report.evaluated = evaluate_in(context, store, names, sources=("code",), device=device, workers=workers)
+        report.evaluated = evaluate_in(context, store, names, ("code",), device, workers)
     except Cancelled as stop:
         report.evaluated = cast("EvaluateReport | None", stop.report) or EvaluateReport()
         raise

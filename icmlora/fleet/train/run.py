@@ -23,19 +23,20 @@ import torch
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.channel_statistics import channel_statistics
 from icmlora.errors import Cancelled, DataError, GeneratorError, OtherProcessFailed
-from icmlora.fleet.context import Context, Event, check_base_model
+from icmlora.fleet.context import Context, check_base_model
 from icmlora.fleet.failures import FAILURES
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource
 from icmlora.fleet.resources.loading import open_base
 from icmlora.fleet.resources.texts import read_samples
 from icmlora.fleet.train.publish import put_files
+from icmlora.fleet.train.report import StepDone
 from icmlora.generator.codec.encoding import Encoded
 from icmlora.generator.config import GeneratorConfig, config_for
 from icmlora.generator.sensitivity import Sensitivity, sensitivity_of
 from icmlora.io.devices import gradient_dtype
 from icmlora.training.config import DEFAULT_QUALITY, TrainConfig
 from icmlora.training.initialisation import fresh_network, grown_network
-from icmlora.training.loop import Probe, TrainStep, draws_of, fit
+from icmlora.training.loop import Probe, draws_of, fit
 from icmlora.training.ranks import ALONE, Ranks
 from icmlora.training.state import TrainState, new_state, state_from_bytes
 from registry.encoding import packed, unpacked
@@ -54,16 +55,6 @@ _MEASUREMENTS = 5  # of the mean code length during a training
 _STATISTICS_TOKENS = 2048
 _STATISTICS_TASKS = 64
 _STATISTICS_SAMPLES = 8  # of each task
-
-
-@dataclass(frozen=True)
-class StepDone(Event):
-    """One optimiser step is done; `at` has the loss in bits per parameter of the adapter that this step drew."""
-
-    base_model: str
-    task: str
-    mean_bits: float  # per parameter: the latest measurement of a few adapters, which are the same at every step
-    at: TrainStep
 
 
 class TrainingRun:
@@ -233,17 +224,27 @@ def usable_source(
     return source
 
 
-def options_of(
-    source: StoreAdapterSource, device: torch.device, *, steps: int | None, learning_rate: float | None, seed: int
-) -> TrainConfig:
-    """Choose how a network is trained on some adapters; None means the default."""
+@dataclass(frozen=True)
+class TrainOptions:
+    """How a network is trained; None means the default."""
+
+    quality: int | None
+    width: int | None
+    steps: int | None
+    learning_rate: float | None
+    seed: int
+    resume: bool
+
+
+def schedule_of(source: StoreAdapterSource, device: torch.device, options: TrainOptions) -> TrainConfig:
+    """Choose how a network is trained on some adapters."""
     return TrainConfig.default(
         source.tasks(),
         source.adapters(),
         parameters=source.parameters(),
-        steps=steps,
-        learning_rate=learning_rate,
-        seed=seed,
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
         stacked=draws_of(device),
     )
 

@@ -22,9 +22,8 @@ import torch
 from icmlora import Fleet
 from icmlora.fleet.context import Event
 from icmlora.fleet.encode.encode import TaskEncoded
-from icmlora.fleet.few_shot.train import EpisodeDone
 from icmlora.fleet.measure.evaluate import TaskEvaluated
-from icmlora.fleet.train.run import StepDone
+from icmlora.fleet.train.report import EpisodeDone, StepDone
 from icmlora.fleet.vectors.vectors import VectorsExtracted
 from icmlora.io.devices import resolve_device
 from tests.benchmarks.performance.machine import peak_memory
@@ -66,10 +65,10 @@ def train(fleet: Fleet, device: str, steps: int) -> dict[str, Any]:
 def encode(fleet: Fleet, device: str, refine: int) -> dict[str, Any]:
     """Encode all tasks again, with refinement."""
     report = fleet.encode(device=device, refine=refine, quality=4, again=True)
-    wrong = [f"{task.task}: {task.reason}" for task in report.tasks if task.status != "encoded" or task.reason]
+    wrong = [f"{task.task}: {task.reason}" for task in report.done if task.status != "encoded" or task.reason]
     if wrong:
         raise SystemExit(str(wrong))
-    return {"code_bytes": [task.size for task in report.tasks]}
+    return {"code_bytes": [task.size for task in report.done]}
 
 
 def few_shot(fleet: Fleet, device: str, episodes: int) -> dict[str, Any]:

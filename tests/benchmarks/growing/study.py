@@ -84,7 +84,7 @@ class Growing:
         seconds = time.monotonic() - began
         names = tuple(folder.name for folder in folders)
         report = evict(self._place, names, max_error=MAX_ERROR, device="cpu")
-        kept = [task.task for task in report.tasks if task.status != "evicted"]
+        kept = [task.task for task in report.done if task.status != "evicted"]
         if kept:
             raise SystemExit(f"not evicted: {', '.join(kept)}")
         return self._measured(names, seconds)

@@ -18,7 +18,7 @@ def images(tmp_path: Path) -> tuple[Fleet, str]:
     """A fleet of one image adapter with its pipeline, and the name of its task."""
     tiny_sd15().save_pretrained(tmp_path / "sd15", safe_serialization=True)
     fleet = Fleet(tmp_path / "store")
-    (task,) = fleet.ingest([kohya_file("sd15")]).ingested
+    (task,) = fleet.ingest([kohya_file("sd15")]).done
     fleet.add_base_model(LABEL, tmp_path / "sd15")
     fleet.train(device="cuda", steps=1, refine=0, evaluate=False)
     return fleet, task.task

@@ -159,15 +159,15 @@ def test_an_original_whose_tensors_cannot_be_given_back_is_not_evicted(fleet: Fl
     assert callable(spoil)
     spoil(base)
     report = fleet.evict(["changed", "copies"], max_error=100)
-    done = {task.task: task for task in report.tasks}
+    done = {task.task: task for task in report.done}
     assert {name: task.status for name, task in done.items()} == {"changed": "evicted", "copies": "kept"}
     assert "base model" in str(done["copies"].reason)
-    assert report.partly
+    assert report.is_partial
     assert not fleet.show("copies").task.final.is_evicted
 
 
 def test_after_eviction_the_tensors_still_come_back(fleet: Fleet, given: Path, out: Path) -> None:
-    (done,) = fleet.evict(["copies"], max_error=100).tasks
+    (done,) = fleet.evict(["copies"], max_error=100).done
     assert done.status == "evicted"
     fleet.prune(grace=0)
     assert fleet.materialize("copies", out).source == "code"

@@ -125,7 +125,7 @@ def test_a_moved_folder_keeps_the_base_model_of_its_tasks(fleet: Fleet, tmp_path
     fleet.ingest([tmp_path / "here"])
     (tmp_path / "here").rename(tmp_path / "there")
     report = fleet.ingest([tmp_path / "there"])
-    assert [task.status for task in report.ingested] == ["known"]
+    assert [task.status for task in report.done] == ["known"]
     assert bases(fleet) == {str(tmp_path / "here" / "model"): ["poems"]}
 
 
@@ -139,11 +139,11 @@ def test_an_adapter_without_a_label_is_given_its_base_model(fleet: Fleet, tmp_pa
 
 def test_a_known_task_without_a_label_moves_to_the_base_model_that_is_told(fleet: Fleet, tmp_path: Path) -> None:
     folder = write(tmp_path / "poems", None)
-    (first,) = fleet.ingest([folder]).ingested
+    (first,) = fleet.ingest([folder]).done
     assert "--base-model" in str(first.original_only)
-    (again,) = fleet.ingest([folder], base_model=MIRROR).ingested
+    (again,) = fleet.ingest([folder], base_model=MIRROR).done
     assert (again.status, again.base_model, again.original_only) == ("updated", LLAMA, None)
-    (later,) = fleet.ingest([folder]).ingested
+    (later,) = fleet.ingest([folder]).done
     assert (later.status, later.base_model, later.original_only) == ("known", LLAMA, None)
 
 

@@ -18,22 +18,22 @@ from tests.icmlora.tiny_base import LABEL
 def test_the_report_has_the_sizes_of_the_files(fleet: Fleet) -> None:
     before = {name: task.code.size for name, task in tasks_in(fleet).items() if task.code is not None}
     report = fleet.encode(max_error=0.22)
-    assert {task.task: task.before for task in report.tasks} == before
+    assert {task.task: task.before for task in report.done} == before
     sizes = {name: blob_of(fleet, digest).stat().st_size for name, digest in code_blobs(fleet).items()}
-    assert {task.task: task.size for task in report.tasks} == sizes
+    assert {task.task: task.size for task in report.done} == sizes
 
 
 @pytest.mark.slow
 def test_every_code_meets_the_limit(fleet: Fleet) -> None:
     report = fleet.encode(max_error=0.22)
-    assert [task.status for task in report.tasks] == ["encoded"] * 3
-    assert all((task.relative_error or 1) <= 0.22 for task in report.tasks)
+    assert [task.status for task in report.done] == ["encoded"] * 3
+    assert all((task.relative_error or 1) <= 0.22 for task in report.done)
 
 
 @pytest.mark.slow
 def test_a_tighter_limit_makes_a_larger_code(fleet: Fleet) -> None:
-    (coarse,) = fleet.encode(["poems"], max_error=0.55).tasks
-    (fine,) = fleet.encode(["poems"], max_error=0.055).tasks
+    (coarse,) = fleet.encode(["poems"], max_error=0.55).done
+    (fine,) = fleet.encode(["poems"], max_error=0.055).done
     assert coarse.size is not None
     assert fine.size is not None
     assert coarse.size < fine.size
@@ -44,21 +44,21 @@ def test_a_tighter_limit_makes_a_larger_code(fleet: Fleet) -> None:
 def test_the_same_call_again_changes_no_byte(fleet: Fleet) -> None:
     fleet.encode(max_error=0.22)
     before = files_of(fleet.path)
-    assert [task.status for task in fleet.encode(max_error=0.22).tasks] == ["known"] * 3
+    assert [task.status for task in fleet.encode(max_error=0.22).done] == ["known"] * 3
     assert files_of(fleet.path) == before
 
 
 @pytest.mark.slow
 def test_it_encodes_again_if_asked_to(fleet: Fleet) -> None:
-    first = fleet.encode(["silent"], max_error=0.22).tasks[0]
-    again = fleet.encode(["silent"], max_error=0.22, again=True).tasks[0]
+    first = fleet.encode(["silent"], max_error=0.22).done[0]
+    again = fleet.encode(["silent"], max_error=0.22, again=True).done[0]
     assert (again.status, again.size, again.before) == ("encoded", first.size, first.size)
 
 
 @pytest.mark.slow
 def test_a_task_is_encoded_once_however_often_it_is_named(fleet: Fleet) -> None:
     report = fleet.encode(["silent", "SILENT", "poems"], max_error=0.55)
-    assert [task.task for task in report.tasks] == ["poems", "silent"]
+    assert [task.task for task in report.done] == ["poems", "silent"]
 
 
 def test_tasks_that_are_not_named_keep_their_code(fleet: Fleet) -> None:
@@ -71,7 +71,7 @@ def test_tasks_that_are_not_named_keep_their_code(fleet: Fleet) -> None:
 def test_a_limit_that_no_code_meets_leaves_the_present_code_and_says_so(fleet: Fleet) -> None:
     before = code_blobs(fleet)
     report = fleet.encode(["silent"], max_error=1e-6)
-    (task,) = report.tasks
+    (task,) = report.done
     assert (task.status, report.short, code_blobs(fleet)) == ("below", [task], before)
     assert "relative error of 1e-06 or less" in str(task.reason)
 
@@ -79,7 +79,7 @@ def test_a_limit_that_no_code_meets_leaves_the_present_code_and_says_so(fleet: F
 def test_the_code_of_an_evicted_task_stays(fleet: Fleet) -> None:
     fleet.evict(["poems"], max_error=0.7)
     before = code_blobs(fleet)["poems"]
-    (task,) = fleet.encode(["poems"], max_error=0.032).tasks
+    (task,) = fleet.encode(["poems"], max_error=0.032).done
     assert (task.status, code_blobs(fleet)["poems"]) == ("evicted", before)
 
 
@@ -87,7 +87,7 @@ def test_the_code_of_an_evicted_task_stays(fleet: Fleet) -> None:
 def test_a_code_is_refined_without_samples_too(fleet: Fleet) -> None:
     blobs = []
     for steps in (0, 2):
-        (task,) = fleet.encode(["silent"], keep=0.6, refine=steps, device="cpu").tasks
+        (task,) = fleet.encode(["silent"], keep=0.6, refine=steps, device="cpu").done
         assert (task.status, task.reason) == ("encoded", None)
         blobs.append(code_blobs(fleet)["silent"])
     assert blobs[0] != blobs[1]
@@ -111,8 +111,8 @@ def test_refinement_can_be_stopped_while_the_model_still_writes_its_texts(fleet:
 
 @pytest.mark.slow
 def test_a_quality_refines_codes_that_are_coarser_than_plain_ones(fleet: Fleet) -> None:
-    (plain,) = fleet.encode(["poems"], quality=4, refine=0, again=True).tasks
-    (refined,) = fleet.encode(["poems"], quality=4, refine=20, device="cpu").tasks
+    (plain,) = fleet.encode(["poems"], quality=4, refine=0, again=True).done
+    (refined,) = fleet.encode(["poems"], quality=4, refine=20, device="cpu").done
     assert (plain.status, refined.status) == ("encoded", "encoded")
     assert plain.size is not None
     assert refined.size is not None
@@ -123,8 +123,8 @@ def test_a_quality_refines_codes_that_are_coarser_than_plain_ones(fleet: Fleet) 
 def test_a_share_of_the_effect_is_kept_with_and_without_refining(fleet: Fleet) -> None:
     sizes = dict[int, int | None]()
     for steps in (0, 128):
-        (task,) = fleet.encode(["poems"], keep=0.9, refine=steps, device="cpu").tasks
-        assert (task.status, fleet.encode(["poems"], keep=0.9, refine=steps).tasks[0].status) == ("encoded", "known")
+        (task,) = fleet.encode(["poems"], keep=0.9, refine=steps, device="cpu").done
+        assert (task.status, fleet.encode(["poems"], keep=0.9, refine=steps).done[0].status) == ("encoded", "known")
         assert task.effect is not None
         assert task.effect >= 0.895
         sizes[steps] = task.size
@@ -138,7 +138,7 @@ def test_what_a_code_misses_of_a_quality_is_recorded_and_no_failure(
     monkeypatch.setattr(Effect, "lost", lambda *_, **__: lost)
     statuses = []
     for options in ({"quality": 4}, {"quality": 4}, {"keep": 0.98}):
-        (task,) = fleet.encode(["poems"], refine=1, device="cpu", **options).tasks
+        (task,) = fleet.encode(["poems"], refine=1, device="cpu", **options).done
         code = tasks_in(fleet)["poems"].code
         assert code is not None
         assert code.asked is not None
@@ -149,31 +149,31 @@ def test_what_a_code_misses_of_a_quality_is_recorded_and_no_failure(
 
 def test_a_share_takes_forward_passes_and_so_the_base_model(fleet: Fleet) -> None:
     fleet.forget_base_model(LABEL)
-    (task,) = fleet.encode(["poems"], keep=0.9, refine=0).tasks
+    (task,) = fleet.encode(["poems"], keep=0.9, refine=0).done
     assert task.status == "unmeasured"
     assert LABEL in str(task.reason)
 
 
 def test_without_a_limit_the_quality_of_the_generator_counts(fleet: Fleet) -> None:
-    (named,) = fleet.encode(["poems"], quality=4, refine=0).tasks
-    (task,) = fleet.encode(["poems"], refine=0).tasks
+    (named,) = fleet.encode(["poems"], quality=4, refine=0).done
+    (task,) = fleet.encode(["poems"], refine=0).done
     assert (task.status, task.size) == ("known", named.size)
 
 
 def test_a_refined_code_is_known_by_its_quality(fleet: Fleet) -> None:
     fleet.encode(["poems"], quality=3, refine=2, device="cpu")
     before = files_of(fleet.path)
-    (again,) = fleet.encode(["poems"], quality=3, refine=2, device="cpu").tasks
+    (again,) = fleet.encode(["poems"], quality=3, refine=2, device="cpu").done
     assert again.status == "known", again.reason
     assert files_of(fleet.path) == before
 
 
 def test_where_the_base_model_is_missing_a_quality_gives_plain_codes(fleet: Fleet) -> None:
     fleet.forget_base_model(LABEL)
-    (task,) = fleet.encode(["poems"], quality=6).tasks
+    (task,) = fleet.encode(["poems"], quality=6).done
     assert task.status == "encoded"
     assert str(task.reason).startswith("not refined: ")
-    assert fleet.encode(["poems"], quality=6).tasks[0].status == "known"
+    assert fleet.encode(["poems"], quality=6).done[0].status == "known"
 
 
 def test_a_missing_generator_is_an_error(ingested: Fleet) -> None:
@@ -207,9 +207,9 @@ def test_a_stopped_encode_is_continued_by_the_same_call(fleet: Fleet) -> None:
     with pytest.raises(Cancelled) as stopped:
         Fleet(fleet.path, on_event=stop_after(2, TaskEncoded)).encode(max_error=0.14)
     assert isinstance(stopped.value.report, EncodeReport)
-    assert len(stopped.value.report.tasks) == 2
+    assert len(stopped.value.report.done) == 2
     assert is_sound(fleet)
-    assert [task.status for task in fleet.encode(max_error=0.14).tasks] == ["known", "known", "encoded"]
+    assert [task.status for task in fleet.encode(max_error=0.14).done] == ["known", "known", "encoded"]
 
 
 def test_a_training_has_to_wait_for_an_encode(fleet: Fleet) -> None:
@@ -224,7 +224,7 @@ def test_a_training_has_to_wait_for_an_encode(fleet: Fleet) -> None:
     Fleet(fleet.path, on_event=listen).encode(["silent"], max_error=0.1)
     assert len(refused) == 1
     assert "--lock-timeout" in refused[0]
-    assert other.encode(["silent"], max_error=0.1).tasks[0].status == "known"
+    assert other.encode(["silent"], max_error=0.1).done[0].status == "known"
 
 
 @pytest.mark.slow
@@ -233,7 +233,7 @@ def test_a_second_fleet_object_encodes_at_the_same_time(fleet: Fleet) -> None:
 
     def listen(event: object) -> None:
         if isinstance(event, TaskEncoded):
-            found.extend(task.status for task in other.encode(["poems"], max_error=0.7).tasks)
+            found.extend(task.status for task in other.encode(["poems"], max_error=0.7).done)
 
     Fleet(fleet.path, on_event=listen).encode(["silent"], max_error=0.1)
     assert found == ["encoded"]
@@ -241,7 +241,7 @@ def test_a_second_fleet_object_encodes_at_the_same_time(fleet: Fleet) -> None:
 
 
 def test_a_smaller_error_takes_a_finer_code_of_more_bytes(fleet: Fleet) -> None:
-    made = [fleet.encode(["poems"], max_error=limit).tasks[0] for limit in (0.1, 0.001)]
+    made = [fleet.encode(["poems"], max_error=limit).done[0] for limit in (0.1, 0.001)]
     assert [task.status for task in made] == ["encoded", "encoded"]
     assert [(task.relative_error or 1) <= limit for task, limit in zip(made, (0.1, 0.001), strict=True)] == [True, True]
     assert (made[0].size or 0) < (made[1].size or 0)

@@ -43,7 +43,7 @@ def test_without_a_limit_nothing_is_deleted(fleet: Fleet, limits: dict[str, floa
 def test_what_is_freed_is_what_the_disk_gets_back(fleet: Fleet) -> None:
     before = blob_bytes(fleet)
     report = fleet.evict(max_error=0.7)
-    assert report.freed == sum(task.freed for task in report.tasks) == before - blob_bytes(fleet)
+    assert report.freed == sum(task.freed for task in report.done) == before - blob_bytes(fleet)
     assert [task.adapters for task in report.gone] == [3, 1, 1]
 
 
@@ -56,7 +56,7 @@ def test_what_is_left_is_the_code(fleet: Fleet) -> None:
 
 @pytest.mark.slow
 def test_the_report_names_the_code_that_is_left(fleet: Fleet) -> None:
-    (task,) = fleet.evict(["rules"], max_error=0.7).tasks
+    (task,) = fleet.evict(["rules"], max_error=0.7).done
     assert task.code_size == blob_of(fleet, code_blobs(fleet)["rules"]).stat().st_size
     code = fleet.show("rules").task.code
     assert code is not None
@@ -67,7 +67,7 @@ def test_a_dry_run_reports_the_same_and_changes_no_byte(fleet: Fleet) -> None:
     before = files_of(fleet.path)
     planned = fleet.evict(max_error=0.45, dry_run=True)
     assert files_of(fleet.path) == before
-    assert [task.status for task in planned.tasks] == ["kept", "would_evict", "would_evict"]
+    assert [task.status for task in planned.done] == ["kept", "would_evict", "would_evict"]
     done = fleet.evict(max_error=0.45)
     assert (done.freed, [task.task for task in done.gone]) == (planned.freed, [task.task for task in planned.gone])
 
@@ -85,7 +85,7 @@ def test_a_dry_run_on_two_processes_reports_what_one_process_reports(
 def test_a_code_that_misses_the_limit_keeps_its_original(fleet: Fleet) -> None:
     report = fleet.evict(["poems"], max_error=0.1)
     (task,) = report.kept
-    assert (report.partly, report.freed, gone(fleet)) == (True, 0, [])
+    assert (report.is_partial, report.freed, gone(fleet)) == (True, 0, [])
     assert "above the limit of 0.1" in str(task.reason)
 
 
@@ -94,7 +94,7 @@ def test_a_second_call_has_nothing_to_do(fleet: Fleet) -> None:
     fleet.evict(max_error=0.7)
     before = files_of(fleet.path)
     report = fleet.evict(max_error=0.7)
-    assert ({task.status for task in report.tasks}, report.freed, report.partly) == ({"known"}, 0, False)
+    assert ({task.status for task in report.done}, report.freed, report.is_partial) == ({"known"}, 0, False)
     assert files_of(fleet.path) == before
 
 
@@ -113,7 +113,7 @@ def test_checkpoints_can_go_alone(fleet: Fleet, loras: Path) -> None:
 
 def test_weights_that_another_task_needs_stay(fleet: Fleet, loras: Path) -> None:
     fleet.ingest([loras / "silent"], name="twin")
-    (task,) = fleet.evict(["silent"], max_error=0.7).tasks
+    (task,) = fleet.evict(["silent"], max_error=0.7).done
     assert (task.status, task.freed) == ("evicted", 0)
     assert has_blob(fleet, fleet.show("twin").task.final.weights)
     assert equal(fleet.load("twin"), fleet.load("twin", source="original"))
@@ -121,7 +121,7 @@ def test_weights_that_another_task_needs_stay(fleet: Fleet, loras: Path) -> None
 
 def test_a_task_without_a_code_is_kept(fleet: Fleet, loras: Path) -> None:
     fleet.ingest([loras / "silent"], name="twin")
-    (task,) = fleet.evict(["twin"], max_error=0.7).tasks
+    (task,) = fleet.evict(["twin"], max_error=0.7).done
     assert (task.status, task.code_size) == ("kept", None)
     assert "it has no code" in str(task.reason)
 
@@ -135,7 +135,7 @@ def test_a_damaged_code_keeps_its_original(fleet: Fleet) -> None:
 
 @pytest.mark.slow
 def test_a_gain_is_measured_before_the_original_goes(learned: Fleet) -> None:
-    (task,) = learned.evict(["apples"], min_gain=0.9, device="cpu").tasks
+    (task,) = learned.evict(["apples"], min_gain=0.9, device="cpu").done
     assert task.status == "evicted"
     assert task.retained_gain is not None
     assert task.retained_gain >= 0.9
@@ -144,7 +144,7 @@ def test_a_gain_is_measured_before_the_original_goes(learned: Fleet) -> None:
 
 @pytest.mark.slow
 def test_a_gain_that_is_too_small_keeps_the_original(learned: Fleet) -> None:
-    (task,) = learned.evict(["ships"], min_gain=0.999, device="cpu").tasks
+    (task,) = learned.evict(["ships"], min_gain=0.999, device="cpu").done
     assert (task.status, gone(learned)) == ("kept", [])
     assert "below the limit of 0.999" in str(task.reason)
 
@@ -156,7 +156,7 @@ def test_a_stopped_eviction_is_finished_by_the_same_call(fleet: Fleet) -> None:
     assert isinstance(stopped.value.report, EvictReport)
     assert [task.task for task in stopped.value.report.gone] == gone(fleet) == ["poems", "rules"]
     assert is_sound(fleet)
-    assert [task.status for task in fleet.evict(max_error=0.7).tasks] == ["known", "known", "evicted"]
+    assert [task.status for task in fleet.evict(max_error=0.7).done] == ["known", "known", "evicted"]
 
 
 @pytest.mark.slow
@@ -165,7 +165,7 @@ def test_a_dry_run_does_not_wait_for_a_job(fleet: Fleet) -> None:
 
     def listen(event: Event) -> None:
         if isinstance(event, TaskEncoded):
-            planned.extend(task.status for task in other.evict(["rules"], max_error=0.7, dry_run=True).tasks)
+            planned.extend(task.status for task in other.evict(["rules"], max_error=0.7, dry_run=True).done)
 
     Fleet(fleet.path, on_event=listen).encode(["silent"], max_error=0.1)
     assert planned == ["would_evict"]
@@ -173,9 +173,9 @@ def test_a_dry_run_does_not_wait_for_a_job(fleet: Fleet) -> None:
 
 def test_a_pinned_task_that_is_named_makes_the_report_partial(fleet: Fleet) -> None:
     fleet.edit(["silent", "SILENT"], pinned=True)
-    assert fleet.evict(max_error=0.7, dry_run=True).partly is False
+    assert fleet.evict(max_error=0.7, dry_run=True).is_partial is False
     report = fleet.evict(["silent"], max_error=0.7)
-    assert (report.tasks[0].status, report.partly, gone(fleet)) == ("pinned", True, [])
+    assert (report.done[0].status, report.is_partial, gone(fleet)) == ("pinned", True, [])
 
 
 @pytest.mark.slow

@@ -13,8 +13,7 @@ from icmlora.errors import InvalidWorkers
 from icmlora.fleet.context import Event, StageBegun
 from icmlora.fleet.encode.encode import TaskEncoded
 from icmlora.fleet.measure.evaluate import TaskEvaluated
-from icmlora.fleet.train.train import TrainReport
-from icmlora.fleet.train.update import UpdateReport
+from icmlora.fleet.train.report import TrainReport
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import TASKS, code_blobs, copy_of, is_sound, stop_after, tasks_in
 from tests.icmlora.tiny_base import LABEL
@@ -64,7 +63,7 @@ def test_codes_are_refined_and_then_measured(ingested: Fleet) -> None:
     report = Fleet(ingested.path, on_event=heard.append).train(**FEW)
     assert [event.label for event in heard if isinstance(event, StageBegun)] == ["encode", "eval"]
     (encoded,) = report.encoded
-    assert [(task.task, task.status) for task in encoded.tasks] == [(name, "encoded") for name in TASKS]
+    assert [(task.task, task.status) for task in encoded.done] == [(name, "encoded") for name in TASKS]
     assert report.evaluated is not None
     assert [task.task for task in report.evaluated.done] == ["poems", "rules"]
     assert not report.is_partial
@@ -74,14 +73,14 @@ def test_only_new_codes_are_refined_by_an_update(fleet: Fleet, tmp_path: Path) -
     before = code_blobs(fleet)
     fleet.ingest([write_lora(tmp_path / "more" / "extra", seed=9)])
     (encoded,) = fleet.update(**FEW).encoded
-    assert [task.task for task in encoded.tasks] == ["extra"]
+    assert [task.task for task in encoded.done] == ["extra"]
     assert {name: code_blobs(fleet)[name] for name in TASKS} == before
 
 
 def test_without_the_base_model_codes_stay_plain_and_the_report_says_why_nothing_is_measured(ingested: Fleet) -> None:
     ingested.forget_base_model(LABEL)
     report = ingested.train(**FEW)
-    assert all(str(task.reason).startswith("not refined: ") for task in report.encoded[0].tasks)
+    assert all(str(task.reason).startswith("not refined: ") for task in report.encoded[0].done)
     assert report.measurable is not None
     assert (report.measurable.tasks, report.evaluated) == ([], None)
     assert LABEL in report.measurable.reasons[0]
@@ -101,7 +100,7 @@ def test_a_stop_keeps_the_generator_and_what_is_done(ingested: Fleet, kind: type
     report = stopped.value.report
     assert isinstance(report, TrainReport)
     assert [trained.base_model for trained in report.trained] == [LABEL]
-    last = report.encoded[-1].tasks if kind is TaskEncoded else report.evaluated and report.evaluated.done
+    last = report.encoded[-1].done if kind is TaskEncoded else report.evaluated and report.evaluated.done
     assert len(last or ()) == 1
     assert (report.evaluated is None) == (kind is TaskEncoded)
     assert sorted(code_blobs(ingested)) == TASKS
@@ -116,5 +115,5 @@ def test_workers_that_mean_nothing_are_refused_before_the_training(ingested: Fle
 
 def test_an_update_without_new_tasks_does_nothing_more(fleet: Fleet) -> None:
     report = fleet.update(**FEW)
-    assert isinstance(report, UpdateReport)
+    assert isinstance(report, TrainReport)
     assert (report.encoded, report.measurable, report.evaluated) == ([], None, None)

@@ -29,7 +29,7 @@ def adapter_bytes(folder: Path) -> int:
 
 def test_the_reported_sizes_are_those_of_the_files(new: Fleet, loras: Path) -> None:
     report = new.ingest([loras])
-    assert {task.task: task.size for task in report.ingested} == {name: adapter_bytes(loras / name) for name in TASKS}
+    assert {task.task: task.size for task in report.done} == {name: adapter_bytes(loras / name) for name in TASKS}
     assert report.size == adapter_bytes(loras)
 
 
@@ -42,7 +42,7 @@ def test_the_stored_weights_are_the_given_bytes(new: Fleet, loras: Path) -> None
 def test_ingesting_the_same_again_changes_no_byte(ingested: Fleet, loras: Path) -> None:
     before = files_of(ingested.path)
     report = ingested.ingest([loras])
-    assert (report.new, report.known, {task.status for task in report.ingested}) == (0, 5, {"known"})
+    assert (report.new, report.known, {task.status for task in report.done}) == (0, 5, {"known"})
     assert files_of(ingested.path) == before
 
 
@@ -54,7 +54,7 @@ def test_a_folder_that_is_given_twice_is_ingested_once(new: Fleet, loras: Path) 
 def test_each_task_is_told_when_it_is_in_the_store(loras: Path, tmp_path: Path) -> None:
     heard: list[Event] = []
     report = Fleet(tmp_path / "new", on_event=heard.append).ingest([loras])
-    assert [event for event in heard if isinstance(event, TaskIngested)] == report.ingested
+    assert [event for event in heard if isinstance(event, TaskIngested)] == report.done
     steps = [event for event in heard if isinstance(event, Progress)]
     assert (steps[0], steps[-1].done, steps[-1].total) == (Progress(0, 5), 5, 5)
 
@@ -90,7 +90,7 @@ def test_a_stopped_extraction_reports_what_was_ingested_and_extracted(
     report = stopped.value.report
     assert isinstance(report, IngestReport)
     assert report.vectors is not None
-    assert ([task.task for task in report.vectors.done], len(report.ingested)) == (TASKS[:1], 3)
+    assert ([task.task for task in report.vectors.done], len(report.done)) == (TASKS[:1], 3)
     assert report.without_vectors == TASKS[1:]
 
 
@@ -106,7 +106,7 @@ def test_an_adapter_whose_vectors_cannot_be_extracted_is_ingested(new: Fleet, tm
 def test_a_new_checkpoint_is_added_to_its_task(ingested: Fleet, loras: Path, tmp_path: Path) -> None:
     poems = Path(shutil.copytree(loras / "poems", tmp_path / "poems"))
     write_lora(poems / "checkpoint-15", seed=15)
-    (task,) = ingested.ingest([poems]).ingested
+    (task,) = ingested.ingest([poems]).done
     assert (task.status, task.new, task.known) == ("updated", 1, 3)
     assert [adapter.step for adapter in ingested.show("poems").task.adapters] == [10, 15, 20, None]
 
@@ -126,7 +126,7 @@ def test_samples_can_come_from_another_file(new: Fleet, loras: Path, tmp_path: P
 
 
 def test_a_name_replaces_that_of_the_folder(new: Fleet, loras: Path) -> None:
-    assert [task.task for task in new.ingest([loras / "rules"], name="Laws-2").ingested] == ["Laws-2"]
+    assert [task.task for task in new.ingest([loras / "rules"], name="Laws-2").done] == ["Laws-2"]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_a_refused_adapter_is_passed_over_with_its_reason(loras: Path, tmp_path:
     (bad / "adapter_config.json").write_text("{")
     heard: list[Event] = []
     report = Fleet(tmp_path / "new", on_event=heard.append).ingest([bad, loras / "rules"])
-    assert [task.task for task in report.ingested] == ["rules"]
+    assert [task.task for task in report.done] == ["rules"]
     (refused,) = report.problems
     assert (refused.kind, refused.path, refused.task) == ("json", str(bad / "adapter_config.json"), None)
     assert [event for event in heard if isinstance(event, InputProblem)] == [refused]
@@ -197,7 +197,7 @@ def test_if_everything_is_refused_the_first_reason_is_raised(new: Fleet, tmp_pat
 def test_a_changed_adapter_in_the_same_folder_is_the_next_version(fleet: Fleet, tmp_path: Path) -> None:
     fleet.ingest([write_lora(tmp_path / "odes", seed=98)])
     first = fleet.show("odes").task
-    (task,) = fleet.ingest([write_lora(tmp_path / "odes", seed=99)]).ingested
+    (task,) = fleet.ingest([write_lora(tmp_path / "odes", seed=99)]).done
     assert (task.status, task.version, task.new) == ("version", 2, 1)
     with fleet.context.open(read_only=True) as store:
         assert [one.final.weights for one in store.history("odes")] == [
@@ -216,14 +216,14 @@ def test_a_changed_adapter_can_be_refused(fleet: Fleet, tmp_path: Path) -> None:
 
 
 def test_another_folder_of_the_same_name_is_another_task(fleet: Fleet, tmp_path: Path) -> None:
-    (task,) = fleet.ingest([write_lora(tmp_path / "other" / "poems", seed=99)]).ingested
+    (task,) = fleet.ingest([write_lora(tmp_path / "other" / "poems", seed=99)]).done
     assert (task.task, task.status, task.is_renamed) == ("other-poems", "added", True)
 
 
 def test_a_conflict_can_leave_the_task_as_it_is(fleet: Fleet, tmp_path: Path) -> None:
     before = fleet.show("poems")
     other = write_lora(tmp_path / "other" / "poems", seed=99)
-    (task,) = fleet.ingest([other], on_conflict="skip").ingested
+    (task,) = fleet.ingest([other], on_conflict="skip").done
     assert (task.status, task.new) == ("skipped", 0)
     assert fleet.show("poems") == before
 
@@ -231,7 +231,7 @@ def test_a_conflict_can_leave_the_task_as_it_is(fleet: Fleet, tmp_path: Path) ->
 def test_a_new_version_has_no_code_and_no_vectors_and_the_old_one_keeps_them(fleet: Fleet, tmp_path: Path) -> None:
     first = fleet.show("poems").task
     other = write_lora(tmp_path / "other" / "poems", seed=99)
-    (ingested,) = fleet.ingest([other], on_conflict="version", vectors=False).ingested
+    (ingested,) = fleet.ingest([other], on_conflict="version", vectors=False).done
     task = fleet.show("poems").task
     assert (ingested.status, task.version, task.code, task.vectors) == ("version", 2, None, ())
     assert equal(fleet.load("poems"), load_adapter(other))
@@ -244,7 +244,7 @@ def test_a_dry_run_of_a_version_changes_no_byte(fleet: Fleet, tmp_path: Path) ->
     write_lora(tmp_path / "others" / "poems", seed=99)
     write_lora(tmp_path / "others" / "odes", seed=98)
     report = fleet.ingest([tmp_path / "others"], on_conflict="version", dry_run=True)
-    assert {task.task: task.status for task in report.ingested} == {"odes": "added", "poems": "version"}
+    assert {task.task: task.status for task in report.done} == {"odes": "added", "poems": "version"}
     assert files_of(fleet.path) == before
 
 
@@ -264,7 +264,7 @@ def test_a_task_with_a_damaged_manifest_is_refused_and_the_rest_is_ingested(
     damage(path)
     write_lora(loras_with_odes := Path(shutil.copytree(loras, tmp_path / "more")) / "odes", seed=98)
     report = ingested.ingest([loras, loras_with_odes])
-    assert sorted(task.task for task in report.ingested) == ["odes", "rules", "silent"]
+    assert sorted(task.task for task in report.done) == ["odes", "rules", "silent"]
     (problem,) = report.problems
     assert (problem.kind, "is damaged" in problem.message) == ("unreadable", True)
 
@@ -274,7 +274,7 @@ def test_a_stopped_ingest_reports_what_it_told_and_the_next_call_finishes(loras:
         Fleet(tmp_path / "new", on_event=stop_after(1, TaskIngested)).ingest([loras])
     report = stopped.value.report
     assert isinstance(report, IngestReport)
-    assert ([task.task for task in report.ingested], report.without_vectors) == (["poems"], ["poems"])
+    assert ([task.task for task in report.done], report.without_vectors) == (["poems"], ["poems"])
     fleet = Fleet(tmp_path / "new")
     assert is_sound(fleet)
     again = fleet.ingest([loras])

@@ -65,14 +65,14 @@ def fleet(template: Path, tmp_path: Path) -> Fleet:
 
 def test_initial_weights_inside_the_folder_are_no_task_and_allow_a_code(new: Fleet, tmp_path: Path) -> None:
     report = new.ingest([write_pissa(tmp_path / "loras" / "poems").parent])
-    assert [(task.task, task.original_only) for task in report.ingested] == [("poems", None)]
-    assert report.ingested[0].initial == str(tmp_path / "loras" / "poems" / "pissa_init")
+    assert [(task.task, task.original_only) for task in report.done] == [("poems", None)]
+    assert report.done[0].initial == str(tmp_path / "loras" / "poems" / "pissa_init")
     assert final(new, "poems").rank_max == 2 * load_adapter(tmp_path / "loras/poems/pissa_init").modules[0].a.shape[0]
 
 
 def test_initial_weights_next_to_the_folder_are_found(new: Fleet, tmp_path: Path) -> None:
     write_pissa(tmp_path / "run" / "adapter", initial="../olora_init", method="olora")
-    assert [task.task for task in new.ingest([tmp_path / "run"]).ingested] == ["run"]
+    assert [task.task for task in new.ingest([tmp_path / "run"]).done] == ["run"]
     assert final(new, "run").original_only is None
 
 
@@ -113,23 +113,23 @@ def test_loftq_stays_an_original_because_its_base_model_is_a_quantised_one(new: 
 def test_a_plain_adapter_ignores_a_folder_of_that_name(new: Fleet, tmp_path: Path) -> None:
     write_lora(tmp_path / "runs" / "poems", seed=3)
     write_lora(tmp_path / "runs" / "pissa_init", seed=4)
-    assert len(new.ingest([tmp_path / "runs"]).ingested) == 2
+    assert len(new.ingest([tmp_path / "runs"]).done) == 2
 
 
 def test_initial_weights_of_another_shape_are_a_task_of_their_own(new: Fleet, tmp_path: Path) -> None:
     write_pissa(tmp_path / "poems", initial=None)
     write_lora(tmp_path / "poems" / "pissa_init", seed=4, rank=3)
-    assert len(new.ingest([tmp_path / "poems"]).ingested) == 2
+    assert len(new.ingest([tmp_path / "poems"]).done) == 2
     assert final(new, "poems").original_only is not None
 
 
 def test_initial_weights_that_are_found_later_allow_a_code(new: Fleet, tmp_path: Path) -> None:
     new.ingest([write_pissa(tmp_path / "poems", initial="../start")])
     report = new.ingest([tmp_path / "poems"], initial=tmp_path / "start")
-    assert [task.status for task in report.ingested] == ["updated"]
+    assert [task.status for task in report.done] == ["updated"]
     assert final(new, "poems").original_only is None
     assert is_sound(new)
-    assert [task.status for task in new.ingest([tmp_path / "poems"]).ingested] == ["known"]
+    assert [task.status for task in new.ingest([tmp_path / "poems"]).done] == ["known"]
 
 
 def test_the_original_comes_back_byte_for_byte(fleet: Fleet, template: Path, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_initial_weights_are_evicted_with_the_original_and_come_back_with_it(fle
     assert row.initial is not None
     done = fleet.evict(["sonnets"], max_error=1e9)
     assert (has_blob(fleet, row.weights), has_blob(fleet, row.initial)) == (False, False)
-    assert done.tasks[0].freed == row.weights.size + row.initial.size
+    assert done.done[0].freed == row.weights.size + row.initial.size
     fleet.ingest([template / "sonnets"])
     assert (has_blob(fleet, row.weights), has_blob(fleet, row.initial)) == (False, False)
     assert is_sound(fleet)

@@ -182,7 +182,7 @@ def test_training_leaves_out_what_has_no_code_and_says_why(fleet: Fleet) -> None
 
 
 @pytest.mark.parametrize("task", WITHOUT_CODE)
-@pytest.mark.parametrize("source", ["code", "generate"])
+@pytest.mark.parametrize("source", ["code", "recalled"])
 def test_what_has_no_code_is_written_from_its_original_only(fleet: Fleet, out: Path, task: str, source: str) -> None:
     with pytest.raises(DataError, match="only its original") as caught:
         fleet.materialize(task, out, source=source)  # type: ignore[arg-type]
@@ -199,9 +199,13 @@ def test_what_has_no_code_is_not_loaded_as_a_lora(fleet: Fleet, task: str) -> No
 @pytest.mark.slow
 def test_what_has_no_code_is_never_evicted(fleet: Fleet, kept: Path, out: Path) -> None:
     report = fleet.evict(max_error=1.0)
-    assert ([task.task for task in report.original_only], report.kept, report.partly) == (WITHOUT_CODE, [], False)
-    assert all(task.reason for task in report.original_only)
-    assert fleet.evict(["loha"], max_error=1.0).partly
+    assert ([task.task for task in report.done if task.status == "original_only"], report.kept, report.is_partial) == (
+        WITHOUT_CODE,
+        [],
+        False,
+    )
+    assert all(task.reason for task in report.done if task.status == "original_only")
+    assert fleet.evict(["loha"], max_error=1.0).is_partial
     assert {task.task for task in report.gone} >= {"headed", "twin", "poems"}
     fleet.materialize("loha", out)
     assert (out / WEIGHTS).read_bytes() == (kept / "loha" / WEIGHTS).read_bytes()
@@ -214,7 +218,7 @@ def test_a_checkpoint_without_a_code_is_never_evicted(fleet: Fleet, kept: Path, 
     shutil.copytree(kept / "diverged", tmp_path / "run" / "checkpoint-10")
     fleet.ingest([tmp_path / "run"])
     fleet.update(device="cpu", refine=0, evaluate=False)
-    (done,) = fleet.evict(["run"], max_error=1.0).tasks
+    (done,) = fleet.evict(["run"], max_error=1.0).done
     assert (done.status, done.adapters) == ("evicted", 1)
     checkpoint, final = fleet.show("run").task.adapters
     assert (checkpoint.is_evicted, final.is_evicted) == (False, True)
@@ -271,7 +275,7 @@ def test_an_extra_that_the_store_lost_comes_back_with_the_same_adapter(fleet: Fl
 def test_a_dry_run_reads_extras_and_stores_nothing(kept: Path, tmp_path: Path) -> None:
     fleet = Fleet(tmp_path / "new")
     report = fleet.ingest([kept], dry_run=True)
-    assert sorted(task.task for task in report.ingested) == ["diverged", "headed", "loha", "twin"]
+    assert sorted(task.task for task in report.done) == ["diverged", "headed", "loha", "twin"]
     assert not (tmp_path / "new").exists()
 
 

@@ -48,7 +48,7 @@ def trained(source: Path, kind: str, folder: Path) -> Fleet:
     """Return a fleet of the same adapters in one format, with codes."""
     fleet = Fleet(folder / "store")
     report = fleet.ingest([source / kind])
-    assert ([task.task for task in report.ingested], report.problems) == (list(NAMES), [])
+    assert ([task.task for task in report.done], report.problems) == (list(NAMES), [])
     fleet.add_base_model(LABEL, source / "base")
     fleet.train(device="cpu", steps=5, refine=0, evaluate=False)
     return fleet
@@ -190,7 +190,7 @@ def test_a_gguf_adapter_of_another_base_model_is_not_taken(source: Path, tmp_pat
     (problem,) = report.problems
     assert (Path(problem.path).name, problem.kind) == ("other.gguf", "base-model")
     assert "'qwen2'" in problem.message
-    assert len(report.ingested) == 1
+    assert len(report.done) == 1
 
 
 def test_what_peft_has_under_another_name_is_not_converted(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_bad_adapters_are_named_and_the_good_ones_are_taken(source: Path, tmp_pa
     config = (source / "mlx" / "poems" / "adapter_config.json").read_bytes()
     (turned / "adapter_config.json").write_bytes(config)
     report = Fleet(tmp_path / "store").ingest([tmp_path])
-    assert [task.task for task in report.ingested] == ["good"]
+    assert [task.task for task in report.done] == ["good"]
     assert sorted(Path(problem.path or "").name for problem in report.problems) == ["adapters.safetensors", "cut.gguf"]
 
 

@@ -93,8 +93,8 @@ def test_only_that_task_keeps_its_code(fleet: Fleet, monkeypatch: pytest.MonkeyP
     before = code_blobs(fleet)
     with too_long(monkeypatch, error):
         report = fleet.encode(keep=0.9, refine=0, **CPU)  # type: ignore[arg-type]
-    assert {task.task: task.status for task in report.tasks if task.status == "unmeasured"} == {"ships": "unmeasured"}
-    (reason,) = [task.reason for task in report.tasks if task.task == "ships"]
+    assert {task.task: task.status for task in report.done if task.status == "unmeasured"} == {"ships": "unmeasured"}
+    (reason,) = [task.reason for task in report.done if task.task == "ships"]
     assert reason is not None
     assert "ran out" in reason
     assert "--load-in nf4" in reason

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from icmlora import DataError, Fleet
 from icmlora.fleet.evict import check, placeholders
-from icmlora.fleet.evict.placeholders import FolderReplaced
+from icmlora.fleet.evict.types import FolderReplaced
 from icmlora.formats.discovery.placeholder import PLACEHOLDER_NAME, read_placeholder
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, damage, files_of, is_sound
@@ -31,7 +31,7 @@ def names_in(folder: Path) -> set[str]:
 
 def folder_of(fleet: Fleet, task: str, **options: Any) -> FolderReplaced:
     """Replace the final adapter of a task, whose original the store keeps, and return what became of its folder."""
-    (done,) = fleet.evict([task], placeholder=True, keep_originals=True, **options).tasks
+    (done,) = fleet.evict([task], placeholder=True, keep_originals=True, **options).done
     return done.folders[-1]
 
 
@@ -97,7 +97,7 @@ def test_with_originals_kept_checkpoints_give_way_too_and_the_store_loses_nothin
 ) -> None:
     before = files_of(fleet.path)
     report = fleet.evict(placeholder=True, keep_originals=True)
-    assert [(task.task, task.status, task.adapters) for task in report.tasks] == [
+    assert [(task.task, task.status, task.adapters) for task in report.done] == [
         ("poems", "replaced", 3),
         ("rules", "replaced", 1),
         ("silent", "replaced", 1),
@@ -115,7 +115,7 @@ def test_checkpoints_alone_can_give_way(fleet: Fleet, own_loras: Path) -> None:
 @pytest.mark.slow
 def test_a_task_that_was_evicted_before_gives_way_too(fleet: Fleet, own_loras: Path) -> None:
     fleet.evict(["rules"], max_error=0.7)
-    (task,) = fleet.evict(["rules"], max_error=0.7, placeholder=True).tasks
+    (task,) = fleet.evict(["rules"], max_error=0.7, placeholder=True).done
     assert (task.status, task.folders[0].status) == ("known", "replaced")
     assert PLACEHOLDER_NAME in names_in(own_loras / "rules")
 
@@ -124,14 +124,14 @@ def test_a_limit_also_counts_for_what_was_evicted_before(fleet: Fleet, own_loras
     fleet.evict(["rules"], max_error=0.7)
     for limit in ({"max_error": 0.01}, {"min_gain": 0.5}):
         report = fleet.evict(["rules"], placeholder=True, **limit)  # type: ignore[arg-type]
-        assert (report.partly, [folder.status for folder in report.folders]) == (True, ["left"])
+        assert (report.is_partial, [folder.status for folder in report.folders]) == (True, ["left"])
     assert WEIGHTS in names_in(own_loras / "rules")
 
 
 def test_a_damaged_code_leaves_the_folder_of_an_evicted_task(fleet: Fleet, own_loras: Path) -> None:
     fleet.evict(["rules"], max_error=0.7)
     damage(blob_of(fleet, code_blobs(fleet)["rules"]))
-    (task,) = fleet.evict(["rules"], max_error=0.7, placeholder=True).tasks
+    (task,) = fleet.evict(["rules"], max_error=0.7, placeholder=True).done
     assert (task.folders[0].status, "damaged" in str(task.folders[0].reason)) == ("left", True)
     assert WEIGHTS in names_in(own_loras / "rules")
 
@@ -145,13 +145,13 @@ def test_a_damaged_original_leaves_the_folder(fleet: Fleet, own_loras: Path) -> 
 
 def test_a_code_that_misses_the_limit_leaves_the_folder(fleet: Fleet, own_loras: Path) -> None:
     report = fleet.evict(["poems"], max_error=0.1, placeholder=True)
-    assert (report.tasks[0].status, report.folders) == ("kept", [])
+    assert (report.done[0].status, report.folders) == ("kept", [])
     assert WEIGHTS in names_in(own_loras / "poems")
 
 
 def test_a_pinned_task_is_not_touched(fleet: Fleet, own_loras: Path) -> None:
     fleet.edit(["rules"], pinned=True)
-    assert fleet.evict(["rules"], placeholder=True, keep_originals=True).tasks[0].status == "pinned"
+    assert fleet.evict(["rules"], placeholder=True, keep_originals=True).done[0].status == "pinned"
     assert WEIGHTS in names_in(own_loras / "rules")
 
 
@@ -199,16 +199,16 @@ def test_weights_that_change_while_other_files_go_are_not_deleted(
 def test_a_task_that_gets_a_new_version_while_its_code_is_checked_can_restore_its_folder(
     fleet: Fleet, own_loras: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = check._Checker._checked
+    real = check._check_task
 
-    def ingest_then(self: Any, *about_the_task: Any) -> Any:
-        made = real(self, *about_the_task)
+    def ingest_then(*about_the_task: Any) -> Any:
+        made = real(*about_the_task)
         fleet.ingest([write_lora(tmp_path / "new" / "rules", seed=77)], name="rules", on_conflict="version")
         return made
 
-    monkeypatch.setattr(check._Checker, "_checked", ingest_then)
+    monkeypatch.setattr(check, "_check_task", ingest_then)
     before = files_of(own_loras / "rules")
-    (task,) = fleet.evict(["rules"], max_error=0.7, placeholder=True).tasks
+    (task,) = fleet.evict(["rules"], max_error=0.7, placeholder=True).done
     assert (task.status, [folder.status for folder in task.folders]) == ("kept", ["replaced"])
     fleet.restore([own_loras / "rules"])
     assert files_of(own_loras / "rules") == before
@@ -217,7 +217,7 @@ def test_a_task_that_gets_a_new_version_while_its_code_is_checked_can_restore_it
 def test_a_changed_folder_does_not_stop_the_others_or_the_eviction(fleet: Fleet, own_loras: Path) -> None:
     (own_loras / "rules" / CONFIG).write_text("{}")
     report = fleet.evict(max_error=0.7, placeholder=True)
-    assert ([folder.status for folder in report.folders], report.partly) == (["replaced", "left", "replaced"], True)
+    assert ([folder.status for folder in report.folders], report.is_partial) == (["replaced", "left", "replaced"], True)
     assert gone(fleet) == TASKS
 
 
@@ -225,7 +225,7 @@ def test_a_folder_that_is_gone_is_named_and_the_eviction_goes_on(fleet: Fleet, o
     shutil.rmtree(own_loras / "rules")
     (own_loras / "silent" / WEIGHTS).unlink()
     report = fleet.evict(["rules", "silent"], max_error=0.7, placeholder=True)
-    assert ([folder.status for folder in report.folders], report.partly) == (["missing", "missing"], False)
+    assert ([folder.status for folder in report.folders], report.is_partial) == (["missing", "missing"], False)
     assert gone(fleet) == ["rules", "silent"]
 
 
@@ -258,9 +258,9 @@ def test_a_second_call_has_nothing_to_do(fleet: Fleet, own_loras: Path) -> None:
     fleet.evict(placeholder=True, keep_originals=True)
     before = files_of(own_loras)
     report = fleet.evict(placeholder=True, keep_originals=True)
-    assert {task.status for task in report.tasks} == {"known"}
+    assert {task.status for task in report.done} == {"known"}
     assert {folder.status for folder in report.folders} == {"there"}
-    assert (files_of(own_loras), report.partly) == (before, False)
+    assert (files_of(own_loras), report.is_partial) == (before, False)
 
 
 def test_a_file_with_another_name_elsewhere_frees_nothing(fleet: Fleet, own_loras: Path, tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_the_placeholder_of_another_adapter_is_never_replaced(fleet: Fleet, own_
 def test_one_folder_of_two_tasks_gives_way_once(fleet: Fleet, own_loras: Path) -> None:
     fleet.ingest([own_loras / "silent"], name="twin")
     report = fleet.evict(["silent", "twin"], placeholder=True, keep_originals=True)
-    assert [(task.task, task.folders[0].status) for task in report.tasks] == [("silent", "replaced"), ("twin", "there")]
+    assert [(task.task, task.folders[0].status) for task in report.done] == [("silent", "replaced"), ("twin", "there")]
 
 
 def test_tokenizers_that_the_store_has_give_way_and_changed_ones_stay(fleet: Fleet, tmp_path: Path) -> None:
@@ -308,15 +308,15 @@ def test_an_adapter_that_came_from_no_folder_has_none(fleet: Fleet, tmp_path: Pa
     fleet.export_bundle(tmp_path / "fleet.icm", ["rules"])
     other = Fleet(tmp_path / "other")
     other.import_bundle(tmp_path / "fleet.icm")
-    (task,) = other.evict(max_error=0.7, placeholder=True).tasks
+    (task,) = other.evict(max_error=0.7, placeholder=True).done
     assert task.folders == []
 
 
 def test_a_checkpoint_that_a_placeholder_stands_for_keeps_its_original(fleet: Fleet, own_loras: Path) -> None:
     fleet.evict(["poems"], placeholder=True, keep_originals=True)
     report = fleet.evict(["poems"], max_error=0.7)
-    (task,) = report.tasks
-    assert (task.status, task.adapters, report.partly) == ("evicted", 1, True)
+    (task,) = report.done
+    assert (task.status, task.adapters, report.is_partial) == ("evicted", 1, True)
     assert "a placeholder replaces it" in str(task.reason)
     assert [row.is_evicted for row in fleet.show("poems").task.adapters] == [False, False, True]
 

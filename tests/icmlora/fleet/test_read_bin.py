@@ -43,7 +43,7 @@ def pickle_weights(folder: Path) -> Path:
 def test_a_pickled_adapter_is_kept_as_safetensors(new: Fleet, tmp_path: Path) -> None:
     before = load_file(write_lora(tmp_path / "a" / "odes") / WEIGHTS)
     pickle_weights(tmp_path / "a" / "odes")
-    (task,) = new.ingest([tmp_path / "a"], read_bin=True).ingested
+    (task,) = new.ingest([tmp_path / "a"], read_bin=True).done
     assert (task.task, task.status, task.converted_from, task.original_only) == (
         "odes",
         "added",
@@ -62,14 +62,14 @@ def test_ingesting_a_pickle_again_changes_nothing(new: Fleet, tmp_path: Path) ->
     pickle_weights(write_lora(tmp_path / "a" / "odes"))
     new.ingest([tmp_path / "a"], read_bin=True)
     report = new.ingest([tmp_path / "a"], read_bin=True)
-    assert [(task.task, task.status) for task in report.ingested] == [("odes", "known")]
+    assert [(task.task, task.status) for task in report.done] == [("odes", "known")]
 
 
 @pytest.mark.slow
 def test_a_dry_run_converts_and_stores_nothing(new: Fleet, tmp_path: Path) -> None:
     pickle_weights(write_lora(tmp_path / "odes"))
     report = new.ingest([tmp_path / "odes"], read_bin=True, dry_run=True)
-    assert ([task.status for task in report.ingested], new.path.exists()) == (["added"], False)
+    assert ([task.status for task in report.done], new.path.exists()) == (["added"], False)
 
 
 @pytest.mark.slow
@@ -77,7 +77,7 @@ def test_checkpoints_may_be_pickles(new: Fleet, tmp_path: Path) -> None:
     for step in (5, 10):
         pickle_weights(write_lora(tmp_path / "run" / f"checkpoint-{step}", seed=step))
     write_lora(tmp_path / "run" / "checkpoint-15", seed=15)
-    (task,) = new.ingest([tmp_path / "run"], read_bin=True).ingested
+    (task,) = new.ingest([tmp_path / "run"], read_bin=True).done
     assert (task.new, task.converted_from) == (3, None)
     assert [adapter.step for adapter in new.show("run").task.adapters] == [5, 10, 15]
 
@@ -89,7 +89,7 @@ def test_a_hostile_pickle_costs_only_itself(new: Fleet, tmp_path: Path) -> None:
     evil = pickle_weights(write_lora(loras / "evil"))
     torch.save({"a": RunsCommand(f"touch {tmp_path / 'ran'}")}, evil / "adapter_model.bin")
     report = new.ingest([loras], read_bin=True)
-    assert [task.task for task in report.ingested] == ["good", "plain"]
+    assert [task.task for task in report.done] == ["good", "plain"]
     (problem,) = report.problems
     assert (problem.kind, problem.path, problem.task) == ("pickle", str(evil / "adapter_model.bin"), None)
     assert "\n" not in problem.message
@@ -125,5 +125,5 @@ def test_what_peft_saves_without_safetensors_is_read(new: Fleet, tmp_path: Path)
     model.save_pretrained(tmp_path / "made", safe_serialization=False)
     if not (tmp_path / "made" / "adapter_model.bin").exists():
         pytest.skip("this PEFT saves safetensors only")
-    (task,) = new.ingest([tmp_path / "made"], read_bin=True).ingested
+    (task,) = new.ingest([tmp_path / "made"], read_bin=True).done
     assert task.converted_from == "adapter_model.bin"

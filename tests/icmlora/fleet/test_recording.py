@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.fleet.ingest.known_tasks import KnownTasks
-from icmlora.fleet.ingest.record import Offer, OnConflict, Outcome, record
+from icmlora.fleet.ingest.record import record
+from icmlora.fleet.ingest.report import OnConflict, TaskIngested
 from registry.errors import DamagedStore, InvalidName, MissingBlob, TaskConflict
 from registry.manifests import Extra, Task
 from registry.names import UNKNOWN_BASE, bundle_source
@@ -31,10 +32,10 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield opened
 
 
-def one(store: Store, offered: Task, **options: Any) -> Outcome:
+def one(store: Store, offered: Task, **options: Any) -> TaskIngested:
     """Record one task; raise its conflict."""
     told = options.pop("base_is_told", False)
-    (outcome,) = record(store, [Offer(task=offered, base_is_told=told)], **options)
+    (outcome,) = record(store, [offered], told_bases={offered.name} if told else (), **options)
     if isinstance(outcome, TaskConflict):
         raise outcome
     return outcome
@@ -64,7 +65,7 @@ def test_the_same_offer_again_writes_nothing(store: Store) -> None:
 
 def test_a_task_keeps_the_spelling_of_its_name(store: Store) -> None:
     one(store, task(store, "Rust", weights=b"same"))
-    assert one(store, task(store, "RUST", weights=b"same")).name == "Rust"
+    assert one(store, task(store, "RUST", weights=b"same")).task == "Rust"
 
 
 def test_an_adapter_offered_twice_is_recorded_once(store: Store) -> None:
@@ -150,16 +151,16 @@ def test_another_folder_conflicts_until_the_user_decides(store: Store) -> None:
     for choice in (None, "fail"):
         with pytest.raises(TaskConflict, match="already exists with a different adapter"):
             one(store, other, on_conflict=choice)
-    assert one(store, other, on_conflict="skip") == Outcome("rust", "skipped", 0, 0, BASE)
+    assert one(store, other, on_conflict="skip") == TaskIngested("rust", "skipped", 0, 0, base_model=BASE)
     assert state(store) == before
     assert one(store, other, on_conflict="version").version == 2
 
 
 def test_a_conflict_leaves_the_other_tasks_of_the_batch_alone(store: Store) -> None:
     one(store, task(store, "rust"))
-    offers = [Offer(task=task(store, name, weights=b"other")) for name in ("html", "rust")]
+    offers = [task(store, name, weights=b"other") for name in ("html", "rust")]
     added, conflict = record(store, offers, on_conflict="fail")
-    assert isinstance(added, Outcome)
+    assert isinstance(added, TaskIngested)
     assert (added.status, isinstance(conflict, TaskConflict)) == ("added", True)
     assert store.names() == ["html", "rust"]
 
@@ -167,7 +168,7 @@ def test_a_conflict_leaves_the_other_tasks_of_the_batch_alone(store: Store) -> N
 def test_a_batch_needs_valid_and_different_names(store: Store) -> None:
     for names, error in ((["../rust"], InvalidName), (["rust", "RUST"], ValueError)):
         with pytest.raises(error):
-            record(store, [Offer(task=replace(task(store, "rust"), name=name)) for name in names])
+            record(store, [replace(task(store, "rust"), name=name) for name in names])
     assert state(store) == []
 
 
@@ -243,16 +244,16 @@ def test_a_task_that_another_process_changed_is_decided_again(store: Store) -> N
     one(store, task(store, "rust"))
     read = {"rust": store.task("rust")}
     store.update("rust", lambda known: replace(known, note="meanwhile"))
-    outcomes = record(store, [Offer(task=task(store, "rust", steps=[80]))], read)
-    assert [outcome.status for outcome in outcomes if isinstance(outcome, Outcome)] == ["updated"]
+    outcomes = record(store, [task(store, "rust", steps=[80])], read)
+    assert [outcome.status for outcome in outcomes if isinstance(outcome, TaskIngested)] == ["updated"]
     assert (store.task("rust").note, len(store.task("rust").checkpoints)) == ("meanwhile", 1)
 
 
 def test_a_task_that_another_process_added_is_known(store: Store) -> None:
     offered = task(store, "rust")
     one(store, offered)
-    (outcome,) = record(store, [Offer(task=offered)], {})
-    assert isinstance(outcome, Outcome)
+    (outcome,) = record(store, [offered], {})
+    assert isinstance(outcome, TaskIngested)
     assert outcome.status == "known"
 
 
@@ -275,22 +276,20 @@ def fresh_store() -> Iterator[Store]:
         yield store
 
 
-def batch(store: Store, offers: Offers) -> list[Offer]:
+def batch(store: Store, offers: Offers) -> list[Task]:
     return [
-        Offer(
-            task=task(
-                store,
-                name,
-                weights=weights,
-                steps=steps,
-                samples=None if samples is None else put(store, samples),
-            )
+        task(
+            store,
+            name,
+            weights=weights,
+            steps=steps,
+            samples=None if samples is None else put(store, samples),
         )
         for name, weights, steps, samples in offers
     ]
 
 
-def told(outcomes: Sequence[Outcome | TaskConflict]) -> list[Outcome | str]:
+def told(outcomes: Sequence[TaskIngested | TaskConflict]) -> list[TaskIngested | str]:
     return [str(one) if isinstance(one, TaskConflict) else one for one in outcomes]
 
 
@@ -307,7 +306,7 @@ def test_a_dry_run_comes_true_and_the_second_time_all_is_known(
         assert told(record(store, offers, on_conflict=on_conflict)) == planned
         after = state(store)
         again = record(store, offers, on_conflict=on_conflict)
-        assert {one.status for one in again if isinstance(one, Outcome)} <= {"known", "skipped"}
+        assert {one.status for one in again if isinstance(one, TaskIngested)} <= {"known", "skipped"}
         assert state(store) == after
 
 
@@ -325,10 +324,10 @@ def test_one_batch_and_one_task_at_a_time_end_in_the_same_tasks(offers: Offers) 
 
 
 def test_without_a_store_every_task_is_new(store: Store) -> None:
-    offers = [Offer(task=task(store, name, steps=[80])) for name in ("rust", "html")]
+    offers = [task(store, name, steps=[80]) for name in ("rust", "html")]
     planned = record(None, offers)
     assert planned == record(store, offers)
-    assert [outcome.status for outcome in planned if isinstance(outcome, Outcome)] == ["added", "added"]
+    assert [outcome.status for outcome in planned if isinstance(outcome, TaskIngested)] == ["added", "added"]
 
 
 # Known tasks

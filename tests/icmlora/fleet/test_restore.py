@@ -36,7 +36,7 @@ def lose(fleet: Fleet, *tasks: str) -> None:
 
 
 def by_name(report: RestoreReport) -> dict[str, AdapterRestored]:
-    return {Path(adapter.path).name: adapter for adapter in report.adapters}
+    return {Path(adapter.path).name: adapter for adapter in [*report.done, *report.refused]}
 
 
 def test_kept_originals_come_back_byte_for_byte(fleet: Fleet, own_loras: Path) -> None:
@@ -44,8 +44,8 @@ def test_kept_originals_come_back_byte_for_byte(fleet: Fleet, own_loras: Path) -
     keep(fleet)
     report = fleet.restore([own_loras])
     assert files_of(own_loras) == before
-    assert {(adapter.status, adapter.source) for adapter in report.adapters} == {("restored", "original")}
-    assert len(report.adapters) == 5
+    assert {(adapter.status, adapter.source) for adapter in report.done} == {("restored", "original")}
+    assert len(report.done) == 5
     assert report.size == sum(len(before[f"{folder}/{name}"]) for folder in
                               ("poems", "poems/checkpoint-10", "poems/checkpoint-20", "rules", "silent")
                               for name in (CONFIG, WEIGHTS))  # fmt: skip
@@ -55,7 +55,7 @@ def test_without_the_original_the_code_is_decoded_in_its_form(fleet: Fleet, own_
     config = (own_loras / "rules" / CONFIG).read_bytes()
     decoded = fleet.load("rules", source="code")
     lose(fleet, "rules")
-    (done,) = fleet.restore([own_loras]).adapters
+    (done,) = fleet.restore([own_loras]).done
     code = fleet.show("rules").task.code
     assert code is not None
     assert (done.status, done.source, done.squared_error) == ("restored", "code", code.squared_error)
@@ -83,7 +83,7 @@ def test_a_measured_gain_is_reported(learned: Fleet, learned_template: Path, tmp
     placed = placeholder_of(with_gain.final.weights, with_gain.final.config, "apples")
     (folder / CONFIG).unlink()
     (folder / PLACEHOLDER_NAME).write_bytes(placed)
-    (done,) = learned.restore([folder]).adapters
+    (done,) = learned.restore([folder]).done
     assert done.retained_gain is not None
     assert done.retained_gain >= 0.5
 
@@ -121,7 +121,7 @@ def test_a_dry_run_says_the_same_and_writes_nothing(fleet: Fleet, own_loras: Pat
 def test_a_task_with_another_name_by_now_is_found_by_its_digests(fleet: Fleet, own_loras: Path) -> None:
     keep(fleet, "rules")
     fleet.edit(["rules"], name="law")
-    (done,) = fleet.restore([own_loras]).adapters
+    (done,) = fleet.restore([own_loras]).done
     assert (done.status, done.source) == ("restored", "original")
 
 
@@ -129,7 +129,7 @@ def test_the_original_of_another_task_with_the_same_bytes_is_better_than_a_code(
     fleet.ingest([own_loras / "silent"], name="twin")
     before = files_of(own_loras / "silent")
     lose(fleet, "silent")
-    (done,) = fleet.restore([own_loras]).adapters
+    (done,) = fleet.restore([own_loras]).done
     assert (done.source, files_of(own_loras / "silent")) == ("original", before)
 
 
@@ -172,7 +172,7 @@ def test_files_that_were_put_back_by_hand_only_lose_the_placeholder(fleet: Fleet
     lose(fleet, "rules")
     for name in (CONFIG, WEIGHTS):
         shutil.copy(loras / "rules" / name, own_loras / "rules" / name)
-    (done,) = fleet.restore([own_loras]).adapters
+    (done,) = fleet.restore([own_loras]).done
     assert (done.status, done.size) == ("complete", 0)
     assert files_of(own_loras / "rules") == files_of(loras / "rules")
 
@@ -182,7 +182,7 @@ def test_weights_that_are_still_there_are_kept_and_only_the_rest_is_written(
 ) -> None:
     lose(fleet, "rules")
     shutil.copy(loras / "rules" / WEIGHTS, own_loras / "rules" / WEIGHTS)
-    (done,) = fleet.restore([own_loras]).adapters
+    (done,) = fleet.restore([own_loras]).done
     assert (done.source, files_of(own_loras / "rules")) == ("original", files_of(loras / "rules"))
 
 
@@ -191,7 +191,7 @@ def test_one_bad_placeholder_never_stops_the_others(fleet: Fleet, own_loras: Pat
     (own_loras / "rules" / PLACEHOLDER_NAME).write_text("{")
     report = fleet.restore([own_loras, own_loras / "nothing"])
     assert [Path(adapter.path).name for adapter in report.refused] == ["nothing", PLACEHOLDER_NAME]
-    assert len(report.restored) == 4
+    assert len(report.done) == 4
 
 
 def test_a_decoder_that_fails_stops_no_other_adapter(
@@ -226,7 +226,7 @@ def test_if_nothing_comes_back_for_several_reasons_their_number_is_raised(fleet:
 
 
 def test_without_placeholders_nothing_is_done(fleet: Fleet, own_loras: Path) -> None:
-    assert fleet.restore([own_loras]).adapters == []
+    assert fleet.restore([own_loras]).done == []
 
 
 @pytest.mark.parametrize("take_away", [keep, lose])
@@ -236,7 +236,7 @@ def test_an_earlier_version_is_restored_where_its_placeholder_is(
     take_away(fleet, "rules")
     write_lora(own_loras / "new" / "rules", seed=77)
     fleet.ingest([own_loras / "new" / "rules"], name="rules", on_conflict="version")
-    (done,) = fleet.restore([own_loras / "rules"]).adapters
+    (done,) = fleet.restore([own_loras / "rules"]).done
     assert (done.status, done.source) == ("restored", "original" if take_away is keep else "code")
 
 
@@ -263,7 +263,7 @@ def test_the_store_that_a_placeholder_names_is_not_opened(fleet: Fleet, own_lora
     with pytest.raises(DataError) as error:
         fleet.restore([own_loras])
     assert str(tmp_path / "theirs") in str(error.value.hint)
-    (done,) = Fleet(tmp_path / "theirs").restore([own_loras]).adapters
+    (done,) = Fleet(tmp_path / "theirs").restore([own_loras]).done
     assert done.source == "original"
 
 
@@ -306,7 +306,7 @@ def test_without_the_store_a_bundle_brings_the_code_back(fleet: Fleet, own_loras
     fleet.restore([own_loras])
     shutil.rmtree(fleet.path)
     report = fleet.restore([tmp_path / "copies"], bundle=tmp_path / "fleet.icm")
-    assert {adapter.source for adapter in report.adapters} == {"code"}
+    assert {adapter.source for adapter in report.done} == {"code"}
     for name in ("poems", "rules", "silent"):
         assert files_of(tmp_path / "copies" / name) == files_of(own_loras / name)
 
@@ -315,7 +315,7 @@ def test_what_a_bundle_lacks_is_refused(fleet: Fleet, own_loras: Path, tmp_path:
     fleet.export_bundle(tmp_path / "fleet.icm", ["rules"])
     keep(fleet)
     report = fleet.restore([own_loras], bundle=tmp_path / "fleet.icm")
-    assert [Path(adapter.path).name for adapter in report.restored] == ["rules"]
+    assert [Path(adapter.path).name for adapter in report.done] == ["rules"]
     assert len(report.refused) == 4
 
 
@@ -350,7 +350,7 @@ def test_a_pickle_comes_back_as_safetensors_and_that_is_said(fleet: Fleet, tmp_p
     (folder / WEIGHTS).unlink()
     fleet.ingest([folder], read_bin=True)
     keep(fleet, "odes")
-    (done,) = fleet.restore([folder]).adapters
+    (done,) = fleet.restore([folder]).done
     assert (done.source, done.converted_from) == ("original", "adapter_model.bin")
     after = load_file(folder / WEIGHTS)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -372,7 +372,7 @@ def test_an_adapter_in_a_single_file_has_a_placeholder_of_its_name(
     keep(fleet, "odes")
     assert {path.name for path in folder.iterdir()} == {f"odes.{PLACEHOLDER_NAME}", "songs.toy"}
     again = fleet.ingest([folder])
-    assert ([task.task for task in again.ingested], [met.task for met in again.placeholders]) == (["songs"], ["odes"])
+    assert ([task.task for task in again.done], [met.task for met in again.placeholders]) == (["songs"], ["odes"])
     fleet.restore([folder])
     assert files_of(folder) == before
 
@@ -387,7 +387,7 @@ def test_what_came_from_a_code_is_not_ingested_as_another_adapter(fleet: Fleet, 
     codes = {row.name: row.manifest for row in fleet.tasks()}
     for dry_run in (True, False):
         report = fleet.ingest([own_loras], dry_run=dry_run)
-        assert ({task.status for task in report.ingested}, report.problems) == ({"decoded"}, [])
+        assert ({task.status for task in report.done}, report.problems) == ({"decoded"}, [])
     assert {row.name: row.manifest for row in fleet.tasks()} == codes
 
 
@@ -409,7 +409,7 @@ def test_what_came_from_a_code_and_was_changed_stays(fleet: Fleet, own_loras: Pa
     damage(own_loras / "rules" / WEIGHTS)
     (folder,) = fleet.evict(["rules"], max_error=0.7, placeholder=True).folders
     assert folder.status == "left"
-    assert fleet.ingest([own_loras / "rules"], on_conflict="skip").ingested[0].status == "skipped"
+    assert fleet.ingest([own_loras / "rules"], on_conflict="skip").done[0].status == "skipped"
 
 
 def test_a_stopped_restore_goes_on_with_the_same_call(fleet: Fleet, own_loras: Path) -> None:
@@ -418,8 +418,8 @@ def test_a_stopped_restore_goes_on_with_the_same_call(fleet: Fleet, own_loras: P
     with pytest.raises(Cancelled) as stopped:
         Fleet(fleet.path, on_event=stop_after(2, AdapterRestored)).restore([own_loras])
     assert isinstance(stopped.value.report, RestoreReport)
-    assert len(stopped.value.report.restored) == 2
-    assert len(fleet.restore([own_loras]).restored) == 3
+    assert len(stopped.value.report.done) == 2
+    assert len(fleet.restore([own_loras]).done) == 3
     assert files_of(own_loras) == before
 
 
@@ -430,7 +430,7 @@ def test_what_was_left_half_written_is_completed(fleet: Fleet, own_loras: Path) 
     back = files_of(own_loras / "rules")
     (own_loras / "rules" / CONFIG).unlink()
     (own_loras / "rules" / PLACEHOLDER_NAME).write_bytes(placeholder)
-    (done,) = fleet.restore([own_loras]).adapters
+    (done,) = fleet.restore([own_loras]).done
     assert (done.status, files_of(own_loras / "rules")) == ("restored", back)
 
 

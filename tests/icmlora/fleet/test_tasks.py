@@ -166,7 +166,7 @@ def test_an_edit_that_loses_a_race_is_made_again(fleet: Fleet, monkeypatch: pyte
 
 def test_a_removed_task_can_be_ingested_again(fleet: Fleet, loras: Path) -> None:
     fleet.remove(["rules"])
-    (task,) = fleet.ingest([loras / "rules"]).ingested
+    (task,) = fleet.ingest([loras / "rules"]).done
     assert (task.status, fleet.show("rules").task.code) == ("added", None)
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from icmlora import BaseModelNotFound, Cancelled, DataError, DeviceUnavailable, Event, Fleet, GeneratorError
-from icmlora.fleet.train.run import StepDone
-from icmlora.fleet.train.train import CodeMade, Continued, Resumed, Trained, TrainReport
+from icmlora import BaseModelNotFound, Cancelled, DataError, DeviceUnavailable, Event, Fleet
+from icmlora.errors import OptionsConflict
+from icmlora.fleet.train.report import CodeMade, Continued, Resumed, StepDone, Trained, TrainReport
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import (
     TASKS,
@@ -86,7 +86,7 @@ def test_a_device_that_does_not_exist_changes_nothing(ingested: Fleet) -> None:
 
 
 def test_a_quality_out_of_range_is_refused(ingested: Fleet) -> None:
-    with pytest.raises(GeneratorError, match="invalid quality 9; use 1 to 8"):
+    with pytest.raises(OptionsConflict, match="quality is 9; it must be between 1 and 8"):
         ingested.train(device="cpu", quality=9, steps=2, refine=0, evaluate=False)
     assert ingested.generators() == []
 

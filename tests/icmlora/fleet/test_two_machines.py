@@ -51,7 +51,7 @@ def test_each_encodes_on_its_own_copy(learned: Fleet, tmp_path: Path) -> None:
     for name, task in (("ana", "ships"), ("ben", "trains")):
         with machine(tmp_path / name) as base:
             learned.add_base_model(LABEL, base)
-            (done,) = learned.encode([task], again=True, refine=1, **CPU).tasks
+            (done,) = learned.encode([task], again=True, refine=1, **CPU).done
             assert (done.status, done.reason) == ("encoded", None)
 
 

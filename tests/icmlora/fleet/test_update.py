@@ -7,9 +7,7 @@ from pathlib import Path
 import pytest
 
 from icmlora import Cancelled, DataError, Event, Fleet, Progress
-from icmlora.fleet.train.run import StepDone
-from icmlora.fleet.train.train import CodeMade
-from icmlora.fleet.train.update import Updated, UpdateReport
+from icmlora.fleet.train.report import CodeMade, StepDone, TrainReport, Updated
 from icmlora.training.config import LEAST_STEPS
 from registry.encoding import unpacked
 from registry.store import Store
@@ -124,8 +122,8 @@ def test_a_base_model_without_a_generator_is_told_first_and_the_others_are_updat
     told: list[Event] = []
     report = Fleet(larger.path, on_event=told.append).update(device="cpu", steps=2, refine=0, evaluate=False)
     assert report.tasks == ["odes"]
-    assert [failed.message for failed in report.failed] == ["zeta/elsewhere has no generator to add tasks to"]
-    assert next(event for event in told if not isinstance(event, Progress)) == report.failed[0]
+    assert [failed.message for failed in report.failed_bases] == ["zeta/elsewhere has no generator to add tasks to"]
+    assert next(event for event in told if not isinstance(event, Progress)) == report.failed_bases[0]
     with pytest.raises(DataError, match="zeta/elsewhere has no generator"):
         larger.update(device="cpu", base_model="zeta/elsewhere", refine=0, evaluate=False)
 
@@ -136,7 +134,7 @@ def test_a_stopped_update_changes_nothing_and_the_next_one_finishes(wider: Fleet
     before, versions = code_blobs(wider), wider.generators()
     with pytest.raises(Cancelled) as stopped:
         Fleet(wider.path, on_event=stop_after(count)).update(device="cpu", steps=4, refine=0, evaluate=False)
-    assert stopped.value.report == UpdateReport()
+    assert stopped.value.report == TrainReport()
     assert (code_blobs(wider), wider.generators(), is_sound(wider)) == (before, versions, True)
     assert wider.update(device="cpu", steps=4, refine=0, evaluate=False).tasks == ["epics"]
 

@@ -64,5 +64,5 @@ def test_large_damaged_files_next_to_a_good_adapter_take_no_memory(tmp_path: Pat
     sparse(tmp_path / "in" / "sd_xl_base_1.0.safetensors", b"")
     with little_memory():
         report = Fleet(tmp_path / "store").ingest([tmp_path / "in"], dry_run=dry_run)
-    assert [task.task for task in report.ingested] == ["good"]
+    assert [task.task for task in report.done] == ["good"]
     assert {Path(problem.path).name for problem in report.problems} == {cut.name, "sd_xl_base_1.0.safetensors"}
