@@ -55,25 +55,21 @@ _log = logging.getLogger("vllm.icm")  # vLLM shows only loggers below its own na
 
 def register() -> None:
     """Register the resolver with vLLM once, if the environment names a store or a bundle."""
-    if not (os.environ.get("ICM_STORE") or os.environ.get("ICM_BUNDLE")):
+    store, bundle = os.environ.get("ICM_STORE"), os.environ.get("ICM_BUNDLE")
+    if not (store or bundle):
         return
-    if (missing := _missing()) is not None:
-        _log.error("icm: %s; no tasks will be found until it exists", missing)
+    fact = None
+    if bundle:
+        fact = None if Path(bundle).is_file() else f"ICM_BUNDLE={bundle} is not a file"
+    elif store and isinstance(address := address_of(store), Path) and not (address / "registry.db").is_file():
+        fact = f"ICM_STORE={store} is not a store"
+    if fact is not None:
+        _log.error("icm: %s; no tasks will be found until it exists", fact)
     from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
     if NAME not in LoRAResolverRegistry.get_supported_resolvers():
         LoRAResolver.register(IcmResolver)
         LoRAResolverRegistry.register_resolver(NAME, IcmResolver())
-
-
-def _missing() -> str | None:
-    """Return a message if the store or bundle in the environment does not exist, without opening it."""
-    if bundle := os.environ.get("ICM_BUNDLE"):
-        return None if Path(bundle).is_file() else f"ICM_BUNDLE={bundle} is not a file"
-    store = os.environ["ICM_STORE"]
-    address = address_of(store)
-    is_there = not isinstance(address, Path) or (address / "registry.db").is_file()
-    return None if is_there else f"ICM_STORE={store} is not a store"
 
 
 class IcmResolver:

@@ -169,9 +169,8 @@ class GatewayApp:
         with suppress(HttpProblem, TimeoutError):  # the engine is unavailable
             async with asyncio.timeout(_COUNTS_TIMEOUT):
                 counts = await (await self._connection.engine()).prefix_tokens()
-            if counts is not None:
-                self._metrics.prefix_asked.set(counts.asked)
-                self._metrics.prefix_found.set(counts.found)
+            for gauge, count in zip((self._metrics.prefix_asked, self._metrics.prefix_found), counts, strict=False):
+                gauge.set(count)
         return Response(self._metrics.text(), media_type=CONTENT_TYPE)
 
     async def _list_models(self) -> Response:
