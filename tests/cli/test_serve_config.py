@@ -12,8 +12,7 @@ import pytest
 
 from icmlora.fleet.resources.code_source import StoreCodes
 from icmlora.serving.base import EngineBase
-from icmlora.serving.launch import VLLM_RANKS
-from icmlora.serving.requirements import Config, EngineName, config_problem
+from icmlora.serving.requirements import VLLM_RANKS, Config, EngineName, config_problem
 from icmlora.serving.tasks import open_tasks
 from registry.manifests import Task
 from registry.store import Store

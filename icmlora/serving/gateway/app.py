@@ -22,13 +22,11 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from icmlora.serving.gateway.connection import Connection
 from icmlora.serving.gateway.engines import Card
 from icmlora.serving.gateway.forward import Answer, ClientGone, CutShort, Forwarder, Receive, Scope, Send
-from icmlora.serving.gateway.metrics import CONTENT_TYPE, Metrics
+from icmlora.serving.gateway.metrics import CONTENT_TYPE
 from icmlora.serving.gateway.problems import HttpProblem
 from icmlora.serving.gateway.residency import Residency
-from icmlora.serving.gateway.settings import GatewaySettings
 from registry.errors import IcmError, StoreUnavailable
 
 PASSED_ON = frozenset(
@@ -57,23 +55,15 @@ class GatewayApp:
 
     Args:
         forwarder: Forwards requests.
-        connection: The engine.
-        residency: The adapters in it.
-        metrics: The metrics.
-        settings: Access control and limits.
+        residency: The adapters in the engine.
     """
 
-    def __init__(
-        self,
-        forwarder: Forwarder,
-        connection: Connection,
-        residency: Residency,
-        metrics: Metrics,
-        settings: GatewaySettings,
-    ) -> None:
-        self._forwarder, self._connection, self._residency = forwarder, connection, residency
-        self._metrics, self._settings, self._requests = metrics, settings, 0
-        self._token = None if settings.token is None else sha256(settings.token.encode()).digest()
+    def __init__(self, forwarder: Forwarder, residency: Residency) -> None:
+        self._forwarder, self._residency, self._metrics = forwarder, residency, residency.metrics
+        self._connection, self._settings = residency.connection, residency.connection.settings
+        token = self._settings.token
+        self._token = None if token is None else sha256(token.encode()).digest()
+        self._requests = 0
         self._names: list[str] | None = None  # last known task names
         self._models: tuple[float, Mapping[str, Card], bytes] | None = None
         self._listing = asyncio.Lock()

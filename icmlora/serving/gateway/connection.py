@@ -26,14 +26,14 @@ class Connection:
     Args:
         client: HTTP client for the gateway's own requests.
         tasks: The tasks to serve.
-        threads: Threads for comparing base models.
-        settings: Type and base model of the engine, if the user named them.
+        threads: Threads for comparing base models and writing adapters.
+        settings: Type and base model of the engine, if the user named them, and settings for users of the connection.
     """
 
     def __init__(
         self, client: httpx.AsyncClient, tasks: ServedTasks, threads: ThreadPoolExecutor, settings: GatewaySettings
     ) -> None:
-        self._client, self._tasks, self._threads, self._settings = client, tasks, threads, settings
+        self._client, self.tasks, self.threads, self.settings = client, tasks, threads, settings
         self._engine: Engine | None = None
         self._seen: tuple[float, Listing] | None = None
         self._base: tuple[Hashable, EngineBase] | None = None  # with the stamp of the tasks
@@ -41,7 +41,7 @@ class Connection:
     async def engine(self) -> Engine:
         """Return the engine. The first call detects its type."""
         if self._engine is None:
-            self._engine = await connect(self._client, self._settings.engine)
+            self._engine = await connect(self._client, self.settings.engine)
         return self._engine
 
     async def listing(self, max_age: float = 0.0) -> Listing:
@@ -58,7 +58,7 @@ class Connection:
 
     async def problem(self, task: ServedTask) -> str | None:
         """Return why the engine cannot serve a task, or None if it can."""
-        stamp = self._tasks.stamp()
+        stamp = self.tasks.stamp()
         found = await self._with_base(lambda base: base.problem(task))
         if found is not None and self._base is not None and self._base[0] != stamp:
             self._base = None  # the user may since have recorded that both are the same model
@@ -80,12 +80,12 @@ class Connection:
         await self._with_base(EngineBase.prepare)
         await self.check_ready(float("inf"))
         return await self._with_base(
-            lambda base: (base.model, own := len(self._names(base)), len(self._tasks.names()) - own)
+            lambda base: (base.model, own := len(self._names(base)), len(self.tasks.names()) - own)
         )
 
     def _names(self, base: EngineBase) -> list[str]:
-        labels = filter(base.is_of, self._tasks.base_models())
-        return sorted(name for label in labels for name in self._tasks.names(label))
+        labels = filter(base.is_of, self.tasks.base_models())
+        return sorted(name for label in labels for name in self.tasks.names(label))
 
     async def _with_base(self, work: Callable[[EngineBase], R]) -> R:
         """Run a function of the engine's base model in a thread."""
@@ -94,8 +94,8 @@ class Connection:
         def run() -> R:
             known = self._base
             if known is None or known[1].model != model:
-                base = EngineBase(model, self._tasks, self._settings.base_model)
-                self._base = known = self._tasks.stamp(), base
+                base = EngineBase(model, self.tasks, self.settings.base_model)
+                self._base = known = self.tasks.stamp(), base
             return work(known[1])
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, run)
+        return await asyncio.get_running_loop().run_in_executor(self.threads, run)

@@ -16,14 +16,12 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from icmlora.serving.gateway.connection import Connection
 from icmlora.serving.gateway.contexts import HEADER, ON, is_wanted, with_context
 from icmlora.serving.gateway.engines import Body, Engine, unreachable
-from icmlora.serving.gateway.metrics import Metrics
 from icmlora.serving.gateway.problems import HttpProblem
 from icmlora.serving.gateway.residency import Residency
-from icmlora.serving.gateway.settings import MAX_BODY, GatewaySettings
-from icmlora.serving.tasks import ServedTask, ServedTasks
+from icmlora.serving.gateway.settings import MAX_BODY
+from icmlora.serving.tasks import ServedTask
 from registry.errors import IcmError, StoreUnavailable
 
 Scope = MutableMapping[str, Any]
@@ -91,27 +89,12 @@ class Forwarder:
 
     Args:
         client: HTTP client with the engine's base URL.
-        connection: The engine.
-        tasks: The tasks.
-        residency: Their adapters in the engine.
-        settings: Limits for a request.
-        metrics: The metrics.
-        own_authorization: The `authorization` header for the engine, replacing the client's. Empty to send none; None
-            to send the client's.
+        residency: The adapters in the engine.
     """
 
-    def __init__(
-        self,
-        client: httpx.AsyncClient,
-        connection: Connection,
-        tasks: ServedTasks,
-        residency: Residency,
-        settings: GatewaySettings,
-        metrics: Metrics,
-        own_authorization: bytes | None,
-    ) -> None:
-        self._client, self._connection, self._tasks, self._residency = client, connection, tasks, residency
-        self._settings, self._metrics, self._own_authorization = settings, metrics, own_authorization
+    def __init__(self, client: httpx.AsyncClient, residency: Residency) -> None:
+        self._client, self._residency, self._metrics = client, residency, residency.metrics
+        self._connection, self._settings = residency.connection, residency.connection.settings
 
     async def answer(self, scope: Scope, receive: Receive, answer: Answer, path: str) -> None:
         """Answer a request with the engine's response to `path`.
@@ -182,7 +165,7 @@ class Forwarder:
         if self._residency.is_own(listing, name):
             return _Target(listing.base, name)
         try:
-            task = await self._tasks.latest(name)
+            task = await self._connection.tasks.latest(name)
         except (IcmError, OSError) as error:
             fact = error.message if isinstance(error, IcmError) else error.strerror
             if not isinstance(error, StoreUnavailable):  # already logged once
@@ -294,10 +277,10 @@ class Forwarder:
     def _headers(self, headers: Headers) -> Headers:
         dropped = _HOP_BY_HOP | _REPLACED | _named_by_connection(headers)
         kept = [(name, value) for name, value in headers if name.lower() not in dropped]
-        if self._own_authorization is None:
-            return kept
-        kept = [(name, value) for name, value in kept if name.lower() not in TOKEN_HEADERS]
-        return [*kept, (b"authorization", self._own_authorization)] if self._own_authorization else kept
+        token, is_protected = self._settings.engine_token, self._settings.token is not None
+        if token is not None or is_protected:  # do not forward the client's token to the engine
+            kept = [(name, value) for name, value in kept if name.lower() not in TOKEN_HEADERS]
+        return kept if token is None else [*kept, (b"authorization", f"Bearer {token}".encode())]
 
 
 def parse_body(body: bytes) -> Body:

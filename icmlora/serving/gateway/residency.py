@@ -32,9 +32,8 @@ from icmlora.serving.gateway.connection import Connection
 from icmlora.serving.gateway.engines import Engine, Listing
 from icmlora.serving.gateway.metrics import Metrics
 from icmlora.serving.gateway.problems import HttpProblem
-from icmlora.serving.gateway.settings import GatewaySettings
 from icmlora.serving.requirements import config_problem
-from icmlora.serving.tasks import ServedTask, ServedTasks
+from icmlora.serving.tasks import ServedTask
 from registry.errors import IcmError, StoreLocked, StoreUnavailable
 from registry.files import is_full
 
@@ -107,24 +106,13 @@ class Residency:
 
     Args:
         connection: The engine.
-        tasks: The tasks.
         folders: Folders for written adapters.
-        threads: Threads for writing.
         metrics: The metrics.
-        settings: Limits on loaded adapters and waiting tasks.
     """
 
-    def __init__(
-        self,
-        connection: Connection,
-        tasks: ServedTasks,
-        folders: AdapterFolders,
-        threads: ThreadPoolExecutor,
-        metrics: Metrics,
-        settings: GatewaySettings,
-    ) -> None:
-        self._connection, self._tasks, self._folders = connection, tasks, folders
-        self._threads, self._metrics, self._settings = threads, metrics, settings
+    def __init__(self, connection: Connection, folders: AdapterFolders, metrics: Metrics) -> None:
+        self.connection, self._folders, self.metrics = connection, folders, metrics
+        self._tasks, self._settings = connection.tasks, connection.settings
         self._fetching = ThreadPoolExecutor(_FETCHING, thread_name_prefix="icm-fetch")
         self._loaded: OrderedDict[str, Resident] = OrderedDict()  # by task, least recently used first
         self._retired: set[Resident] = set()
@@ -175,13 +163,13 @@ class Residency:
             return
         async with self._turn:
             if (resident := self._loaded.get(task)) is not None:
-                await self._retire(await self._connection.engine(), resident, "the task was removed")
+                await self._retire(await self.connection.engine(), resident, "the task was removed")
 
     async def prepare(self) -> None:
         """Detect the engine, and find adapters that it has already loaded."""
         async with self._turn:
             await self._reconcile()
-        model, served, others = await self._connection.prepare()
+        model, served, others = await self.connection.prepare()
         if served:
             count = counted(served, "task")
             _log.info("the engine runs %s: serving %s; %d for other base models", model, count, others)
@@ -204,11 +192,11 @@ class Residency:
     async def _acquire(self, task: ServedTask) -> Resident | None:
         resident = self._loaded.get(task.name)
         if resident is not None and resident.known and resident.key == task.key:
-            self._metrics.hits.inc()
+            self.metrics.hits.inc()
             self._loaded.move_to_end(task.name)
             resident.uses += 1
             return resident
-        self._metrics.misses.inc()
+        self.metrics.misses.inc()
         if (flight := self._flights.get(task.name)) is None:
             until, problem = self._failures.get((task.name, task.key), (0.0, None))
             if problem is not None and time.monotonic() < until:
@@ -291,7 +279,7 @@ class Residency:
 
     async def _bring_in(self, name: str) -> Resident | None:
         """Write a task's adapter and load it into the engine."""
-        engine, listing = await self._connection.engine(), await self._reconcile()
+        engine, listing = await self.connection.engine(), await self._reconcile()
         if self.is_own(listing, name):
             return None
         task, folder = await self._write(name)
@@ -308,11 +296,11 @@ class Residency:
                 raise HttpProblem(404, f"The engine cannot serve this task: {problem}.", "adapter_unsuited")
             begun = time.monotonic()
             await engine.load(resident.adapter, folder)
-            if resident.adapter not in (await self._connection.listing()).adapters:
+            if resident.adapter not in (await self.connection.listing()).adapters:
                 fact = "The engine reported that it loaded the adapter, but does not list it."
                 raise HttpProblem(502, fact, "engine_lied")
             resident.known, took = True, time.monotonic() - begun
-            self._metrics.load_seconds.observe(took)
+            self.metrics.load_seconds.observe(took)
             size = human_size(self._folders.size_of(resident.key))
             _log.info("loaded %s (%s) into the engine in %.2f s", name, size, took)
         self._retired.discard(resident)
@@ -327,7 +315,7 @@ class Residency:
             task = await self._tasks.latest(name)
             if task is None:
                 raise HttpProblem(404, f"The task {name!r} does not exist.", "model_not_found")
-            if (problem := await self._connection.problem(task)) is not None:
+            if (problem := await self.connection.problem(task)) is not None:
                 raise HttpProblem(404, f"The engine cannot serve this task: {problem}", "adapter_unsuited")
             with suppress(TaskChanged):
                 return task, await self._written(task)
@@ -358,7 +346,7 @@ class Residency:
         """Return a function that writes a task into a folder and records the time taken."""
 
         def write(directory: Path) -> None:
-            with self._metrics.materialize_seconds.time():
+            with self.metrics.materialize_seconds.time():
                 self._tasks.write(task, directory)
 
         return write
@@ -409,7 +397,7 @@ class Residency:
             del self._loaded[resident.task]  # before unloading, so that no new request uses it
         try:
             if resident.known:
-                await (await self._connection.engine()).unload(resident.adapter)
+                await (await self.connection.engine()).unload(resident.adapter)
         except BaseException:
             if was_loaded and resident.task not in self._loaded:
                 self._loaded[resident.task] = resident
@@ -417,7 +405,7 @@ class Residency:
         resident.known = False
         self._retired.discard(resident)
         await self._discard(resident.key)
-        self._metrics.unloads.inc()
+        self.metrics.unloads.inc()
         self._measure()
         _log.info("unloaded %s: %s", resident.task, why)
 
@@ -428,7 +416,7 @@ class Residency:
 
     async def _reconcile(self) -> Listing:
         """Update the state from the engine's list, and take over adapters loaded by an earlier gateway."""
-        engine, listing = await self._connection.engine(), await self._connection.listing()
+        engine, listing = await self.connection.engine(), await self.connection.listing()
         residents = self._all
         for resident in residents:
             if resident.known and listing.adapters.get(resident.adapter) != str(resident.folder):
@@ -456,8 +444,8 @@ class Residency:
         return listing
 
     def _measure(self) -> None:
-        self._metrics.loaded.set(sum(one.known for one in self._all))
-        self._metrics.bytes.set(self._folders.size)
+        self.metrics.loaded.set(sum(one.known for one in self._all))
+        self.metrics.bytes.set(self._folders.size)
 
     def _start(self, work: Coroutine[Any, Any, R]) -> asyncio.Task[R]:
         def end(job: asyncio.Task[R]) -> None:
@@ -471,7 +459,7 @@ class Residency:
         return job
 
     async def _in_thread(self, work: Callable[[Unpack[Ts]], R], *args: *Ts) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+        return await asyncio.get_running_loop().run_in_executor(self.connection.threads, work, *args)
 
 
 def _as_problem(name: str, error: Exception) -> HttpProblem:
