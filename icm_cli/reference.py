@@ -94,7 +94,7 @@ def _spelled(option: TyperOption) -> str:
 
 def _default(option: TyperOption) -> str:
     value = option.default
-    if not option.show_default or value is None or isinstance(value, bool) or callable(value):
+    if not option.show_default or value in (None, "") or isinstance(value, bool) or callable(value):
         return ""
     return f" Default: `{getattr(value, 'value', value)}`."
 

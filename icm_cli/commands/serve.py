@@ -5,177 +5,63 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
-from icm_cli import engine_config
-from icm_cli.command import plain_command as command
-from icm_cli.engine_config import Engine
+from icm_cli.command import Call, command
 from icm_cli.errors import CliError, UsageProblem
-from icm_cli.options import FromOpt, option
 from icm_cli.session import Session
+from icmlora.fleet.params import BundleFile, Param
 from icmlora.io.text import counted, escape, escape_lines, parse_bytes, utc
+from icmlora.serving.gateway.settings import ACCESS, ADAPTERS, MAX_HEADER_SECONDS, GatewaySettings, gateway_settings
+from icmlora.serving.requirements import EngineName
 
 if TYPE_CHECKING:
     from socket import socket
-    from types import ModuleType
 
-    from icmlora.serving.folders import AdapterFolders
     from icmlora.serving.tasks import ServedTasks
 
-EngineUrlOpt = Annotated[
-    str | None, option("--engine-url URL", "Address of the engine, such as http://127.0.0.1:8000.")
-]
-PrintConfigOpt = Annotated[
-    Engine | None,
-    option(
-        "--print-config vllm|sglang",
-        "Print the environment and command line that start this engine, then exit.",
-    ),
-]
-BaseModelOpt = Annotated[
-    str | None,
-    option(
-        "--base-model NAME",
-        "Base model that the engine runs. Needed if there are several or it cannot be detected.",
-        completes="base",
-    ),
-]
-GatewayOpt = Annotated[
-    bool, option("--gateway", "With --print-config vllm: run `icm serve` as a gateway instead of the plug-in.")
-]
-EngineOpt = Annotated[
-    Literal["auto", "vllm", "sglang"], option("--engine auto|vllm|sglang", "Type of the engine. auto detects it.")
-]
-HostOpt = Annotated[str, option("--host ADDRESS", "Address to listen on.")]
-PortOpt = Annotated[int, option("--port N", "Port to listen on. 0 picks a free port.", min=0, max=65535)]
-
-_ACCESS = "Access"
-TokenOpt = Annotated[
-    str | None,
-    option(
-        "--token TOKEN",
-        "Token that clients must send. Visible in the process list, so prefer --token-file or $ICM_SERVE_TOKEN.",
-        panel=_ACCESS,
-    ),
-]
-TokenFileOpt = Annotated[Path | None, option("--token-file FILE", "File that contains the token.", panel=_ACCESS)]
-NoTokenOpt = Annotated[bool, option("--no-token", "Allow access without a token.", panel=_ACCESS)]
-EngineTokenOpt = Annotated[
-    str | None,
-    option(
-        "--engine-token TOKEN",
-        "Token for the engine (its --api-key). (env: ICM_ENGINE_TOKEN)",
-        panel=_ACCESS,
-    ),
-]
-
-_ROOM = "Adapters"
-AdaptersOpt = Annotated[
-    Path | None,
-    option(
-        "--adapters FOLDER",
-        "Folder for written adapters. The engine must see it under the same path. Default: in memory.",
-        panel=_ROOM,
-    ),
-]
-AdaptersSizeOpt = Annotated[
-    str | None,
-    option(
-        "--adapters-size SIZE",
-        "Space limit for written adapters, such as 4GiB. Default: half of the free space.",
-        panel=_ROOM,
-    ),
-]
-MaxAdaptersOpt = Annotated[
-    int | None,
-    option("--max-adapters N", "Maximum number of loaded adapters. Default: as many as fit.", panel=_ROOM, min=1),
-]
-MaxWaitingOpt = Annotated[
-    int,
-    option(
-        "--max-waiting N",
-        "Maximum number of tasks waiting to load. Requests beyond it get status 503.",
-        panel=_ROOM,
-        min=1,
-    ),
-]
-
-_LIMITS = "Limits"
-MaxRequestsOpt = Annotated[
-    int,
-    option(
-        "--max-requests N",
-        "Maximum number of concurrent requests. Further requests get status 503.",
-        panel=_LIMITS,
-        min=1,
-    ),
-]
-MaxConnectionsOpt = Annotated[
-    int,
-    option(
-        "--max-connections N",
-        "Maximum number of connections per client address, at most a third of the file descriptors.",
-        panel=_LIMITS,
-        min=1,
-    ),
-]
-MaxBodyOpt = Annotated[str, option("--max-body SIZE", "Maximum size of a request body.", panel=_LIMITS)]
+_PACKAGES = ("fastapi", "httpx", "prometheus_client", "starlette", "uvicorn")  # of the extra
 
 
-def _seconds(name: str, text: str) -> Any:
-    return option(f"{name} SECONDS", text, min=0.01, panel=_LIMITS)
-
-
-_HEADER_SECONDS = 30.0
-BodyTimeoutOpt = Annotated[
-    float,
-    _seconds("--body-timeout", f"Timeout for receiving a request; at most {_HEADER_SECONDS:g} for its headers."),
-]
-FirstByteTimeoutOpt = Annotated[
-    float, _seconds("--first-byte-timeout", "Timeout for the first byte of the engine's response.")
-]
-IdleTimeoutOpt = Annotated[
-    float, _seconds("--idle-timeout", "Timeout for the next part of a body, in either direction.")
-]
-DrainOpt = Annotated[
-    float, _seconds("--drain-seconds", "Time for requests in flight to finish after SIGTERM or Ctrl-C.")
-]
-AccessLogOpt = Annotated[bool, option("--access-log", "Log every request.")]
-
-
-@command
+@command(gateway_settings)
 def serve(
     session: Session,
-    engine_url: EngineUrlOpt = None,
-    engine: EngineOpt = "auto",
-    bundle: FromOpt = None,
-    base_model: BaseModelOpt = None,
-    print_config: PrintConfigOpt = None,
-    gateway: GatewayOpt = False,
-    host: HostOpt = "127.0.0.1",
-    port: PortOpt = 8080,
-    access_log: AccessLogOpt = False,
-    token: TokenOpt = None,
-    token_file: TokenFileOpt = None,
-    no_token: NoTokenOpt = False,
-    engine_token: EngineTokenOpt = None,
-    adapters: AdaptersOpt = None,
-    adapters_size: AdaptersSizeOpt = None,
-    max_adapters: MaxAdaptersOpt = None,
-    max_waiting: MaxWaitingOpt = 64,
-    max_requests: MaxRequestsOpt = 512,
-    max_connections: MaxConnectionsOpt = 1024,
-    max_body: MaxBodyOpt = "64MiB",
-    body_timeout: BodyTimeoutOpt = 300.0,
-    first_byte_timeout: FirstByteTimeoutOpt = 600.0,
-    idle_timeout: IdleTimeoutOpt = 120.0,
-    drain_seconds: DrainOpt = 30.0,
+    call: Call[GatewaySettings],
+    bundle: BundleFile = None,
+    print_config: Annotated[
+        EngineName | None,
+        Param(
+            "Print the environment and command line that start this engine, then exit.", "--print-config vllm|sglang"
+        ),
+    ] = None,
+    gateway: Annotated[
+        bool, Param("With --print-config vllm: run `icm serve` as a gateway instead of the plug-in.")
+    ] = False,
+    token_file: Annotated[Path | None, Param("File that contains the token.", "--token-file FILE", ACCESS)] = None,
+    no_token: Annotated[bool, Param("Allow access without a token.", panel=ACCESS)] = False,
+    adapters: Annotated[
+        Path | None,
+        Param(
+            "Folder for written adapters. The engine must see it under the same path. Default: in memory.",
+            "--adapters FOLDER",
+            ADAPTERS,
+        ),
+    ] = None,
+    adapters_size: Annotated[
+        str | None,
+        Param(
+            "Space limit for written adapters, such as 4GiB. Default: half of the free space.",
+            "--adapters-size SIZE",
+            ADAPTERS,
+        ),
+    ] = None,
 ) -> None:
     """Serve every task as a model of an OpenAI-compatible API.
 
@@ -191,84 +77,47 @@ def serve(
       icm serve --engine-url http://127.0.0.1:8000
     """
     if print_config is not None:
-        engine_config.print_config(session, print_config, bundle, base_model, gateway=gateway)
+        _print_config(session, print_config, bundle, call["base_model"], gateway=gateway)
         return
-    if engine_url is None:
+    if not call["engine_url"]:
         hint = "start an engine (see `icm serve --print-config vllm`) and pass its address"
         raise UsageProblem("--engine-url is missing", hint=hint)
-    from icmlora.serving.gateway.settings import GatewaySettings
-
-    server, known_token = _server(), _token(token, token_file, no_token)
-    settings = GatewaySettings(
-        engine_url=_address(engine_url),
-        engine=None if engine == "auto" else engine,
-        engine_token=engine_token or os.environ.get("ICM_ENGINE_TOKEN") or None,
-        base_model=base_model,
-        token=known_token,
-        local_names=frozenset({host.lower()}) if known_token is None and not no_token else None,
-        max_connections=max_connections,
-        max_adapters=max_adapters,
-        max_requests=max_requests,
-        max_waiting=max_waiting,
-        max_body=parse_bytes(max_body),
-        header_timeout=min(body_timeout, _HEADER_SECONDS),
-        body_timeout=body_timeout,
-        first_byte_timeout=first_byte_timeout,
-        idle_timeout=idle_timeout,
-        drain=drain_seconds,
-        access_log=access_log,
-    )
-    tasks = _tasks(session, bundle, base_model)
-    with closing(_folders(adapters, adapters_size)) as folders, server.listen(host, port) as listening:
-        _check_local(host, listening, everyone=no_token or known_token is not None)
-        _print_address(session, listening, len(tasks.names()), settings.engine_url)
-        with _logging(session, access_log=access_log):
-            server.serve(listening, tasks, folders, settings)
-
-
-def _check_local(host: str, listening: socket, *, everyone: bool) -> None:
-    if not everyone and not ip_address(listening.getsockname()[0]).is_loopback:
-        hint = "set a token with --token-file FILE, or allow open access with --no-token"
-        raise UsageProblem(f"serving on {host} without a token gives everyone access", hint=hint)
-
-
-_EXTRA = ("fastapi", "httpx", "prometheus_client", "starlette", "uvicorn")
-
-
-def _server() -> ModuleType:
-    """Import the gateway."""
     try:
         from icmlora.serving.gateway import server
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in _EXTRA:
+        if (error.name or "").partition(".")[0] not in _PACKAGES:
             raise
         fact = f"`icm serve` needs the package {error.name}, which is not installed"
         raise CliError(fact, hint="install the extra: pip install 'icm-lora[serve]'") from error
-    return server
-
-
-def _tasks(session: Session, bundle: Path | None, base_model: str | None) -> ServedTasks:
-    """Open the tasks of the store or bundle, and check the base model."""
     from icmlora.fleet.context import check_base_model
+    from icmlora.serving.folders import AdapterFolders, default_root
+
+    host, token = call["host"], _token(call["token"], token_file, no_token)
+    is_open = no_token or token is not None
+    settings = call.now(
+        token=token,
+        local_names=None if is_open else frozenset({host.lower()}),
+        engine_token=call["engine_token"] or os.environ.get("ICM_ENGINE_TOKEN") or None,
+        header_timeout=min(call["body_timeout"], MAX_HEADER_SECONDS),
+    )
+    tasks = _open_tasks(session, bundle)
+    check_base_model(settings.base_model, {name for names in tasks.base_models().values() for name in names})
+    root = default_root("gateway") if adapters is None else adapters.resolve()
+    limit = None if adapters_size is None else parse_bytes(adapters_size)
+    with closing(AdapterFolders(root, limit, alone=True)) as folders, server.listen(host, settings.port) as listening:
+        if not is_open and not ip_address(listening.getsockname()[0]).is_loopback:
+            hint = "set a token with --token-file FILE, or allow open access with --no-token"
+            raise UsageProblem(f"serving on {host} without a token gives everyone access", hint=hint)
+        _print_address(session, listening, len(tasks.names()), settings.engine_url)
+        with _logging(session, access_log=settings.access_log):
+            server.serve(listening, tasks, folders, settings)
+
+
+def _open_tasks(session: Session, bundle: Path | None) -> ServedTasks:
     from icmlora.serving.tasks import open_tasks
 
     store = None if bundle is not None else session.settings.store.value
-    tasks = open_tasks(store, bundle, command=session.command, lock_timeout=session.settings.lock_timeout.value)
-    check_base_model(base_model, {name for names in tasks.base_models().values() for name in names})
-    return tasks
-
-
-def _address(url: str) -> str:
-    if not url.startswith(("http://", "https://")):
-        raise UsageProblem(f"{url!r} is not an HTTP address", hint="write it as http://127.0.0.1:8000")
-    return url.rstrip("/").removesuffix("/v1")  # OpenAI clients add /v1
-
-
-def _folders(root: Path | None, size: str | None) -> AdapterFolders:
-    from icmlora.serving.folders import AdapterFolders, default_root
-
-    limit = None if size is None else parse_bytes(size)
-    return AdapterFolders(default_root("gateway") if root is None else root.resolve(), limit, alone=True)
+    return open_tasks(store, bundle, command=session.command, lock_timeout=session.settings.lock_timeout.value)
 
 
 def _token(given: str | None, file: Path | None, none: bool) -> str | None:
@@ -336,3 +185,46 @@ class _Lines(logging.Formatter):
             return json.dumps(fields | ({"traceback": trace} if trace else {}))
         mark = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         return escape(f"{when} {mark}{message}") + (f"\n{escape_lines(trace)}" if trace else "")
+
+
+def _print_config(
+    session: Session, engine: EngineName, bundle: Path | None, base_model: str | None, *, gateway: bool
+) -> None:
+    """Print the environment and the commands that start an engine with the tasks of a store or a bundle."""
+    from icmlora.serving.launch import plan_launch
+
+    bundle = None if bundle is None else bundle.resolve()
+    store = None if bundle is not None else session.settings.store.value
+    launch = plan_launch(_open_tasks(session, bundle), engine, store, bundle, base_model=base_model, gateway=gateway)
+    out = session.out
+    out.document(
+        {
+            "engine": engine,
+            "base_model": launch.base_model,
+            "model": launch.model,
+            "environment": dict(launch.environment),
+            "commands": [list(command) for command in launch.commands],
+            "tasks_count": launch.tasks,
+            "max_lora_rank": launch.max_lora_rank,
+            "credentials": list(launch.credentials),
+            "left_out": [{"task": task, "reason": reason} for task, reason in launch.left_out],
+        }
+    )
+    for name, value in launch.environment.items():
+        out.answer(f"export {name}={shlex.quote(value)}")
+    for number, words in enumerate(launch.commands, 1):
+        out.answer(shlex.join(words) + (" &" if number < len(launch.commands) else ""))
+    if launch.credentials:
+        out.note("the printed address has no user or password: set PGUSER and PGPASSWORD, or use ~/.pgpass")
+        out.note("for a bucket, set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION, or AWS_PROFILE")
+    out.note(f"{counted(launch.tasks, 'task')} of {launch.base_model}; largest rank {launch.max_lora_rank}")
+    if not launch.is_local:
+        out.warn("the base model is not on this machine, so adapters cannot be checked against it before loading")
+        name = shlex.quote(launch.base_model)
+        if bundle is not None:
+            option = "--model" if engine == "vllm" else "--model-path"
+            out.hint(f"download it with `hf download {name}`, or pass its folder to the engine: {option} FOLDER")
+        else:
+            out.hint(f"run `icm base add {name} PATH` to set its location")
+    for task, reason in launch.left_out:
+        out.warn(f"{task}: {reason}", kind="left_out", task=task)

@@ -1,10 +1,9 @@
-"""One file that holds a generator with the codes of some tasks: made once, carried anywhere, read without a store.
+"""A single file with a generator and the codes of some tasks, readable without a store.
 
     | "ICMB" 6 | length of directory (4) | SHA-256 (32) | directory | manifest | ... | generator | code | config | ...
 
-The SHA-256 covers the bytes in front of it and the directory, which holds the SHA-256 of every part. So every byte of
-the file is covered, and this digest identifies the whole file. docs/reference/bundle.md describes the format for
-readers in other languages.
+The SHA-256 covers the bytes before it and the directory, which holds the SHA-256 of every part. So the digest covers
+every byte and identifies the file. docs/reference/bundle.md describes the format for readers in other languages.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ _HINT = "download or copy the file again"
 
 
 class BundleFile:
-    """An open bundle file; `open_bundle` makes it, and has checked everything but the bytes of the blobs.
+    """An open bundle file. `open_bundle` has checked everything except the bytes of the blobs.
 
     Attributes:
         size: Its length in bytes.
         digest: SHA-256 that identifies the whole file.
-        stamp: Which file it is, as it is now.
+        stamp: Identifies the file in its current state.
         index: Its manifests.
     """
 
@@ -52,7 +51,7 @@ class BundleFile:
         self._places = {str(part): (part.size, begin) for part, begin in zip(parts, begins, strict=False)}
 
     def at(self, descriptor: int) -> BundleFile:
-        """Return the same bundle, open once more under another descriptor."""
+        """Return the same bundle with another descriptor."""
         again = copy.copy(self)
         again._descriptor = descriptor
         return again
@@ -65,7 +64,7 @@ class BundleFile:
         return data
 
     def check(self) -> None:
-        """Hash every part, holding a few megabytes at a time; once, while the file is the same."""
+        """Verify the hash of every part, a few megabytes at a time. Later calls do nothing."""
         for digest, (size, begin) in () if self._is_checked else self._places.items():
             hashed = hashlib.sha256()
             for at in range(0, size, _CHUNK):
@@ -81,12 +80,12 @@ def open_bundle(path: Path, known: BundleFile | None = None) -> Iterator[BundleF
 
     Args:
         path: The file.
-        known: The bundle as it was opened before, whose index is taken where the file has not changed since.
+        known: The bundle from an earlier call. Its index is reused if the file has not changed.
 
     Raises:
-        BundleError: It is none, or damaged or cut short, or of a newer format.
+        BundleError: The file is not a bundle, is damaged or truncated, or has a newer format.
         OtherFormat: It has an earlier format.
-        UnsafeInput: It breaks a limit.
+        UnsafeInput: It exceeds a limit.
     """
     # The user named this path, so a link is followed; its target must be a plain file.
     target = Path(os.path.realpath(path))
@@ -139,12 +138,11 @@ class ReopenedBundle:
 def write_bundle(
     path: Path, generator: Generator, tasks: Sequence[Task], read: Callable[[str], bytes], *, force: bool = False
 ) -> Iterator[File]:
-    """Write a bundle; yields each part once it is written."""
-    # The file appears when the last part is taken, complete and durable, or never.
+    """Write a bundle; yield each part after writing it. The file appears at the end, complete and durable."""
     index, text, manifests = contents(generator, tasks)
-    read_index(read_directory(text), manifests.__getitem__)  # readers would refuse a bundle beyond the limits
+    read_index(read_directory(text), manifests.__getitem__)  # raises if readers would reject the bundle
     with writing_file(path, force=force) as stream:
-        stream.write(_prefix(text) + bytes.fromhex(_digest(text)) + text)
+        stream.write(_HEAD.pack(MAGIC, len(text), bytes.fromhex(_digest(text))) + text)
         for part in index.parts:
             data = manifests[part] if part in manifests else read(part)
             if (len(data), hashlib.sha256(data).hexdigest()) != (part.size, part):
@@ -160,7 +158,7 @@ def bundle_digest(generator: Generator, tasks: Sequence[Task]) -> tuple[str, int
 
 
 def _head(data: bytes, size: int) -> tuple[int, str]:
-    """Return length and digest of the directory."""
+    """Return the length and the digest of the directory."""
     if data[:4] != MAGIC[:4]:
         raise BundleError("not an icm bundle", hint="run `icm export FILE` to write one")
     if len(data) < _HEAD.size:
@@ -172,9 +170,8 @@ def _head(data: bytes, size: int) -> tuple[int, str]:
         message = f"the bundle is damaged or has format {magic[4]}; this icm reads format {MAGIC[4]}"
         raise BundleError(message, hint="use the icm version that wrote it, or a newer one")
     if length > min(MAX_DIRECTORY_BYTES, size - _HEAD.size):
-        raise BundleError(
-            f"the bundle declares a directory of {length:,} bytes but has only {size:,} in total", hint=_HINT
-        )
+        fact = f"the bundle declares a directory of {length:,} bytes but has only {size:,} in total"
+        raise BundleError(fact, hint=_HINT)
     return length, digest.hex()
 
 
@@ -183,12 +180,8 @@ def _stamp(descriptor: int) -> tuple[int, ...]:
     return *identity(found), found.st_ctime_ns
 
 
-def _prefix(text: bytes) -> bytes:
-    return MAGIC + struct.pack("<I", len(text))
-
-
 def _digest(text: bytes) -> str:
-    return hashlib.sha256(_prefix(text) + text).hexdigest()
+    return hashlib.sha256(MAGIC + struct.pack("<I", len(text)) + text).hexdigest()
 
 
 def _damaged(digest: str) -> BundleError:

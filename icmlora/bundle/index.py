@@ -1,10 +1,10 @@
-"""The contents of a bundle: the manifests of one generator and of the tasks that it decodes, and the blobs they name.
+"""The contents of a bundle: the manifests of a generator and its tasks, and the blobs that they reference.
 
     directory   {"generator": digest, "tasks": [digest, ...], "parts": [[digest, size], ...]}, deflated JSON
     parts       the manifests, the documents that they share, then blobs, each once
 
-A part has no offset: it begins where the one before it ends, so parts cannot overlap or leave holes. The registry's own
-strict reader reads the manifests. A bundle is a file from outside, so they are then held against the limits below.
+A part has no offset: it begins at the end of the previous one, so parts cannot overlap or leave gaps. Bundles are
+untrusted, so manifests are parsed by the registry's strict reader and then checked against the limits below.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from registry.names import escape, is_file_name, is_module_name, task_name_probl
 
 MAX_CODE_BYTES = 1024**3
 MAX_VECTOR_BYTES = 64 * 1024**2
-MAX_CARD_BYTES = 64 * 1024  # a longer model card is left out: it is not needed to write an adapter
+MAX_CARD_BYTES = 64 * 1024  # a longer model card is omitted: adapters can be written without it
 MAX_DIRECTORY_BYTES = 32 * 1024**2
 MAX_TEXT_BYTES = 64 * 1024**2
 """All manifests and documents together, inflated."""
@@ -44,7 +44,7 @@ _CLAIMED = ("data", "value", "count", "utf8_bytes", "retained_gain", "squared_er
 
 @dataclass(frozen=True)
 class BundleIndex:
-    """Everything in a bundle but its blobs."""
+    """The manifests of a bundle."""
 
     generator: Generator
     tasks: tuple[Task, ...]  # by name, in any case
@@ -52,7 +52,7 @@ class BundleIndex:
 
     @property
     def base_model(self) -> str:
-        """The name that the adapters give their base model."""
+        """The base model's name in the adapters."""
         return self.generator.base_model
 
     @cached_property
@@ -76,16 +76,16 @@ class Directory(NamedTuple):
 
 
 def bundled_generator(generator: Generator) -> Generator:
-    """Return a generator without the facts that only hold in its store."""
+    """Return a generator without the facts that are specific to its store."""
     kept = ("base_model", "version", "blob", "config", "metrics")
     return Generator(**{name: getattr(generator, name) for name in kept}, created_at="")
 
 
 def bundled_task(task: Task) -> Task:
-    """Return a task without the facts that only hold in its store: places, notes, texts and history.
+    """Return a task without the facts that are specific to its store: locations, notes, texts and history.
 
-    Its original counts as evicted, and the quality of its code is a claim that the reader has not measured. A task of a
-    bundle is returned as it is.
+    Its original counts as evicted, and the quality of its code becomes a claim that the reader has not measured.
+    Idempotent.
     """
     final, code = task.final, task.code
     assert code is not None
@@ -113,13 +113,13 @@ def bundled_task(task: Task) -> Task:
 
 
 def _targets(final: Adapter) -> list[tuple[str, ...]]:
-    """Return the target modules that ingesting an adapter with these modules may find: blocks for image models."""
+    """Return the valid target modules of an adapter with these modules: blocks for image models."""
     names = [module for module, *_ in final.layout]
     return [target_modules(names), blocks_of(names)]
 
 
 def _claim(task: Task, code: Code) -> Claim | None:
-    measured, known = task.quality, code.claim or Claim()  # of an imported code that was not measured since
+    measured, known = task.quality, code.claim or Claim()  # an imported code that was not measured here
     error = known.squared_error if code.squared_error is None else code.squared_error
     figures = known.measured if measured is None else {name: getattr(measured, name) for name in _CLAIMED}
     return None if error is None and figures is None else Claim(squared_error=error, measured=figures)
@@ -142,7 +142,7 @@ def contents(generator: Generator, tasks: Sequence[Task]) -> tuple[BundleIndex, 
 
 
 def _uses(state: State) -> Iterator[tuple[File, int]]:
-    """Yield every blob that a state of a bundle names, with the most bytes that it may have."""
+    """Yield every blob that a state references, with its size limit in bytes."""
     if isinstance(state, Generator):
         yield state.blob, MAX_FILE_BYTES
     elif isinstance(state, Task) and state.code is not None:
@@ -155,7 +155,7 @@ def _uses(state: State) -> Iterator[tuple[File, int]]:
 
 
 def blobs_of(state: State) -> list[File]:
-    """Return the blobs that a generator or a task of a bundle names."""
+    """Return the blobs that a generator or a task of a bundle references."""
     return [file for file, _ in _uses(state)]
 
 
@@ -166,8 +166,8 @@ def read_directory(data: bytes) -> Directory:
     """Read the directory of a bundle.
 
     Raises:
-        BundleError: It has other values than this format.
-        UnsafeInput: It breaks a limit.
+        BundleError: It is not valid.
+        UnsafeInput: It exceeds a limit.
     """
     fields, _ = _json(data, "the bundle's directory", MAX_DIRECTORY_BYTES)
     try:
@@ -192,8 +192,8 @@ def read_index(directory: Directory, read: Callable[[str], bytes]) -> BundleInde
     """Read the manifests of a bundle; `read` returns the verified bytes of a part.
 
     Raises:
-        BundleError: A manifest is not one of this format, or the parts are not those that they name.
-        UnsafeInput: A manifest breaks a limit, or has a name that is not valid.
+        BundleError: A manifest is not valid, or the parts do not match the manifests.
+        UnsafeInput: A manifest exceeds a limit, or has an invalid name.
     """
     sizes, left = {str(part): part.size for part in directory.parts}, MAX_TEXT_BYTES
     documents = dict[tuple[type[Part], str], Mapping[str, Any]]()
@@ -228,7 +228,7 @@ def read_index(directory: Directory, read: Callable[[str], bytes]) -> BundleInde
 
 
 def _json(data: bytes, what: str, limit: int) -> tuple[dict[str, Any], int]:
-    """Return the object of deflated JSON that all readers take for the same, and the length of its text."""
+    """Return the object in deflated JSON, which every parser reads alike, and the length of its text."""
     try:
         inflate = zlib.decompressobj()
         text = inflate.decompress(data, limit + 1)
@@ -261,7 +261,7 @@ def _check(index: BundleIndex, sizes: Mapping[str, int], used: set[str]) -> None
     layouts = set[tuple[Any, ...]]()
     for task in index.tasks:
         _check_task(task, generator)
-        if task.final.layout not in layouts:  # most of a fleet have one
+        if task.final.layout not in layouts:  # most tasks of a fleet share one
             _check_layout(task.final)
             layouts.add(task.final.layout)
         if task != bundled_task(task):
@@ -326,6 +326,6 @@ def _check_layout(final: Adapter) -> None:
 
 
 def imported(task: Task, *, source: str, base_model: str, label: str | None, moment: str) -> Task:
-    """Return a task of a bundle as a store takes it."""
+    """Return a task of a bundle as it is recorded in a store."""
     final = replace(task.final, source=source, created_at=moment, evicted_at=moment)
     return replace(task, final=final, base_model=base_model, label=label, created_at=moment, manifest=None)

@@ -34,24 +34,26 @@ from icmlora.formats.peft.initial import converted_form
 from icmlora.formats.peft.tensors import rounded_like
 from icmlora.io.safetensors import encode
 from icmlora.io.tensors import decode_torch
-from icmlora.serving.tasks import key_of, open_tasks, tasks_of
+from icmlora.serving.store import ServingBundle, ServingStore
+from icmlora.serving.tasks import ServedTasks, key_of
 from registry.errors import StoreUnavailable
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
     from icmlora.base_models.examples.context import TaskContext
     from icmlora.fleet.api import Fleet
+    from icmlora.fleet.context import Context
 
 Layers = Mapping[str, nn.Linear | LoraLayer]
 """Name without PEFT's parts -> linear layer of a model, wrapped by PEFT or not."""
 
-_OTHER = 0.01
+_MAX_DIFFERENCE = 0.01
 """Relative difference that means different weights: larger than rounding, smaller than the effect of training."""
-_KEPT = 256 << 20
+_MAX_CACHED = 256 << 20
 """Size limit in bytes of the cache of decoded adapters. The latest adapter is always kept."""
 decoded_last: WeakKeyDictionary[nn.Module, OrderedDict[str, Adapter]] = WeakKeyDictionary()
 """The decoded adapters of each model, by `key_of`, oldest first."""
-_FLEETS = 8
+_MAX_FLEETS = 8
 """Maximum number of stores with cached tasks."""
 SLOT = "icm"
 """PEFT's name of the adapter in a model."""
@@ -105,11 +107,22 @@ def _plain_adapter(model: nn.Module, fleet: Fleet | Bundle, task: str) -> tuple[
     A decoded adapter is rounded to the number format of its original.
     """
     with _chosen(fleet, task) as chosen:
-        codes = chosen.codes
-        if (problem := _problem(chosen)) is not None:
+        codes, final, problem = chosen.codes, chosen.task.final, None
+        if final.format != "peft":
+            problem = "cannot be attached: it is not in PEFT format"
+        elif chosen.task.not_encodable is not None:
+            problem = f"cannot be attached: {chosen.task.not_encodable}"
+        elif any(extra.file is None for extra in final.extras):
+            names = ", ".join(sorted(codes.form(chosen.task).tensors)[:3])
+            problem = f"has tensors besides its LoRA factors ({names})"
+        if problem is not None:
             hint = "write it with `materialize` and load the folder"
             raise DataError(f"task {chosen.task.name!r} {problem}", hint=hint)
-        context = _context_of(chosen)
+        try:
+            context = read_context(codes.read, final)
+        except DataError as error:  # the user's own file of the same name
+            warnings.warn(f"cannot read the context of {chosen.task.name!r}: {error}", stacklevel=3)
+            context = None
         recent, key = decoded_last.setdefault(model, OrderedDict()), key_of(chosen)
         if key in recent:
             recent.move_to_end(key)
@@ -117,46 +130,25 @@ def _plain_adapter(model: nn.Module, fleet: Fleet | Bundle, task: str) -> tuple[
         read, form = chosen.reader(), codes.form(chosen.task).template
     adapter = read() if chosen.source == "original" else rounded_like(read(), converted_form(form))
     recent[key] = adapter
-    while len(recent) > 1 and sum(map(_bytes, recent.values())) > _KEPT:
-        recent.popitem(last=False)
+    size = sum(module.a.nbytes + module.b.nbytes for one in recent.values() for module in one.modules)
+    while len(recent) > 1 and size > _MAX_CACHED:
+        _, oldest = recent.popitem(last=False)
+        size -= sum(module.a.nbytes + module.b.nbytes for module in oldest.modules)
     return adapter, context
 
 
-def _context_of(chosen: ResolvedSource) -> TaskContext | None:
-    try:
-        return read_context(chosen.codes.read, chosen.task.final)
-    except DataError as error:  # the user's own file of the same name
-        warnings.warn(f"cannot read the context of {chosen.task.name!r}: {error}", stacklevel=4)
-        return None
-
-
-_served = lru_cache(maxsize=_FLEETS)(tasks_of)
-
-
-def _bytes(adapter: Adapter) -> int:
-    return sum(module.a.nbytes + module.b.nbytes for module in adapter.modules)
+@lru_cache(maxsize=_MAX_FLEETS)
+def _served(context: Context) -> ServedTasks:
+    return ServedTasks(ServingStore(context))
 
 
 @contextmanager
 def _chosen(fleet: Fleet | Bundle, task: str) -> Iterator[ResolvedSource]:
-    """Yield the sources of a task's adapter."""
     if isinstance(fleet, Bundle):
         with open_codes(fleet.context) as codes:
             yield resolve_source(codes, codes.get(task))
     else:
-        yield _served(fleet.context).chosen(task)
-
-
-def _problem(chosen: ResolvedSource) -> str | None:
-    """Return why an adapter does not fit into a slot; None if it does."""
-    final = chosen.task.final
-    if final.format != "peft":
-        return "cannot be attached: it is not in PEFT format"
-    if (reason := chosen.task.not_encodable) is not None:
-        return f"cannot be attached: {reason}"
-    if all(extra.file is not None for extra in final.extras):
-        return None
-    return f"has tensors besides its LoRA factors ({', '.join(sorted(chosen.codes.form(chosen.task).tensors)[:3])})"
+        yield _served(fleet.context).get(task).source
 
 
 def _check_modules(layers: Layers, adapter: Adapter) -> None:
@@ -193,10 +185,9 @@ def _exchange(layers: Layers, adapter: Adapter) -> None:
 
 def _warn_if_other(layers: Layers, fleet: Fleet | Bundle, task: str, adapter: Adapter) -> None:
     """Compare one layer of a model with the files of the task's base model, if they are on this machine."""
-    tasks = open_tasks(None, fleet.path, command="attach") if isinstance(fleet, Bundle) else _served(fleet.context)
+    tasks = ServedTasks(ServingBundle(fleet.path)) if isinstance(fleet, Bundle) else _served(fleet.context)
     try:
-        found = tasks.find(task)
-        if found is None:
+        if (found := tasks.find(task)) is None:
             return
         files = BaseTensors(tasks.locate(found.base_model))
     except (BaseModelNotFound, StoreUnavailable):
@@ -208,7 +199,7 @@ def _warn_if_other(layers: Layers, fleet: Fleet | Bundle, task: str, adapter: Ad
     if stored is None or not weight.is_floating_point():  # quantised weights are rounded too much to compare
         return
     expected = decode_torch(encode({"weight": stored}, {}))[1]["weight"]
-    if (weight.float().cpu() - expected).norm() > _OTHER * expected.norm():
+    if (weight.float().cpu() - expected).norm() > _MAX_DIFFERENCE * expected.norm():
         fact = f"the model's weights differ from {found.base_model!r}, the base model of {task!r}"
         warnings.warn(f"{fact}, so its output may be meaningless", stacklevel=3)
 

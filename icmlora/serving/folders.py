@@ -78,7 +78,12 @@ class AdapterFolders:
             if not alone:
                 if is_alone:
                     self._trim()
-                _share(self._lock, root)
+                # A process that starts at the same moment briefly holds the lock exclusively.
+                until = time.monotonic() + _PATIENCE
+                while not fs.lock(self._lock, "shared"):
+                    if time.monotonic() > until:
+                        raise _in_use(root)
+                    time.sleep(0.05)
         except BaseException:
             os.close(self._lock)
             raise
@@ -95,7 +100,11 @@ class AdapterFolders:
             if folder.is_dir():
                 folder.touch()  # mark as recently used
             else:
-                self._check_room()
+                if self.size >= self.limit:
+                    used, limit = human_size(self.size), human_size(self.limit)
+                    fact = f"the written adapters take {used}, but the limit is {limit}"
+                    hint = "raise the limit, or restart the server to clear the folder"
+                    raise FoldersUnusable(fact, path=self.root, hint=hint)
                 try:
                     write(folder)
                 except OutputExists:  # another process was faster
@@ -132,13 +141,6 @@ class AdapterFolders:
         """Release the lock; the folders stay for the next process."""
         os.close(self._lock)
 
-    def _check_room(self) -> None:
-        if self.size >= self.limit:
-            fact = f"the written adapters take {human_size(self.size)}, but the limit is {human_size(self.limit)}"
-            raise FoldersUnusable(
-                fact, path=self.root, hint="raise the limit, or restart the server to clear the folder"
-            )
-
     def _trim(self) -> None:
         """Delete the least recently used folders until half of the limit is free."""
         folders = sorted(self._folders(), key=lambda folder: folder.stat().st_mtime_ns)
@@ -168,19 +170,9 @@ def _make_private(root: Path) -> None:
         place.mkdir(mode=0o700, exist_ok=True)
         found = place.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-            raise FoldersUnusable(
-                "is not a folder owned by this user", path=place, hint="choose another folder for the adapters"
-            )
+            hint = "choose another folder for the adapters"
+            raise FoldersUnusable("is not a folder owned by this user", path=place, hint=hint)
         place.chmod(0o700)
-
-
-def _share(descriptor: int, root: Path) -> None:
-    """Acquire the shared lock; a process that starts at the same moment briefly holds it exclusively."""
-    until = time.monotonic() + _PATIENCE
-    while not fs.lock(descriptor, "shared"):
-        if time.monotonic() > until:
-            raise _in_use(root)
-        time.sleep(0.05)
 
 
 def _in_use(root: Path) -> FoldersInUse:

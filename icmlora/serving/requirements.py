@@ -1,4 +1,4 @@
-"""Each engine's requirements for an adapter's configuration, from its source code: vLLM 0.33, SGLang 0.5.
+"""Each engine's requirements for an adapter's configuration, from the source code of `CHECKED_VERSIONS`.
 
 Engines reject some violations themselves. For others, they load the adapter but give wrong answers.
 """
@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 EngineName = Literal["vllm", "sglang"]
+CHECKED_VERSIONS: Mapping[EngineName, str] = {"vllm": "0.33", "sglang": "0.5"}
+"""The versions whose source code icm's assumptions were checked against."""
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts for `--max-lora-rank`."""

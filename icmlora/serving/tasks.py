@@ -1,8 +1,8 @@
 """The tasks of a store or a bundle that can be served. Looking up a task imports no torch.
 
-    name ──same stamp──▶ cached answer
-      └───otherwise──▶ store ──▶ digest of its manifest ──▶ known: same parts of the adapter, same key
-                                                        └─▶ new: read the parts of its adapter, compute the key
+    name ──same stamp──▶ cached task
+      └───otherwise──▶ store ──same manifest──▶ cached task
+                         └────otherwise──────▶ a new task: the sources of its adapter and the key of its files
 
 The store is opened for each lookup and then released, so `icm evict` and `icm prune` do not wait for a server. Blobs
 can be read at any time.
@@ -10,31 +10,32 @@ can be read at any time.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.base_models.finding.lookup import FoundBase
+from icmlora.base_models.finding.tensors import needed_tensors
 from icmlora.errors import DataError, TaskChanged
-from icmlora.fleet.bundles.bundles import Bundle
 from icmlora.fleet.context import Context
-from icmlora.fleet.resources.adapter_row import template_of
-from icmlora.fleet.resources.code_source import CodeSource, StoreCodes, open_codes
+from icmlora.fleet.resources.code_source import CodeSource, StoreCodes
 from icmlora.fleet.resources.decoding import form_of
 from icmlora.fleet.write.materialize import render
 from icmlora.fleet.write.sources import ResolvedSource, resolve_source
-from icmlora.formats.format import AdapterBytes, AdapterFormat, write_adapter_files
-from icmlora.serving.watch import StoreWatch, stamp_of
+from icmlora.formats.format import write_adapter_files
+from icmlora.serving.store import ServingBundle, ServingStore
 from registry.errors import DamagedStore, StoreUnavailable, TaskNotFound
 from registry.manifests import Task
 from registry.names import Address, address_of, split_version, task_name_problem
@@ -45,134 +46,172 @@ if TYPE_CHECKING:
     from icmlora.fleet.resources.decoding import OriginalForm
     from icmlora.generator.codec.generator_file import GeneratorFile
 
-_ADMITTED = 1
+_DECODERS = 1
 """Adapters decoded at once: more would only compete for the CPU."""
-_MAX_NAMES = 50_000
-"""Cached answers for names, which clients choose and which may be unknown."""
-_MAX_ADAPTERS = 10_000
-"""Cached manifests with the parts of their adapters."""
+_LOOKUPS = 4
+"""Concurrent lookups in the store."""
+_MAX_NAMES = 10_000
+"""Cached lookups of names, which clients choose and which may be unknown."""
 _MAX_DIGITS = 9  # of a version number
+_ROUND = 1.0  # seconds between checks whether a slow lookup should stop because the store is unavailable
+_PATIENCE = 0.25
+"""Seconds that a request for a known task waits for a store that another command has locked."""
 
-K = TypeVar("K")
-V = TypeVar("V")
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ServedTask:
-    """A task that can be served.
+    """A version of a task that can be served.
 
     Attributes:
-        name: Its name, as in the store or bundle, with `@VERSION` if requested.
-        base_model: The name of its base model.
+        name: Its requested name, with `@VERSION` if requested.
         key: SHA-256 of all inputs of its adapter's files.
-        layout: Its modules; empty if it cannot have a code.
-        is_generated: Whether its adapter was generated from samples, so that its context is used by default.
+        source: The source of its adapter, readable without the store.
     """
 
     name: str
-    base_model: str
     key: str
-    layout: tuple[ModuleShape, ...]
-    is_generated: bool = False
+    source: ResolvedSource = field(compare=False, repr=False)
 
+    @property
+    def base_model(self) -> str:
+        """The name of its base model."""
+        return self.source.task.base_model
 
-class Answer(NamedTuple):
-    """The cached result of a lookup, with the source's stamp at that time."""
+    @property
+    def layout(self) -> tuple[ModuleShape, ...]:
+        """Its modules; empty if it cannot have a code."""
+        return tuple(ModuleShape(*entry) for entry in self.source.task.final.layout)
 
-    stamp: Hashable
-    task: ServedTask | None
-    manifest: str | None  # digest
+    @property
+    def is_generated(self) -> bool:
+        """Whether its adapter was generated from samples, so that its context is used by default."""
+        return self.source.task.final.is_generated
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the requested name has the case of the task's name."""
+        return self.source.task.name == split_version(self.name)[0]
 
-class _Source(Protocol):
-    """A source of tasks: a store or a bundle."""
-
-    place: str  # address of the database, or path of the bundle
-
-    def stamp(self, *, at_once: bool = False) -> Hashable:
-        """Return a value that changes with any task; takes microseconds."""
-
-    def check(self) -> None:
-        """Raise `StoreUnavailable` if the source is known to be unavailable. Opening it could take many seconds."""
-
-    def open(self) -> AbstractContextManager[CodeSource]:
-        """Open the store or the bundle for one operation."""
+    @property
+    def missing(self) -> list[str]:
+        """Digests of the blobs that have to be downloaded before its adapter can be written."""
+        source, final = self.source, self.source.task.final
+        if not isinstance(source.codes, _DetachedParts):
+            return []
+        needed: list[str | None] = [final.config, *(extra.blob for extra in final.extras)]
+        needed += [] if source.code is None else [source.code.blob, source.code.generator]
+        needed += [final.weights, final.initial, final.card] if source.source == "original" else []
+        return [digest for digest in needed if digest is not None and not source.codes.blobs.is_at_hand(digest)]
 
 
 class ServedTasks:
-    """The tasks of a store or a bundle. Thread-safe.
+    """The tasks of a store or a bundle. Thread-safe; `latest` is for one event loop.
 
     Args:
         source: The store or the bundle.
         log: Logger for outages. Some engines show only messages below their own logger name.
     """
 
-    def __init__(self, source: _Source, log: logging.Logger = _log) -> None:
+    def __init__(self, source: ServingStore | ServingBundle, log: logging.Logger = _log) -> None:
         self._source, self._log = source, log
         self.stamp, self.check = source.stamp, source.check
-        self._answers: OrderedDict[str, Answer] = OrderedDict()
-        # Digest of a manifest -> the parts of its adapter.
-        self._adapters: OrderedDict[str, ResolvedSource] = OrderedDict()
-        self._layouts: dict[Hashable, tuple[ModuleShape, ...]] = {}  # most tasks of a fleet share one layout
-        self._guard, self._admitted = threading.Lock(), threading.Semaphore(_ADMITTED)
+        self._known: OrderedDict[str, tuple[Hashable, ServedTask | None]] = OrderedDict()  # name -> stamp, task
+        self._guard, self._decoders = threading.Lock(), threading.Semaphore(_DECODERS)
+        # Separate threads, so that lookups that hang in a stopped database do not block writing known tasks.
+        self._threads = ThreadPoolExecutor(_LOOKUPS, thread_name_prefix="icm-look")
+        self._pending: dict[str, asyncio.Future[ServedTask | None]] = {}
         self._is_logged = False  # that the blob storage is unavailable
-
-    def seen(self, name: str) -> Answer | None:
-        """Return the last answer for a name, valid as long as the stamp stays the same."""
-        return self._answers.get(name)
 
     def find(self, name: str) -> ServedTask | None:
         """Return the task with exactly this name or version `NAME@3`, or None; accepts any text."""
         if not can_be_served(name):
             return None
-        stamp, known = self.stamp(), self._answers.get(name)
-        return known.task if known is not None and known.stamp == stamp else self._look(name, stamp)[0].task
+        known, stamp = self._known.get(name), self.stamp()
+        task = known[1] if known is not None and known[0] == stamp else self._look(name, stamp)
+        return task if task is not None and task.is_exact else None
 
-    def chosen(self, name: str) -> ResolvedSource:
-        """Return the current sources of a task's adapter; during an outage, the last known ones.
+    async def latest(self, name: str) -> ServedTask | None:
+        """Return the same as `find`, without blocking the event loop.
+
+        While another command has the store locked, or its database is unavailable, return the last known version of the
+        task. For a task not seen before, raise the errors of reading the store.
+        """
+        if not can_be_served(name):
+            return None
+        known = self._known.get(name)
+        task = known[1] if known is not None and known[1] is not None and known[1].is_exact else None
+        if known is not None and known[0] == self.stamp():
+            return task
+        if (pending := self._pending.get(name)) is None:
+            try:
+                self.check()
+            except StoreUnavailable:
+                if task is None:
+                    raise
+                return task
+
+            def forget(done: asyncio.Future[ServedTask | None]) -> None:
+                del self._pending[name]
+                if not done.cancelled():
+                    done.exception()  # mark as retrieved; the waiting requests receive it
+
+            loop = asyncio.get_running_loop()
+            pending = self._pending[name] = loop.run_in_executor(self._threads, lambda: self.find(name))
+            pending.add_done_callback(forget)
+        if task is None:
+            while not (await asyncio.wait({pending}, timeout=_ROUND))[0]:
+                self.check()
+            return pending.result()
+        try:
+            return await asyncio.wait_for(asyncio.shield(pending), _PATIENCE)
+        except Exception:  # raised again for requests that need the store
+            return task
+
+    def get(self, name: str) -> ServedTask:
+        """Return a task by its name in any case; during an outage, its last known version.
 
         Raises:
             TaskNotFound: There is no such task.
         """
-        stamp, known = self.stamp(at_once=True), self._answers.get(name)
-        kept = None if known is None else self._adapters.get(str(known.manifest))
-        if kept is not None and known is not None and known.stamp == stamp:
-            return kept
-        try:
-            found = self._look(name, stamp)[1]
-        except StoreUnavailable:
-            if kept is None:
-                raise
-            return kept
-        if found is None:
-            with self._open() as codes:  # raises, with similar names
-                return resolve_source(codes, codes.get(name))
-        return found
+        known, stamp = self._known.get(name), self.stamp(at_once=True)
+        task = None if known is None else known[1]
+        if known is None or known[0] != stamp:
+            try:
+                task = self._look(name, stamp)
+            except StoreUnavailable:
+                if task is None:
+                    raise
+        if task is None:
+            with self.open() as codes:
+                return self._served(name, codes, codes.get(name))  # raises, with similar names
+        return task
 
-    def _look(self, name: str, stamp: Hashable) -> tuple[Answer, ResolvedSource | None]:
-        """Read a task from the source, ignoring case; only an exact name can be served."""
-        with self._open() as codes:
-            with self._noticing():
-                task = _find(codes, name)
-            if task is None:
-                return self._answered(name, Answer(stamp, None, None)), None
-            digest = str(task.manifest)
-            with self._noticing():
-                chosen = self._adapters.get(digest) or self._kept(codes, resolve_source(codes, task))
-        _keep(self._guard, self._adapters, digest, chosen, _MAX_ADAPTERS)
-        served = None
-        if task.name == split_version(name)[0]:
-            served = ServedTask(name, task.base_model, key_of(chosen), self._layout(task), task.final.is_generated)
-        return self._answered(name, Answer(stamp, served, digest)), chosen
+    def _look(self, name: str, stamp: Hashable) -> ServedTask | None:
+        """Read a task from the source, ignoring case."""
+        with self.open() as codes, self._logging_outages():
+            try:
+                task = codes.find(name)
+            except TaskNotFound:  # no such version
+                task = None
+            served = None if task is None else self._served(name, codes, task)
+        with self._guard:
+            self._known[name] = stamp, served
+            self._known.move_to_end(name)
+            while len(self._known) > _MAX_NAMES:
+                self._known.popitem(last=False)
+        return served
 
-    def _answered(self, name: str, answer: Answer) -> Answer:
-        _keep(self._guard, self._answers, name, answer, _MAX_NAMES)
-        return answer
-
-    def is_at_hand(self, task: ServedTask) -> bool:
-        """Return whether `write` needs no network, because all blobs are cached."""
-        return not self._missing(task)
+    def _served(self, name: str, codes: CodeSource, task: Task) -> ServedTask:
+        known = self._known.get(name)
+        if known is not None and known[1] is not None and known[1].source.task.manifest == task.manifest:
+            return known[1]
+        source = resolve_source(codes, task)
+        if isinstance(codes, StoreCodes):  # a bundle is opened again to read it
+            number = None if source.generator is None else codes.version_of(source.generator, task.base_model)
+            source = replace(source, codes=_DetachedParts(codes, number, self._source.open))
+        return ServedTask(name, key_of(source), source)
 
     def fetch(self, task: ServedTask) -> None:
         """Download the blobs of a task into the cache.
@@ -180,48 +219,38 @@ class ServedTasks:
         Raises:
             StoreUnavailable: Some are not cached, and the blob storage is unavailable.
         """
-        missing, chosen = self._missing(task), self._adapter(task)
-        if not missing or chosen is None:
+        parts = task.source.codes
+        if not (missing := task.missing):
             return
-        assert isinstance(chosen.codes, _KeptParts)
-        with self._noticing():
-            chosen.codes.blobs.fetch(missing)
+        assert isinstance(parts, _DetachedParts)
+        with self._logging_outages():
+            parts.blobs.fetch(missing)
             for digest in missing:  # raises if it is damaged
-                chosen.codes.read(digest)
+                parts.read(digest)
         if self._is_logged:
             self._is_logged = False
             self._log.info("icm: the object store is available again")
 
+    @contextmanager
+    def open(self) -> Iterator[CodeSource]:
+        """Open the store or the bundle; raise `StoreUnavailable` at once if it is known to be unavailable."""
+        self.check()
+        with self._source.open() as codes:
+            yield codes
+
     def names(self, base_model: str | None = None) -> list[str]:
         """Return the sorted names of all tasks, or of the tasks of one base model."""
-        with self._open() as codes:
+        with self.open() as codes:
             return codes.names(base_model)
-
-    def configs(self, base_model: str) -> Iterator[tuple[Task, bytes | DamagedStore]]:
-        """Yield each task of a base model with its `adapter_config.json` as written, or the error of reading it."""
-        from icmlora.formats.peft.initial import converted_form
-
-        with self._open() as codes:
-            read = cache(codes.read)  # many tasks have the same configuration
-            for task in codes.tasks(base_model):
-                final = task.final
-                try:
-                    config = read(final.config)
-                    if final.is_evicted and final.format == "peft":  # otherwise the original is served unchanged
-                        config = converted_form(template_of(final, config)).config
-                except DamagedStore as error:
-                    yield task, error
-                else:
-                    yield task, config
 
     def base_models(self) -> Mapping[str, tuple[str, ...]]:
         """Return all names of each base model, by its main name."""
-        with self._open() as codes:
+        with self.open() as codes:
             return codes.base_models()
 
     def locate(self, base_model: str) -> FoundBase:
         """Find a base model on this machine; raise `BaseModelNotFound` if there is none."""
-        with self._open() as codes:
+        with self.open() as codes:
             return codes.locate(base_model)
 
     def write(self, task: ServedTask, directory: Path) -> None:
@@ -231,31 +260,22 @@ class ServedTasks:
             TaskChanged: It has changed since the lookup, so it cannot be written under its key.
         """
         self.fetch(task)  # before the semaphore, so that a slow network blocks no other task
-        with self._admitted:
-            adapter_format, files = self._render(task)
-            write_adapter_files(directory, adapter_format, files, task.name)
-
-    def _render(self, task: ServedTask) -> tuple[AdapterFormat, AdapterBytes]:
-        if (chosen := self._adapter(task)) is not None and isinstance(chosen.codes, _KeptParts):
-            try:
-                return chosen.format, render(chosen)
-            except DamagedStore:  # unreferenced blobs may have been deleted
-                pass
-        with self._open() as codes:
-            chosen = resolve_source(codes, codes.get(task.name))
-            if key_of(chosen) != task.key:
-                raise TaskChanged(f"task {task.name!r} is being changed")
-            return chosen.format, render(chosen)
+        with self._decoders:
+            files = None
+            if isinstance(task.source.codes, _DetachedParts):
+                with suppress(DamagedStore):  # unreferenced blobs may have been deleted
+                    files = render(task.source)
+            if files is None:
+                with self.open() as codes:
+                    source = resolve_source(codes, codes.get(task.name))
+                    if key_of(source) != task.key:
+                        raise TaskChanged(f"task {task.name!r} is being changed")
+                    files = render(source)
+            write_adapter_files(directory, task.source.format, files, task.name)
 
     @contextmanager
-    def _open(self) -> Iterator[CodeSource]:
-        self.check()
-        with self._source.open() as codes:
-            yield codes
-
-    @contextmanager
-    def _noticing(self) -> Iterator[None]:
-        """Log once that the blob storage is unavailable; the watch logs outages of the database."""
+    def _logging_outages(self) -> Iterator[None]:
+        """Log once that the blob storage is unavailable; `ServingStore` logs outages of the database."""
         try:
             yield
         except StoreUnavailable as error:
@@ -264,151 +284,61 @@ class ServedTasks:
                 self._log.warning("icm: %s; still serving tasks whose files are cached here", error.message)
             raise
 
-    def _kept(self, codes: CodeSource, chosen: ResolvedSource) -> ResolvedSource:
-        """Detach the parts from the open store; a bundle is opened again to read them."""
-        if not isinstance(codes, StoreCodes):
-            return chosen
-        generator = chosen.generator
-        number = None if generator is None else codes.version_of(generator, chosen.task.base_model)
-        return replace(chosen, codes=_KeptParts(codes, number, self._source.open))
 
-    def _layout(self, task: Task) -> tuple[ModuleShape, ...]:
-        layout = task.final.layout
-        if layout not in self._layouts:
-            self._layouts[layout] = tuple(ModuleShape(*entry) for entry in layout)
-        return self._layouts[layout]
-
-    def _adapter(self, task: ServedTask) -> ResolvedSource | None:
-        """Return the cached sources of a task's adapter, or None."""
-        known = self._answers.get(task.name)
-        if known is None or known.task is None or known.task.key != task.key:
-            return None
-        return self._adapters.get(str(known.manifest))
-
-    def _missing(self, task: ServedTask) -> list[str]:
-        chosen = self._adapter(task)
-        if chosen is None or not isinstance(chosen.codes, _KeptParts):
-            return []
-        final, code = chosen.task.final, chosen.code
-        found: list[str] = [final.config, *(extra.blob for extra in final.extras)]
-        found += [] if code is None else [code.blob, code.generator]
-        if chosen.source == "original":
-            found += filter(None, (final.weights, final.initial, final.card))
-        return [digest for digest in found if not chosen.codes.blobs.is_at_hand(digest)]
-
-
-class _KeptParts:
+class _DetachedParts:
     """The sources of one task's adapter, readable without the store; `AdapterParts` describes the methods."""
 
     better, takes_claims = StoreCodes.better, StoreCodes.takes_claims
 
     def __init__(
-        self, codes: StoreCodes, version: int | None, reopen: Callable[[], AbstractContextManager[CodeSource]]
+        self, codes: StoreCodes, number: int | None, open_codes: Callable[[], AbstractContextManager[CodeSource]]
     ) -> None:
-        self.blobs = codes.store.blobs  # readable while the store is closed
+        self.blobs = codes.store.blobs
         self.read = self.blobs.read
-        self._generator, self._version, self._open = codes.generator_cache, version, reopen
+        self._generator, self._number, self._open = codes.generator_cache, number, open_codes
 
     def version_of(self, generator: str, base_model: str) -> int | None:
-        """Return the generator's version at the time of the lookup."""
-        return self._version
+        return self._number  # at the time of the lookup
 
     def generator_file(self, generator: str) -> GeneratorFile:
-        """Open the generator."""
         return self._generator.get(generator, self.read)
 
     def form(self, task: Task) -> OriginalForm:
-        """Read the form; only extras that refer to the base model need the store, to locate it."""
-        from icmlora.base_models.finding.tensors import needed_tensors
-
-        def of_base() -> BaseTensors:
+        def of_base() -> BaseTensors:  # only extras that refer to the base model need the store, to locate it
             with self._open() as codes:
                 return needed_tensors(lambda: codes.locate(task.base_model))
 
         return form_of(task.final, self.read, of_base)
 
     def predict(self, task: Task, seed: int | None) -> Adapter:
-        """Raise `DataError`: predicted adapters are not served."""
         raise DataError("predicted adapters are not served")
 
 
 def can_be_served(name: str) -> bool:
     """Return whether a text can be the name of a task, or `NAME@VERSION`."""
-    task, version = split_version(name)
+    task, number = split_version(name)
     if "@" not in name:
         return task_name_problem(task) is None
-    version = version or ""
-    is_huge = version.isdecimal() and len(version) > _MAX_DIGITS
-    return not is_huge and all(task_name_problem(part) is None for part in (task, version))
+    number = number or ""
+    is_huge = number.isdecimal() and len(number) > _MAX_DIGITS
+    return not is_huge and all(task_name_problem(part) is None for part in (task, number))
 
 
-def _find(codes: CodeSource, name: str) -> Task | None:
-    try:
-        return codes.find(name)
-    except TaskNotFound:  # no such version
-        return None
-
-
-def _keep(guard: threading.Lock, kept: OrderedDict[K, V], key: K, value: V, most: int) -> None:
-    """Add a value to a cache and evict the oldest ones."""
-    with guard:
-        kept[key] = value
-        kept.move_to_end(key)
-        while len(kept) > most:
-            kept.popitem(last=False)
-
-
-def key_of(chosen: ResolvedSource) -> str:
+def key_of(source: ResolvedSource) -> str:
     """Return the SHA-256 of all inputs of an adapter's files, including the version of icm."""
-    final, code = chosen.task.final, chosen.code
-    facts: dict[str, object] = {"icm": _icm(), "task": chosen.task.name, "source": chosen.source}
+    final, code = source.task.final, source.code
+    facts: dict[str, object] = {"icm": _icm_version(), "task": source.task.name, "source": source.source}
     facts |= {"config": final.config, "format": final.format}
     facts["extras"] = [[extra.file, extra.blob] for extra in final.extras]
-    if chosen.generator is None:
+    if source.generator is None:
         facts["weights"] = final.weights
     else:
-        facts |= {"generator": chosen.generator, "code": None if code is None else code.blob}
+        facts |= {"generator": source.generator, "code": None if code is None else code.blob}
         facts |= {"dtype": final.dtype, "template": final.template, "layout": [*map(list, final.layout)]}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-@cache
-def _icm() -> str:
-    return version("icm-lora")
-
-
-class _BundleSource:
-    """A bundle file, which may be replaced at any time."""
-
-    def __init__(self, path: Path) -> None:
-        self.place, self._path, self._opened = str(path), path, (stamp_of(path), Bundle(path))
-
-    def stamp(self, *, at_once: bool = False) -> Hashable:
-        """Return the stamp of the file."""
-        return stamp_of(self._path)
-
-    def check(self) -> None:
-        """Do nothing: a file has no outages."""
-
-    def open(self) -> AbstractContextManager[CodeSource]:
-        """Open the current bundle file."""
-        opened, bundle = self._opened
-        if opened != (stamp := stamp_of(self._path)):
-            bundle = Bundle(self._path)
-            self._opened = stamp, bundle
-        return open_codes(bundle.context)
-
-
-class _StoreSource(StoreWatch):
-    """A store, which is opened for each lookup."""
-
-    def __init__(self, context: Context, log: logging.Logger) -> None:
-        super().__init__(context, log)
-        self._context = context
-
-    def open(self) -> AbstractContextManager[CodeSource]:
-        """Open the store."""
-        return open_codes(self._context)
+_icm_version = cache(lambda: version("icm-lora"))
 
 
 def open_tasks(
@@ -429,11 +359,6 @@ def open_tasks(
         log: Logger for outages, instead of the module's own.
     """
     if bundle is not None:
-        return ServedTasks(_BundleSource(Path(bundle)))
+        return ServedTasks(ServingBundle(Path(bundle)))
     assert store is not None
-    return tasks_of(Context(address_of(store), command=command, lock_timeout=lock_timeout), log)
-
-
-def tasks_of(context: Context, log: logging.Logger = _log) -> ServedTasks:
-    """Return the tasks of a store."""
-    return ServedTasks(_StoreSource(context, log), log)
+    return ServedTasks(ServingStore(Context(address_of(store), command=command, lock_timeout=lock_timeout), log), log)

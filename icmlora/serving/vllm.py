@@ -20,15 +20,15 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from functools import wraps
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from icmlora.errors import TaskChanged
+from icmlora.serving.requirements import CHECKED_VERSIONS
 from registry.errors import StoreUnavailable
 from registry.names import address_of
 
@@ -39,15 +39,12 @@ if TYPE_CHECKING:
     from icmlora.serving.folders import AdapterFolders
     from icmlora.serving.tasks import ServedTask, ServedTasks
 
-Check = Callable[[Any, Any], Awaitable[Any]]
 NAME = "icm"
 _CHECKING = (
     ("vllm.entrypoints.serve.engine.serving", "BaseServing"),
     ("vllm.entrypoints.pooling.base.serving", "PoolingBaseServing"),
 )
-"""The classes of vLLM 0.32 whose method `_check_model` checks whether the model of a request exists."""
-_THREADS = 4
-"""Maximum number of concurrent lookups."""
+"""The classes of vLLM whose method `_check_model` checks whether the model of a request exists."""
 _WRITING = 16
 """Tasks written at once: only one is decoded at a time, but others may wait for downloads."""
 
@@ -58,10 +55,16 @@ _log = logging.getLogger("vllm.icm")  # vLLM shows only loggers below its own na
 
 def register() -> None:
     """Register the resolver with vLLM once, if the environment names a store or a bundle."""
-    if not (os.environ.get("ICM_STORE") or os.environ.get("ICM_BUNDLE")):
+    store, bundle = os.environ.get("ICM_STORE"), os.environ.get("ICM_BUNDLE")
+    if not (store or bundle):
         return
-    if (missing := _missing()) is not None:
-        _log.error("icm: %s; no tasks will be found until it exists", missing)
+    fact = None
+    if bundle:
+        fact = None if Path(bundle).is_file() else f"ICM_BUNDLE={bundle} is not a file"
+    elif store and isinstance(address := address_of(store), Path) and not (address / "registry.db").is_file():
+        fact = f"ICM_STORE={store} is not a store"
+    if fact is not None:
+        _log.error("icm: %s; no tasks will be found until it exists", fact)
     from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
     if NAME not in LoRAResolverRegistry.get_supported_resolvers():
@@ -69,55 +72,43 @@ def register() -> None:
         LoRAResolverRegistry.register_resolver(NAME, IcmResolver())
 
 
-def _missing() -> str | None:
-    """Return a message if the store or bundle in the environment does not exist, without opening it."""
-    if bundle := os.environ.get("ICM_BUNDLE"):
-        return None if Path(bundle).is_file() else f"ICM_BUNDLE={bundle} is not a file"
-    store = os.environ["ICM_STORE"]
-    address = address_of(store)
-    is_there = not isinstance(address, Path) or (address / "registry.db").is_file()
-    return None if is_there else f"ICM_STORE={store} is not a store"
-
-
 class IcmResolver:
     """A `vllm.lora.resolver.LoRAResolver` that opens the store and folders at the first lookup."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="icm")
-        self._writing = ThreadPoolExecutor(_WRITING, thread_name_prefix="icm-write")
-        self._source: _Source | None = None
+        self._threads = ThreadPoolExecutor(_WRITING, thread_name_prefix="icm-write")
+        self._source: Source | None = None
         self._opening = asyncio.Lock()
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """Return the folder of the task with a name, written if necessary; None if it does not exist or fails."""
+        from vllm.lora.request import LoRARequest
+
+        loop = asyncio.get_running_loop()
         try:
             async with self._opening:
                 if self._source is None:
-                    opened = asyncio.get_running_loop().run_in_executor(self._threads, open_source, base_model_name)
-                    self._source = _Source(*await opened, self._threads)
+                    self._source = await loop.run_in_executor(self._threads, open_source, base_model_name)
                     _follow_tasks(self)
-            return await self._resolve(self._source, lora_name)
+            while True:
+                task = await self._source.tasks.latest(lora_name)
+                if task is None:
+                    _log.info("icm: there is no task named %.128r", lora_name)
+                    return None
+                try:
+                    folder = await loop.run_in_executor(self._threads, self._source.folder, task)
+                except TaskChanged:
+                    continue
+                # vLLM replaces this number with its own.
+                return (
+                    None if folder is None else LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(folder))
+                )
         except StoreUnavailable as error:
             _away.set(error)  # already logged once
             return None
         except Exception as error:
             _log.error("icm: %.128r: %s", lora_name, error or type(error).__name__)
             return None
-
-    async def _resolve(self, source: _Source, lora_name: str) -> LoRARequest | None:
-        from vllm.lora.request import LoRARequest
-
-        task = await source.catalogue.find(lora_name)
-        if task is None:
-            _log.info("icm: there is no task named %.128r", lora_name)
-            return None
-        loop = asyncio.get_running_loop()
-        try:
-            folder = await loop.run_in_executor(self._writing, source.folder, task)
-        except TaskChanged:
-            return await self._resolve(source, lora_name)
-        # vLLM replaces this number with its own.
-        return None if folder is None else LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(folder))
 
     async def renew(self, models: Any, name: object) -> None:
         """Replace a task's adapter in vLLM if the task has changed.
@@ -147,13 +138,13 @@ class IcmResolver:
             models.lora_requests[name] = request
             _log.info("icm: loaded the new adapter of %r", name)
 
-    async def _is_current(self, source: _Source, served: LoRARequest) -> bool:
+    async def _is_current(self, source: Source, served: LoRARequest) -> bool:
         """Return whether vLLM has the current adapter of a task, or an adapter not from icm."""
         folder = Path(served.lora_path)
         if folder.parent != source.folders.root:
             return True
         try:
-            task = await source.catalogue.find(served.lora_name)
+            task = await source.tasks.latest(served.lora_name)
         except StoreUnavailable:
             return True
         except Exception as error:  # must not fail the request
@@ -162,53 +153,38 @@ class IcmResolver:
         return task is not None and source.folders.path(task.key) == folder
 
 
-class _Source:
-    """The source of adapters: tasks, folders and base model."""
-
-    def __init__(
-        self, tasks: ServedTasks, folders: AdapterFolders, base: EngineBase, threads: ThreadPoolExecutor
-    ) -> None:
-        from icmlora.serving.catalogue import Catalogue
-
-        self.folders, self.catalogue = folders, Catalogue(tasks, threads)
-        self._tasks, self._base = tasks, base
-
-    def folder(self, task: ServedTask) -> Path | None:
-        """Return the folder of a task, written if necessary; None if the engine cannot serve it."""
-        if (problem := self._base.problem(task)) is not None:
-            _log.error("icm: %s", problem)
-            return None
-        return self.folders.get(task.key, lambda directory: self._tasks.write(task, directory))
-
-
 def _follow_tasks(resolver: IcmResolver) -> None:
     """Make vLLM call `resolver.renew` at each request by replacing one of its methods, because there is no hook."""
     # vLLM calls a resolver from these modules, so they are already imported; a worker imports none of them.
     classes = [vars(sys.modules[module]).get(name) for module, name in _CHECKING if module in sys.modules]
-    checking = [found for found in classes if found is not None and hasattr(found, "_check_model")]
+    checking: list[Any] = [found for found in classes if found is not None and hasattr(found, "_check_model")]
     if not checking:
-        _log.warning("icm: this version of vLLM serves outdated adapters of changed tasks until it is restarted")
+        fact = "icm: this version of vLLM serves outdated adapters of changed tasks until it is restarted; use vLLM %s"
+        _log.warning(fact, CHECKED_VERSIONS["vllm"])
     for found in checking:
-        found._check_model = _renewing(found._check_model, resolver)
+        _renew_and_check(found, resolver)
         if hasattr(found, "create_error_response"):  # also covers the first request, whose check has already begun
-            found.create_error_response = staticmethod(_telling(found.create_error_response))
+            _report_outages(found)
 
 
-def _renewing(check: Check, resolver: IcmResolver) -> Check:
+def _renew_and_check(serving_class: Any, resolver: IcmResolver) -> None:
+    check = serving_class._check_model
+
     @wraps(check)
     async def renew_and_check(serving: Any, request: Any) -> Any:
         _away.set(None)
         await resolver.renew(serving.models, request.model)
         return await check(serving, request)
 
-    return renew_and_check
+    serving_class._check_model = renew_and_check
 
 
-def _telling(respond: Callable[..., Any]) -> Callable[..., Any]:
+def _report_outages(serving_class: Any) -> None:
     """Report an unavailable store instead of vLLM's response for unknown models."""
+    respond = serving_class.create_error_response
 
     @wraps(respond)
-    def tell(*args: Any, **options: Any) -> Any:
+    def report(*args: Any, **options: Any) -> Any:
         away = _away.get()
         if away is None or options.get("status_code") != HTTPStatus.NOT_FOUND:
             return respond(*args, **options)
@@ -216,10 +192,25 @@ def _telling(respond: Callable[..., Any]) -> Callable[..., Any]:
         unavailable = HTTPStatus.SERVICE_UNAVAILABLE
         return respond(message=fact, err_type="ServiceUnavailableError", status_code=unavailable)
 
-    return tell
+    serving_class.create_error_response = staticmethod(report)
 
 
-def open_source(model: str) -> tuple[ServedTasks, AdapterFolders, EngineBase]:
+class Source(NamedTuple):
+    """The source of adapters for one engine."""
+
+    tasks: ServedTasks
+    folders: AdapterFolders
+    base: EngineBase
+
+    def folder(self, task: ServedTask) -> Path | None:
+        """Return the folder of a task, written if necessary; None if the engine cannot serve it."""
+        if (problem := self.base.problem(task)) is not None:
+            _log.error("icm: %s", problem)
+            return None
+        return self.folders.get(task.key, lambda directory: self.tasks.write(task, directory))
+
+
+def open_source(model: str) -> Source:
     """Open the tasks and folders from the environment for an engine with a model."""
     from icmlora.io.text import parse_bytes
     from icmlora.serving.base import EngineBase
@@ -232,4 +223,4 @@ def open_source(model: str) -> tuple[ServedTasks, AdapterFolders, EngineBase]:
     )
     tasks = open_tasks(store, bundle, command="vllm", log=_log)
     folders = AdapterFolders(Path(root) if root else default_root("vllm"), parse_bytes(size) if size else None)
-    return tasks, folders, EngineBase(model, tasks, label, log=_log)
+    return Source(tasks, folders, EngineBase(model, tasks, label, log=_log))

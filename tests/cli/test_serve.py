@@ -118,7 +118,7 @@ def test_the_address_as_json(serve: Icm, settings: list[GatewaySettings]) -> Non
 
 def test_the_defaults_of_the_options_are_those_of_the_gateway(serve: Icm, settings: list[GatewaySettings]) -> None:
     serve()
-    assert settings == [GatewaySettings(engine_url="http://127.0.0.1:9", local_names=frozenset({"127.0.0.1"}))]
+    assert settings == [GatewaySettings(engine_url="http://127.0.0.1:9", port=0, local_names=frozenset({"127.0.0.1"}))]
 
 
 def test_options_reach_the_server(serve: Icm, settings: list[GatewaySettings]) -> None:
@@ -134,7 +134,7 @@ def test_options_reach_the_server(serve: Icm, settings: list[GatewaySettings]) -
     assert (found.max_adapters, found.max_waiting, found.max_requests) == (7, 8, 9)
     assert (found.max_body, found.first_byte_timeout, found.idle_timeout) == (1 << 20, 2, 3)
     assert (found.header_timeout, found.body_timeout, found.max_connections) == (6, 6, 10)
-    assert found.drain == 4
+    assert found.drain_seconds == 4
 
 
 @pytest.mark.parametrize(("options", "names"), [((), {"127.0.0.1"}), (("--token", "t"), None), (("--no-token",), None)])

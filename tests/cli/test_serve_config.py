@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from icmlora.fleet.resources.code_source import StoreCodes
 from icmlora.serving.base import EngineBase
-from icmlora.serving.launch import VLLM_RANKS
-from icmlora.serving.requirements import Config, EngineName, config_problem
-from icmlora.serving.tasks import ServedTasks, open_tasks
-from registry.errors import DamagedStore
+from icmlora.serving.requirements import VLLM_RANKS, Config, EngineName, config_problem
+from icmlora.serving.tasks import open_tasks
 from registry.manifests import Task
 from registry.store import Store
 from tests.cli.coded import damage
@@ -70,13 +69,13 @@ def test_a_folder_given_in_place_of_a_missing_base_model_is_taken_for_it(
 
 
 def test_what_is_no_peft_folder_is_left_out_and_said(icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def configs(tasks: ServedTasks, base_model: str) -> Iterator[tuple[Task, bytes | DamagedStore]]:
-        for task, config in real(tasks, base_model):
+    def tasks(codes: StoreCodes, base_model: str) -> Iterator[Task]:
+        for task in real(codes, base_model):
             form = "mlx" if task.name == "rules" else task.final.format
-            yield replace(task, final=replace(task.final, format=form)), config
+            yield replace(task, final=replace(task.final, format=form))
 
-    real = ServedTasks.configs
-    monkeypatch.setattr(ServedTasks, "configs", configs)
+    real = StoreCodes.tasks
+    monkeypatch.setattr(StoreCodes, "tasks", tasks)
     plan = icm("serve", "--print-config", "vllm", "--json").document
     assert [one["task"] for one in plan["left_out"]] == ["rules"]
     assert plan["tasks_count"] == 2

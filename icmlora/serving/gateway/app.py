@@ -22,13 +22,11 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from icmlora.serving.gateway.connection import Connection
 from icmlora.serving.gateway.engines import Card
 from icmlora.serving.gateway.forward import Answer, ClientGone, CutShort, Forwarder, Receive, Scope, Send
-from icmlora.serving.gateway.metrics import CONTENT_TYPE, Metrics
+from icmlora.serving.gateway.metrics import CONTENT_TYPE
 from icmlora.serving.gateway.problems import HttpProblem
 from icmlora.serving.gateway.residency import Residency
-from icmlora.serving.gateway.settings import GatewaySettings
 from registry.errors import IcmError, StoreUnavailable
 
 PASSED_ON = frozenset(
@@ -57,24 +55,27 @@ class GatewayApp:
 
     Args:
         forwarder: Forwards requests.
-        connection: The engine.
-        residency: The adapters in it.
-        metrics: The metrics.
-        settings: Access control and limits.
+        residency: The adapters in the engine.
     """
 
-    def __init__(
-        self,
-        forwarder: Forwarder,
-        connection: Connection,
-        residency: Residency,
-        metrics: Metrics,
-        settings: GatewaySettings,
-    ) -> None:
-        self._forwarder, self._metrics = forwarder, metrics
-        self._local_names, self._max_requests, self._requests = settings.local_names, settings.max_requests, 0
-        self._token = None if settings.token is None else sha256(settings.token.encode()).digest()
-        self._own = _OwnRoutes(connection, residency, metrics)
+    def __init__(self, forwarder: Forwarder, residency: Residency) -> None:
+        self._forwarder, self._residency, self._metrics = forwarder, residency, residency.metrics
+        self._connection, self._settings = residency.connection, residency.connection.settings
+        token = self._settings.token
+        self._token = None if token is None else sha256(token.encode()).digest()
+        self._requests = 0
+        self._names: list[str] | None = None  # last known task names
+        self._models: tuple[float, Mapping[str, Card], bytes] | None = None
+        self._listing = asyncio.Lock()
+        self._started = int(time.time())
+        self._own = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+        self._own.get("/healthz")(self._healthz)
+        self._own.get("/readyz")(self._readyz)
+        self._own.get("/metrics")(self._show_metrics)
+        self._own.get("/v1/models")(self._list_models)
+        self._own.get("/v1/models/{model:path}")(self._show_model)
+        self._own.add_exception_handler(HTTPException, self._unknown_route)
+        self._own.add_exception_handler(HttpProblem, self._problem)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -101,71 +102,48 @@ class GatewayApp:
             self._metrics.requests.labels(route, str(answer.status)).inc()
 
     async def _answer(self, scope: Scope, receive: Receive, answer: Answer) -> None:
-        headers = dict(scope["headers"])
-        _check_framing(headers)
-        self._check_place(headers)
-        if scope["path"] not in _OPEN:
-            self._check_token(headers)
-        target = _passed_on(scope["method"], scope["path"])
-        if target is None:
-            await self._own.app(scope, receive, answer)
+        headers, method, path = dict(scope["headers"]), scope["method"], scope["path"]
+        # Two servers may parse ambiguous framing differently.
+        if b"content-length" in headers and b"transfer-encoding" in headers:
+            message = "The request has both Content-Length and Transfer-Encoding."
+            raise HttpProblem(400, message, "ambiguous_length", closes=True)
+        if self._settings.local_names is not None:
+            host, origin = headers.get(b"host"), headers.get(b"origin")
+            hint = "start it with --token-file FILE to allow other clients"
+            if host is not None and not self._is_local(b"//" + host):
+                raise HttpProblem(421, f"Without a token, this gateway accepts only localhost: {hint}.", "foreign_host")
+            if origin is not None and not self._is_local(origin):
+                raise HttpProblem(403, f"This gateway refuses requests from other sites: {hint}.", "foreign_origin")
+        if self._token is not None and path not in _OPEN:
+            kind, _, token = headers.get(b"authorization", b"").partition(b" ")
+            given = token if kind.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+            # Digests have equal length, so the comparison takes constant time.
+            if not compare_digest(sha256(given.strip()).digest(), self._token):
+                message = "The request has no valid token (Authorization: Bearer TOKEN)."
+                raise HttpProblem(401, message, "invalid_api_key")
+        response = _RESPONSE.fullmatch(path)
+        is_of_response = response is not None and method == ("POST" if response[1] else "GET")
+        if not is_of_response and not (method == "POST" and path in PASSED_ON):
+            await self._own(scope, receive, answer)
             return
-        if self._requests >= self._max_requests:
-            message = f"The gateway is already handling {self._max_requests} requests; try again soon."
+        if self._requests >= (limit := self._settings.max_requests):
+            message = f"The gateway is already handling {limit} requests; try again soon."
             raise HttpProblem(503, message, "too_many_requests", retry_after=1)
         self._requests += 1
         self._metrics.in_flight.set(self._requests)
         try:
-            await self._forwarder.answer(scope, receive, answer, target)
+            await self._forwarder.answer(scope, receive, answer, path)
         finally:
             self._requests -= 1
             self._metrics.in_flight.set(self._requests)
-
-    def _check_place(self, headers: Mapping[bytes, bytes]) -> None:
-        if self._local_names is None:
-            return
-        host, origin = headers.get(b"host"), headers.get(b"origin")
-        way_out = "start it with --token-file FILE to allow other clients"
-        if host is not None and not self._is_local(b"//" + host):
-            raise HttpProblem(421, f"Without a token, this gateway accepts only localhost: {way_out}.", "foreign_host")
-        if origin is not None and not self._is_local(origin):
-            raise HttpProblem(403, f"This gateway refuses requests from other sites: {way_out}.", "foreign_origin")
 
     def _is_local(self, url: bytes) -> bool:
         """Return whether a URL refers to this machine."""
         try:
             name = urlsplit(url.decode("latin-1")).hostname or ""
-            return name == "localhost" or name in (self._local_names or ()) or ip_address(name).is_loopback
+            return name == "localhost" or name in (self._settings.local_names or ()) or ip_address(name).is_loopback
         except ValueError:  # neither a URL nor an address
             return False
-
-    def _check_token(self, headers: Mapping[bytes, bytes]) -> None:
-        if self._token is None:
-            return
-        kind, _, token = headers.get(b"authorization", b"").partition(b" ")
-        given = token if kind.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-        # Digests have equal length, so the comparison takes constant time.
-        if not compare_digest(sha256(given.strip()).digest(), self._token):
-            raise HttpProblem(401, "The request has no valid token (Authorization: Bearer TOKEN).", "invalid_api_key")
-
-
-class _OwnRoutes:
-    """The routes that the gateway answers itself."""
-
-    def __init__(self, connection: Connection, residency: Residency, metrics: Metrics) -> None:
-        self._connection, self._residency, self._metrics = connection, residency, metrics
-        self._names: list[str] | None = None  # last known task names
-        self._models: tuple[float, Mapping[str, Card], bytes] | None = None
-        self._making = asyncio.Lock()
-        self._started = int(time.time())
-        self.app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-        self.app.get("/healthz")(self._healthz)
-        self.app.get("/readyz")(self._readyz)
-        self.app.get("/metrics")(self._show_metrics)
-        self.app.get("/v1/models")(self._list_models)
-        self.app.get("/v1/models/{model:path}")(self._show_model)
-        self.app.add_exception_handler(HTTPException, self._unknown_route)
-        self.app.add_exception_handler(HttpProblem, self._problem)
 
     async def _healthz(self) -> Response:
         return JSONResponse({"status": "ok"})
@@ -181,9 +159,8 @@ class _OwnRoutes:
         with suppress(HttpProblem, TimeoutError):  # the engine is unavailable
             async with asyncio.timeout(_COUNTS_TIMEOUT):
                 counts = await (await self._connection.engine()).prefix_tokens()
-            if counts is not None:
-                self._metrics.prefix_asked.set(counts.asked)
-                self._metrics.prefix_found.set(counts.found)
+            for gauge, count in zip((self._metrics.prefix_asked, self._metrics.prefix_found), counts, strict=False):
+                gauge.set(count)
         return Response(self._metrics.text(), media_type=CONTENT_TYPE)
 
     async def _list_models(self) -> Response:
@@ -197,26 +174,26 @@ class _OwnRoutes:
 
     async def _all_models(self) -> tuple[Mapping[str, Card], bytes]:
         """Return the engine's own models and all tasks of its base model, by name and as JSON."""
-        async with self._making:
-            if self._models is None or time.monotonic() - self._models[0] > _MODELS_AGE:
-                cards = await self._make_cards()
-                # A fleet of 20,000 tasks is 2.5 MB of JSON.
-                data = await asyncio.to_thread(lambda: json.dumps({"object": "list", "data": [*cards.values()]}))
-                self._models = time.monotonic(), cards, data.encode()
+        async with self._listing:
+            if self._models is not None and time.monotonic() - self._models[0] <= _MODELS_AGE:
+                return self._models[1:]
+            listing = await self._connection.listing(_MODELS_AGE)
+            try:
+                self._names = await self._connection.names()
+            except IcmError as error:
+                if self._names is None or not isinstance(error, StoreUnavailable):
+                    raise HttpProblem(503, f"Cannot read the tasks: {error.message}", "store_unavailable") from error
+            cards = {
+                str(card["id"]): card
+                for card in listing.cards
+                if not card.get("parent") or self._residency.is_own(listing, card["id"])
+            }
+            fields = {"object": "model", "created": self._started, "owned_by": "icm", "parent": listing.base}
+            cards |= {name: {"id": name, **fields, "root": name} for name in self._names}
+            # A fleet of 20,000 tasks is 2.5 MB of JSON.
+            data = await asyncio.to_thread(lambda: json.dumps({"object": "list", "data": [*cards.values()]}))
+            self._models = time.monotonic(), cards, data.encode()
             return self._models[1:]
-
-    async def _make_cards(self) -> Mapping[str, Card]:
-        listing = await self._connection.listing(_MODELS_AGE)
-        try:
-            self._names = await self._connection.names()
-        except IcmError as error:
-            if self._names is None or not isinstance(error, StoreUnavailable):
-                raise HttpProblem(503, f"Cannot read the tasks: {error.message}", "store_unavailable") from error
-        names = self._names
-        fields = {"object": "model", "created": self._started, "owned_by": "icm", "parent": listing.base}
-        tasks = {name: {"id": name, **fields, "root": name} for name in names}
-        own = (card for card in listing.cards if not card.get("parent") or self._residency.is_own(listing, card["id"]))
-        return {**{str(card["id"]): card for card in own}, **tasks}
 
     async def _unknown_route(self, request: Request, error: Exception) -> Response:
         message = f"The gateway has no route {request.method} {request.url.path[:200]}."
@@ -227,20 +204,3 @@ class _OwnRoutes:
         self._metrics.problems.labels(error.code).inc()
         headers = {name.decode(): value.decode() for name, value in error.headers()}
         return Response(error.body(), error.status, headers)
-
-
-def _check_framing(headers: Mapping[bytes, bytes]) -> None:
-    """Reject ambiguous framing, which two servers may parse differently, and close the connection."""
-    if b"content-length" in headers and b"transfer-encoding" in headers:
-        message = "The request has both Content-Length and Transfer-Encoding."
-        raise HttpProblem(400, message, "ambiguous_length", closes=True)
-
-
-def _passed_on(method: str, path: str) -> str | None:
-    """Return the engine's route for a request, or None if it is not for the engine."""
-    if method == "POST" and path in PASSED_ON:
-        return path
-    found = _RESPONSE.fullmatch(path)
-    if found is not None and method == ("POST" if found[1] else "GET"):
-        return path
-    return None

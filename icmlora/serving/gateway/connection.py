@@ -12,7 +12,7 @@ import httpx
 
 from icmlora.serving.base import EngineBase
 from icmlora.serving.gateway.engines import Engine, Listing, connect
-from icmlora.serving.requirements import EngineName
+from icmlora.serving.gateway.settings import GatewaySettings
 from icmlora.serving.tasks import ServedTask, ServedTasks
 
 R = TypeVar("R")
@@ -26,29 +26,22 @@ class Connection:
     Args:
         client: HTTP client for the gateway's own requests.
         tasks: The tasks to serve.
-        threads: Threads for comparing base models.
-        name: Type of the engine; None to detect it.
-        label: The base model of the engine, if the user named it.
+        threads: Threads for comparing base models and writing adapters.
+        settings: Type and base model of the engine, if the user named them, and settings for users of the connection.
     """
 
     def __init__(
-        self,
-        client: httpx.AsyncClient,
-        tasks: ServedTasks,
-        threads: ThreadPoolExecutor,
-        name: EngineName | None = None,
-        label: str | None = None,
+        self, client: httpx.AsyncClient, tasks: ServedTasks, threads: ThreadPoolExecutor, settings: GatewaySettings
     ) -> None:
-        self._client, self._tasks, self._threads = client, tasks, threads
-        self._name, self._label = name, label
+        self._client, self.tasks, self.threads, self.settings = client, tasks, threads, settings
         self._engine: Engine | None = None
         self._seen: tuple[float, Listing] | None = None
-        self._base: tuple[str, Hashable, EngineBase] | None = None
+        self._base: tuple[Hashable, EngineBase] | None = None  # with the stamp of the tasks
 
     async def engine(self) -> Engine:
         """Return the engine. The first call detects its type."""
         if self._engine is None:
-            self._engine = await connect(self._client, self._name)
+            self._engine = await connect(self._client, self.settings.engine)
         return self._engine
 
     async def listing(self, max_age: float = 0.0) -> Listing:
@@ -65,18 +58,16 @@ class Connection:
 
     async def problem(self, task: ServedTask) -> str | None:
         """Return why the engine cannot serve a task, or None if it can."""
-        stamp = self._tasks.stamp()
-        model = (await self.listing(max_age=float("inf"))).model
-        found = await self._in_thread(lambda: self._base_of(model).problem(task))
-        if found is not None and self._base is not None and self._base[1] != stamp:
+        stamp = self.tasks.stamp()
+        found = await self._with_base(lambda base: base.problem(task))
+        if found is not None and self._base is not None and self._base[0] != stamp:
             self._base = None  # the user may since have recorded that both are the same model
-            found = await self._in_thread(lambda: self._base_of(model).problem(task))
+            found = await self._with_base(lambda base: base.problem(task))
         return found
 
     async def names(self) -> list[str]:
         """Return the names of all tasks of the engine's base model."""
-        model = (await self.listing(max_age=float("inf"))).model
-        return await self._in_thread(lambda: self._names(model))
+        return await self._with_base(self._names)
 
     async def check_ready(self, max_age: float) -> None:
         """Check that the engine responded within the last `max_age` seconds, and that it can load adapters."""
@@ -85,23 +76,26 @@ class Connection:
 
     async def prepare(self) -> tuple[str, int, int]:
         """Prepare the engine for the first task; return its model, and how many tasks do and do not use that model."""
-        model = (await self.listing()).model
-        await self._in_thread(lambda: self._base_of(model).prepare())
+        await self.listing()
+        await self._with_base(EngineBase.prepare)
         await self.check_ready(float("inf"))
-        served, tasks = await self._in_thread(lambda: (len(self._names(model)), len(self._tasks.names())))
-        return model, served, tasks - served
-
-    def _names(self, model: str) -> list[str]:
-        base = self._base_of(model)
-        return sorted(
-            name for label in self._tasks.base_models() if base.is_of(label) for name in self._tasks.names(label)
+        return await self._with_base(
+            lambda base: (base.model, own := len(self._names(base)), len(self.tasks.names()) - own)
         )
 
-    def _base_of(self, model: str) -> EngineBase:
-        known = self._base
-        if known is None or known[0] != model:
-            self._base = known = model, self._tasks.stamp(), EngineBase(model, self._tasks, self._label)
-        return known[2]
+    def _names(self, base: EngineBase) -> list[str]:
+        labels = filter(base.is_of, self.tasks.base_models())
+        return sorted(name for label in labels for name in self.tasks.names(label))
 
-    async def _in_thread(self, work: Callable[[], R]) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+    async def _with_base(self, work: Callable[[EngineBase], R]) -> R:
+        """Run a function of the engine's base model in a thread."""
+        model = (await self.listing(max_age=float("inf"))).model
+
+        def run() -> R:
+            known = self._base
+            if known is None or known[1].model != model:
+                base = EngineBase(model, self.tasks, self.settings.base_model)
+                self._base = known = self.tasks.stamp(), base
+            return work(known[1])
+
+        return await asyncio.get_running_loop().run_in_executor(self.threads, run)

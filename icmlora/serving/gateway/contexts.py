@@ -31,10 +31,17 @@ def is_wanted(header: bytes, *, default: bool) -> bool:
     raise HttpProblem(400, f"The header icm-context must be {ON!r} or {OFF!r}.", "invalid_header")
 
 
-def put_before(route: str, fields: Body, context: TaskContext) -> Body | None:
-    """Return the request with the context inserted, or None if this kind of request does not support one."""
-    change = _ROUTES.get(route)
-    return None if change is None else change(fields, context)
+def with_context(
+    route: str, fields: Body, context: TaskContext | None, *, is_too_long: bool = False
+) -> tuple[Body, str]:
+    """Return a request with its task's context inserted, or unchanged; also return the value of the response header."""
+    if context is None:
+        return fields, NONE
+    if is_too_long:
+        return fields, TOO_LONG
+    insert = _ROUTES.get(route)
+    changed = None if insert is None else insert(fields, context)
+    return (fields, UNFIT) if changed is None else (changed, ON)
 
 
 def _completion(fields: Body, context: TaskContext) -> Body | None:
@@ -50,7 +57,7 @@ def _chat(fields: Body, context: TaskContext) -> Body | None:
     messages = _messages(fields)
     if messages is None:
         return None
-    return fields | {"messages": [_sent(message) for message in context.before_messages(messages)]}
+    return fields | {"messages": list(map(_with_json_arguments, context.before_messages(messages)))}
 
 
 def _anthropic(fields: Body, context: TaskContext) -> Body | None:
@@ -96,16 +103,14 @@ def _messages(fields: Body) -> list[Message] | None:
     return value if is_chat else None
 
 
-def _sent(message: Message) -> Message:
-    """Convert a message to this API's format, with the arguments of tool calls as JSON text."""
+def _with_json_arguments(message: Message) -> Message:
+    """Convert the arguments of tool calls to JSON text, as this API requires."""
+
+    def convert(call: Any) -> Any:
+        match call:
+            case {"function": {"arguments": dict(arguments)} as function}:
+                return {**call, "function": {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}}
+        return call
+
     calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return message
-    return {**message, "tool_calls": [_call(call) for call in calls]}
-
-
-def _call(call: Any) -> Any:
-    match call:
-        case {"function": {"arguments": dict(arguments)} as function}:
-            return {**call, "function": {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}}
-    return call
+    return {**message, "tool_calls": list(map(convert, calls))} if isinstance(calls, list) else message

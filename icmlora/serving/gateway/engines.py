@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -49,31 +49,27 @@ class Listing:
         return frozenset(str(card["id"]) for card in self.cards if not card.get("parent"))
 
 
-class PrefixTokens(NamedTuple):
-    """Prompt tokens that an engine looked up in its prefix cache, and tokens found there."""
-
-    asked: float
-    found: float
-
-
 class Engine:
-    """An engine with an HTTP API. Methods raise `HttpProblem` if it rejects a request or does not respond.
+    """vLLM, or a subclass for another API. Methods raise `HttpProblem` if it rejects a request or does not respond.
 
     Args:
         client: A client with the engine's base URL and token, and with timeouts.
     """
 
-    name: ClassVar[EngineName]
-    forgot_status: ClassVar[int]
+    name: ClassVar[EngineName] = "vllm"
+    forgot_status: ClassVar[int] = 404
     """The engine's status for an unknown adapter."""
-    forgot_word: ClassVar[bytes]
+    forgot_word: ClassVar[bytes] = b""
     """A lower-case word in that response."""
-    unloads_at_once: ClassVar[bool]
-    """Whether it can unload an adapter with running requests, and lets them finish."""
-    _prefix_counts: ClassVar[tuple[str, ...]] = ()
-    _load_route: ClassVar[str]
-    _unload_route: ClassVar[str]
-    _hint: ClassVar[str]
+    unloads_at_once: ClassVar[bool] = True
+    """Whether it can unload an adapter with running requests. vLLM keeps it in memory until they finish."""
+    _prefix_counts: ClassVar[tuple[str, ...]] = (
+        "vllm:prefix_cache_queries_total",
+        "vllm:prefix_cache_hits_total",
+    )
+    _load_route: ClassVar[str] = "/v1/load_lora_adapter"
+    _unload_route: ClassVar[str] = "/v1/unload_lora_adapter"
+    _hint: ClassVar[str] = "start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
 
     def __init__(self, client: httpx.AsyncClient) -> None:
         self._client = client
@@ -132,21 +128,17 @@ class Engine:
             reason = _reason(answer, f"status {answer.status_code}")
             raise HttpProblem(502, f"The engine refused to unload an adapter: {reason}", "engine_refused_unload")
 
-    async def prefix_tokens(self) -> PrefixTokens | None:
-        """Return the counters of the engine's prefix cache, or None if it has none."""
+    async def prefix_tokens(self) -> Sequence[float]:
+        """Return the prompt tokens that the engine looked up in its prefix cache, and found there; empty if unknown."""
         answer = await ask(self._client, "GET", "/metrics")
-        if answer.status_code != 200:
-            return None
         counts: defaultdict[str, float] = defaultdict(float)  # summed over all labels
         try:
-            for family in text_string_to_metric_families(answer.text):
+            for family in text_string_to_metric_families(answer.text if answer.status_code == 200 else ""):
                 for sample in family.samples:
                     counts[sample.name] += sample.value
         except ValueError:
-            return None
-        if not self._prefix_counts or any(name not in counts for name in self._prefix_counts):
-            return None
-        return PrefixTokens(*(counts[name] for name in self._prefix_counts))
+            return ()
+        return [counts[name] for name in self._prefix_counts] if counts.keys() >= set(self._prefix_counts) else ()
 
     async def _model(self, card: Card) -> str:
         return str(card.get("root") or card["id"])
@@ -159,23 +151,13 @@ class Engine:
         return await ask(self._client, "POST", route, json=fields, timeout=timeout)
 
 
-class VllmEngine(Engine):
-    """vLLM. An unloaded adapter stays in memory until its running requests finish."""
-
-    name = "vllm"
-    forgot_status, forgot_word = 404, b""
-    unloads_at_once = True
-    _prefix_counts = ("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total")
-    _load_route, _unload_route = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
-    _hint = "start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
-
-
 class SglangEngine(Engine):
     """SGLang. It unloads an adapter only after its running requests, so each version needs its own name."""
 
     name = "sglang"
     forgot_status, forgot_word = 400, b"lora"
     unloads_at_once = False
+    _prefix_counts = ()
     _load_route, _unload_route = "/load_lora_adapter", "/unload_lora_adapter"
     _hint = "start SGLang with --enable-lora"
 
@@ -202,20 +184,21 @@ class SglangEngine(Engine):
         return path if isinstance(path, str) else await super()._model(card)
 
 
-_ENGINES: Mapping[EngineName, type[Engine]] = {"vllm": VllmEngine, "sglang": SglangEngine}
+_ENGINES: Mapping[EngineName, type[Engine]] = {"vllm": Engine, "sglang": SglangEngine}
 
 
-async def connect(client: httpx.AsyncClient, name: EngineName | None) -> Engine:
-    """Return the engine at the client's URL. Without a name, detect its type.
+async def connect(client: httpx.AsyncClient, name: EngineName | Literal["auto"]) -> Engine:
+    """Return the engine at the client's URL, of a type or `auto`.
 
     Raises:
         HttpProblem: It does not respond, or is not a supported engine.
     """
-    if name is None:
+    if name == "auto":
         owners = {card.get("owned_by") for card in await list_models(client) if not card.get("parent")}
-        name = next((known for known in _ENGINES if known in owners), None)
-    if name is None:
-        raise HttpProblem(502, "The engine is neither vLLM nor SGLang.", "engine_unknown")
+        detected = next((known for known in _ENGINES if known in owners), None)
+        if detected is None:
+            raise HttpProblem(502, "The engine is neither vLLM nor SGLang.", "engine_unknown")
+        name = detected
     return _ENGINES[name](client)
 
 

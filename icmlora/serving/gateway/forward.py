@@ -12,19 +12,15 @@ import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 import httpx
 
-from icmlora.serving.catalogue import Catalogue
-from icmlora.serving.gateway.connection import Connection
-from icmlora.serving.gateway.contexts import HEADER, NONE, ON, TOO_LONG, UNFIT, is_wanted, put_before
+from icmlora.serving.gateway.contexts import HEADER, ON, is_wanted, with_context
 from icmlora.serving.gateway.engines import Body, Engine, unreachable
-from icmlora.serving.gateway.metrics import Metrics
 from icmlora.serving.gateway.problems import HttpProblem
-from icmlora.serving.gateway.residency import Residency, Resident
-from icmlora.serving.gateway.settings import GatewaySettings
+from icmlora.serving.gateway.residency import Residency
+from icmlora.serving.gateway.settings import MAX_BODY
 from icmlora.serving.tasks import ServedTask
 from registry.errors import IcmError, StoreUnavailable
 
@@ -82,40 +78,10 @@ class Answer:
             await self({"type": "http.response.body", "body": body})
 
 
-@dataclass(frozen=True)
-class _Target:
-    """The target of a request.
-
-    Attributes:
-        base: The engine's name for its base model.
-        name: The task, or the engine's own adapter; None to let the engine decide.
-        task: The task, if it is for one.
-    """
-
-    base: str
-    name: str | None = None
+class _Target(NamedTuple):
+    base: str  # the engine's name for its base model
+    name: str | None = None  # the task, or the engine's own adapter; None to let the engine decide
     task: ServedTask | None = None
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """A request to forward, possibly with retries.
-
-    Attributes:
-        request: The client's request.
-        route: The engine's route.
-        fields: Its body.
-        wish: Its context header, or empty.
-        may_forget: Whether to retry if the engine has lost the adapter.
-        is_too_long: Whether the engine rejected it as too long with its task's context.
-    """
-
-    request: httpx.Request
-    route: str
-    fields: Body
-    wish: bytes = b""
-    may_forget: bool = True
-    is_too_long: bool = False
 
 
 class Forwarder:
@@ -123,28 +89,12 @@ class Forwarder:
 
     Args:
         client: HTTP client with the engine's base URL.
-        connection: The engine.
-        catalogue: The tasks.
-        residency: Their adapters in the engine.
-        settings: Limits for a request.
-        metrics: The metrics.
-        own_authorization: The `authorization` header for the engine, replacing the client's. Empty to send none; None
-            to send the client's.
+        residency: The adapters in the engine.
     """
 
-    def __init__(
-        self,
-        client: httpx.AsyncClient,
-        connection: Connection,
-        catalogue: Catalogue,
-        residency: Residency,
-        settings: GatewaySettings,
-        metrics: Metrics,
-        own_authorization: bytes | None,
-    ) -> None:
-        self._client, self._connection = client, connection
-        self._catalogue, self._residency = catalogue, residency
-        self._settings, self._metrics, self._own_authorization = settings, metrics, own_authorization
+    def __init__(self, client: httpx.AsyncClient, residency: Residency) -> None:
+        self._client, self._residency, self._metrics = client, residency, residency.metrics
+        self._connection, self._settings = residency.connection, residency.connection.settings
 
     async def answer(self, scope: Scope, receive: Receive, answer: Answer, path: str) -> None:
         """Answer a request with the engine's response to `path`.
@@ -155,56 +105,56 @@ class Forwarder:
             CutShort: The engine's response broke off.
         """
         body = await self._body(receive)
-        url = self._url(path, scope["query_string"])
+        base, query = self._client.base_url, scope["query_string"]
+        try:  # never built from the client's path
+            url = base.copy_with(raw_path=base.raw_path.rstrip(b"/") + path.encode() + (b"?" + query if query else b""))
+        except (httpx.InvalidURL, ValueError) as error:
+            raise HttpProblem(400, "The URL is not valid.", "invalid_url") from error
         request = httpx.Request(scope["method"], url, headers=self._headers(scope["headers"]), content=body)
         wish = next((value for name, value in scope["headers"] if name.lower() == HEADER), b"")
-        await _while_connected(receive, answer, self._respond(request, path, body, wish, answer))
+        if request.method == "GET" or path.endswith("/cancel"):  # Responses API: the request has no model
+            work = self._respond_unchanged(request, answer)
+        else:
+            work = self._respond(request, path, body, wish, answer)
+        await _while_connected(receive, answer, work)
+
+    async def _respond_unchanged(self, request: httpx.Request, send: Send) -> None:
+        async with self._sent(request) as response:
+            await self._relay(response, send)
 
     async def _respond(self, request: httpx.Request, route: str, body: bytes, wish: bytes, send: Send) -> None:
-        if request.method == "GET" or route.endswith("/cancel"):  # Responses API: the request has no model
-            async with self._sent(request) as response:
-                return await self._relay(response, send)
-        asked: _Asked | None = _Asked(request, route, parse_body(body), wish)
-        while asked is not None:
-            asked = await self._attempt(asked, send)
-
-    async def _attempt(self, asked: _Asked, send: Send) -> _Asked | None:
-        """Send a request for its task; return the request for a retry if the engine rejects it in this form."""
-        engine = await self._connection.engine()
-        target = await self._target(engine, asked.fields)
-        using = nullcontext() if target.task is None else self._residency.using(target.task)
-        async with using as resident:
-            adapter = target.name if resident is None else resident.adapter
-            fields, context = self._with_context(asked, target.task, resident)
-            body = engine.addressed(fields, adapter, target.base) if adapter else None
-            if body is None and fields is not asked.fields:
-                body = json.dumps(fields).encode()
-            async with self._sent(_addressed(asked.request, body)) as response:
-                may_be_long = context == ON and response.status_code == _REFUSED
-                may_forget = asked.may_forget and response.status_code == engine.forgot_status
-                if resident is None or not (may_be_long or may_forget):
-                    await self._relay(response, send, context=context)
-                    return None
-                refusal = await self._read(response)
-                if may_be_long and _LENGTH_WORD in refusal.lower():
-                    return replace(asked, is_too_long=True)
-                if may_forget and engine.forgot_word in refusal.lower() and await self._residency.forgot(resident):
-                    return replace(asked, may_forget=False)
-                await self._relay(response, send, refusal, context)
-                return None
-
-    def _with_context(
-        self, asked: _Asked, task: ServedTask | None, resident: Resident | None
-    ) -> tuple[Body, str | None]:
-        """Insert the task's context if the request wants it; also return the result for the response header."""
-        if task is None or resident is None or not is_wanted(asked.wish, default=task.is_generated):
-            return asked.fields, None
-        context, behind = resident.context, None
-        if context is not None and not asked.is_too_long:
-            behind = put_before(asked.route, asked.fields, context)
-        said = NONE if context is None else TOO_LONG if asked.is_too_long else UNFIT if behind is None else ON
-        self._metrics.contexts.labels(said).inc()
-        return behind or asked.fields, said
+        """Send a request for its task; repeat it if the engine has lost the adapter, or finds the context too long."""
+        asked, may_forget, is_too_long = parse_body(body), True, False
+        while True:
+            engine = await self._connection.engine()
+            target = await self._target(engine, asked)
+            using = nullcontext() if target.task is None else self._residency.using(target.task)
+            async with using as resident:
+                adapter = target.name if resident is None else resident.adapter
+                fields, context = asked, None
+                task = target.task
+                if task is not None and resident is not None and is_wanted(wish, default=task.is_generated):
+                    fields, context = with_context(route, asked, resident.context, is_too_long=is_too_long)
+                    self._metrics.contexts.labels(context).inc()
+                changed = engine.addressed(fields, adapter, target.base) if adapter else None
+                if changed is None and fields is not asked:
+                    changed = json.dumps(fields).encode()
+                async with self._sent(request if changed is None else _with_body(request, changed)) as response:
+                    may_be_long = context == ON and response.status_code == _REFUSED
+                    has_forgotten = may_forget and response.status_code == engine.forgot_status
+                    if resident is None or not (may_be_long or has_forgotten):
+                        return await self._relay(response, send, context=context)
+                    refusal = await self._read(response)
+                    if may_be_long and _LENGTH_WORD in refusal.lower():
+                        is_too_long = True
+                    elif (
+                        has_forgotten
+                        and engine.forgot_word in refusal.lower()
+                        and await self._residency.forgot(resident)
+                    ):
+                        may_forget = False
+                    else:
+                        return await self._relay(response, send, refusal, context)
 
     async def _target(self, engine: Engine, fields: Body) -> _Target:
         """Return the target that a request's model refers to."""
@@ -214,7 +164,14 @@ class Forwarder:
         name = engine.task_of(model, listing.base)
         if self._residency.is_own(listing, name):
             return _Target(listing.base, name)
-        if (task := await self._find(name)) is not None:
+        try:
+            task = await self._connection.tasks.latest(name)
+        except (IcmError, OSError) as error:
+            fact = error.message if isinstance(error, IcmError) else error.strerror
+            if not isinstance(error, StoreUnavailable):  # already logged once
+                _log.warning("cannot look up a task: %s", fact)
+            raise HttpProblem(503, f"Cannot read the tasks: {fact}", "store_unavailable", retry_after=5) from error
+        if task is not None:
             return _Target(listing.base, name, task)
         await self._residency.remove(name)
         if engine.takes_unknown(name):
@@ -222,15 +179,6 @@ class Forwarder:
         if self._residency.is_own(await self._connection.listing(_RECENT), name):  # loaded since the last listing
             return _Target(listing.base, name)
         raise HttpProblem(404, f"The model {name[:200]!r} does not exist.", "model_not_found")
-
-    async def _find(self, name: str) -> ServedTask | None:
-        try:
-            return await self._catalogue.find(name)
-        except (IcmError, OSError) as error:
-            fact = error.message if isinstance(error, IcmError) else error.strerror
-            if not isinstance(error, StoreUnavailable):  # already logged once
-                _log.warning("cannot look up a task: %s", fact)
-            raise HttpProblem(503, f"Cannot read the tasks: {fact}", "store_unavailable", retry_after=5) from error
 
     @asynccontextmanager
     async def _sent(self, request: httpx.Request) -> AsyncIterator[httpx.Response]:
@@ -270,29 +218,23 @@ class Forwarder:
                     async with asyncio.timeout(limit):
                         piece = await anext(pieces, None)
                 except (httpx.HTTPError, TimeoutError) as error:
-                    await self._break_off(send, error, is_stream=is_stream, last=last)
+                    # Mark the response as broken, so that it cannot pass for complete.
+                    if isinstance(error, TimeoutError):
+                        status, code, fact = 504, "engine_timeout", "stopped responding"
+                    else:
+                        status, code, fact = 502, "engine_died", "closed the connection"
+                        self._connection.lost()
+                    problem = HttpProblem(status, f"The engine {fact} before its response was complete.", code)
+                    _log.warning("%s", problem.message)
+                    if is_stream:
+                        event = problem.event() if last == b"\n\n" else b"\n\n" + problem.event()
+                        await self._to_client(send, {"type": "http.response.body", "body": event, "more_body": True})
+                    raise CutShort(code) from error
                 if piece is None:
                     break
                 await self._to_client(send, {"type": "http.response.body", "body": piece, "more_body": True})
                 limit, last = self._settings.idle_timeout, piece[-2:]
         await self._to_client(send, {"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _break_off(self, send: Send, error: Exception, *, is_stream: bool, last: bytes) -> NoReturn:
-        """Mark a response that the engine did not complete as broken, so that it cannot pass for complete."""
-        if isinstance(error, TimeoutError):
-            problem = HttpProblem(
-                504, "The engine stopped responding before its response was complete.", "engine_timeout"
-            )
-        else:
-            self._connection.lost()
-            problem = HttpProblem(
-                502, "The engine closed the connection before its response was complete.", "engine_died"
-            )
-        _log.warning("%s", problem.message)
-        if is_stream:
-            event = problem.event() if last == b"\n\n" else b"\n\n" + problem.event()
-            await self._to_client(send, {"type": "http.response.body", "body": event, "more_body": True})
-        raise CutShort(problem.code) from error
 
     async def _to_client(self, send: Send, message: Message) -> None:
         try:
@@ -314,43 +256,31 @@ class Forwarder:
             raise unreachable(error) from error
         return data
 
-    def _url(self, path: str, query: bytes) -> httpx.URL:
-        """Return the engine's URL for a route, never built from the client's path."""
-        base = self._client.base_url
-        raw_path = base.raw_path.rstrip(b"/") + path.encode() + (b"?" + query if query else b"")
-        try:
-            return base.copy_with(raw_path=raw_path)
-        except (httpx.InvalidURL, ValueError) as error:
-            raise HttpProblem(400, "The URL is not valid.", "invalid_url") from error
-
     async def _body(self, receive: Receive) -> bytes:
+        data = bytearray()
         try:
             async with asyncio.timeout(self._settings.body_timeout):
-                return await self._pieces(receive)
+                while True:
+                    async with asyncio.timeout(self._settings.idle_timeout):
+                        message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone("the client closed the connection")
+                    data += message.get("body", b"")
+                    if len(data) > (limit := self._settings.max_body or MAX_BODY):
+                        raise HttpProblem(413, f"The body is larger than {limit:,} bytes.", "body_too_large")
+                    if not message.get("more_body", False):
+                        return bytes(data)
         except TimeoutError as error:
-            message = "The request's body did not arrive in time."
-            raise HttpProblem(408, message, "request_timeout", closes=True) from error
-
-    async def _pieces(self, receive: Receive) -> bytes:
-        data = bytearray()
-        while True:
-            async with asyncio.timeout(self._settings.idle_timeout):
-                message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone("the client closed the connection")
-            data += message.get("body", b"")
-            if len(data) > self._settings.max_body:
-                raise HttpProblem(413, f"The body is larger than {self._settings.max_body:,} bytes.", "body_too_large")
-            if not message.get("more_body", False):
-                return bytes(data)
+            fact = "The request's body did not arrive in time."
+            raise HttpProblem(408, fact, "request_timeout", closes=True) from error
 
     def _headers(self, headers: Headers) -> Headers:
         dropped = _HOP_BY_HOP | _REPLACED | _named_by_connection(headers)
         kept = [(name, value) for name, value in headers if name.lower() not in dropped]
-        if self._own_authorization is None:
-            return kept
-        kept = [(name, value) for name, value in kept if name.lower() not in TOKEN_HEADERS]
-        return [*kept, (b"authorization", self._own_authorization)] if self._own_authorization else kept
+        token, is_protected = self._settings.engine_token, self._settings.token is not None
+        if token is not None or is_protected:  # do not forward the client's token to the engine
+            kept = [(name, value) for name, value in kept if name.lower() not in TOKEN_HEADERS]
+        return kept if token is None else [*kept, (b"authorization", f"Bearer {token}".encode())]
 
 
 def parse_body(body: bytes) -> Body:
@@ -367,8 +297,12 @@ def parse_body(body: bytes) -> Body:
 
 async def _while_connected(receive: Receive, answer: Answer, work: Awaitable[None]) -> None:
     """Run `work`; cancel it if the client disconnects first."""
-    # After a complete response, the server also reports a disconnect.
-    job, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
+
+    async def disconnect() -> None:  # the server also reports one after a complete response
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    job, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnect())
     try:
         await asyncio.wait({job, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not job.done() and not answer.is_complete:
@@ -380,15 +314,7 @@ async def _while_connected(receive: Receive, answer: Answer, work: Awaitable[Non
         await asyncio.gather(job, gone, return_exceptions=True)
 
 
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def _addressed(request: httpx.Request, body: bytes | None) -> httpx.Request:
-    """Return a request with `body`, or the same request if that is None."""
-    if body is None:
-        return request
+def _with_body(request: httpx.Request, body: bytes) -> httpx.Request:
     headers = [(name, value) for name, value in request.headers.raw if name.lower() != b"content-length"]
     return httpx.Request(request.method, request.url, headers=headers, content=body)
 

@@ -12,8 +12,6 @@ import logging
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import h11
@@ -34,30 +32,6 @@ _log = logging.getLogger(__name__)
 
 _Part = Literal["header", "body", "rest"]
 """The part that a client still has to send; `rest` is the remaining body of a request that was already answered."""
-
-
-class Gate:
-    """State shared by all connections of a server.
-
-    Args:
-        settings: Timeouts for requests to arrive.
-        connections: Maximum number of open connections per address.
-    """
-
-    def __init__(self, settings: GatewaySettings, connections: int) -> None:
-        self.settings, self._connections = settings, connections
-        self._open = Counter[str]()
-
-    def enter(self, address: str) -> bool:
-        """Count a connection. Return whether its address is within the limit."""
-        self._open[address] += 1
-        return self._open[address] <= self._connections
-
-    def leave(self, address: str) -> None:
-        """Remove a closed connection from the count."""
-        self._open[address] -= 1
-        if not self._open[address]:
-            del self._open[address]
 
 
 def allowed(connections: int) -> tuple[int, int]:
@@ -95,37 +69,40 @@ class NoDescriptors:
             _log.warning("out of file descriptors for new connections; raise `ulimit -n` of the gateway")
 
 
-def guarded(settings: GatewaySettings, connections: int) -> Callable[..., asyncio.Protocol]:
-    """Return a factory for the connections of one server. It has the arguments of `Gate`."""
-    return partial(_Guarded, Gate(settings, connections))
+class GuardedProtocol(H11Protocol):
+    """One connection.
 
+    Args:
+        settings: Timeouts for requests to arrive.
+        limit: Maximum number of open connections per address.
+        counts: Number of open connections by address, shared by all connections of a server.
+        args: Arguments of uvicorn's protocol.
+        options: More of them.
+    """
 
-class _Guarded(H11Protocol):
-    """One connection."""
-
-    def __init__(self, gate: Gate, *args: Any, **options: Any) -> None:
+    def __init__(self, settings: GatewaySettings, limit: int, counts: Counter[str], *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._gate = gate
+        self._settings, self._limit, self._counts = settings, limit, counts
         self._arriving: tuple[_Part, object] | None = None
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Accept a connection unless its address has too many."""
         super().connection_made(transport)
-        if self._gate.enter(self._address):
+        self._counts[self._address] += 1
+        if self._counts[self._address] <= self._limit:
             self._watch()
         else:
             message = "Too many connections from your address to the gateway."
             self._refuse(HttpProblem(503, message, "too_many_connections", retry_after=1))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget a connection."""
         super().connection_lost(exc)
-        self._gate.leave(self._address)
+        self._counts[self._address] -= 1
+        if not self._counts[self._address]:
+            del self._counts[self._address]
         self._forget_deadline()
 
     def handle_events(self) -> None:
-        """Handle received data."""
         super().handle_events()
         self._watch()
 
@@ -146,8 +123,8 @@ class _Guarded(H11Protocol):
         self._forget_deadline()
         self._arriving = arriving
         if arriving is not None:
-            settings = self._gate.settings
-            seconds = settings.body_timeout + _GRACE if arriving[0] == "body" else settings.header_timeout
+            is_body, settings = arriving[0] == "body", self._settings
+            seconds = settings.body_timeout + _GRACE if is_body else settings.header_timeout
             self._deadline = self.loop.call_later(seconds, self._late)
 
     def _part(self) -> tuple[_Part, object] | None:

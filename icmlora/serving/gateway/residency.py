@@ -18,24 +18,22 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TypeVarTuple, Unpack
 
 from icmlora.base_models.examples.context import TaskContext
 from icmlora.errors import DataError, FoldersUnusable, TaskChanged
 from icmlora.formats.peft.peft import CONTEXT_NAMES
 from icmlora.io.strict_json import parse_object
 from icmlora.io.text import counted, human_size
-from icmlora.serving.catalogue import Catalogue
 from icmlora.serving.folders import AdapterFolders, is_adapter_folder
 from icmlora.serving.gateway.connection import Connection
 from icmlora.serving.gateway.engines import Engine, Listing
 from icmlora.serving.gateway.metrics import Metrics
 from icmlora.serving.gateway.problems import HttpProblem
-from icmlora.serving.gateway.settings import GatewaySettings
 from icmlora.serving.requirements import config_problem
-from icmlora.serving.tasks import ServedTask, ServedTasks
+from icmlora.serving.tasks import ServedTask
 from registry.errors import IcmError, StoreLocked, StoreUnavailable
 from registry.files import is_full
 
@@ -59,6 +57,7 @@ _ATTEMPTS = 3  # to write a task that is being replaced
 
 _log = logging.getLogger(__name__)
 R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
 
 
 @dataclass(eq=False)
@@ -107,28 +106,14 @@ class Residency:
 
     Args:
         connection: The engine.
-        tasks: Source of the adapters.
-        catalogue: Finds tasks.
         folders: Folders for written adapters.
-        threads: Threads for writing.
         metrics: The metrics.
-        settings: Limits on loaded adapters and waiting tasks.
     """
 
-    def __init__(
-        self,
-        connection: Connection,
-        tasks: ServedTasks,
-        catalogue: Catalogue,
-        folders: AdapterFolders,
-        threads: ThreadPoolExecutor,
-        metrics: Metrics,
-        settings: GatewaySettings,
-    ) -> None:
-        self._connection, self._tasks, self._catalogue, self._folders = connection, tasks, catalogue, folders
-        self._threads, self._metrics = threads, metrics
+    def __init__(self, connection: Connection, folders: AdapterFolders, metrics: Metrics) -> None:
+        self.connection, self._folders, self.metrics = connection, folders, metrics
+        self._tasks, self._settings = connection.tasks, connection.settings
         self._fetching = ThreadPoolExecutor(_FETCHING, thread_name_prefix="icm-fetch")
-        self._max_adapters, self._max_waiting = settings.max_adapters, settings.max_waiting
         self._loaded: OrderedDict[str, Resident] = OrderedDict()  # by task, least recently used first
         self._retired: set[Resident] = set()
         self._flights: dict[str, _Flight] = {}
@@ -178,24 +163,19 @@ class Residency:
             return
         async with self._turn:
             if (resident := self._loaded.get(task)) is not None:
-                await self._retire(await self._connection.engine(), resident, "the task was removed")
+                await self._retire(await self.connection.engine(), resident, "the task was removed")
 
     async def prepare(self) -> None:
         """Detect the engine, and find adapters that it has already loaded."""
         async with self._turn:
             await self._reconcile()
-        model, served, others = await self._connection.prepare()
+        model, served, others = await self.connection.prepare()
         if served:
-            _log.info(
-                "the engine runs %s: serving %s; %d for other base models", model, counted(served, "task"), others
-            )
+            count = counted(served, "task")
+            _log.info("the engine runs %s: serving %s; %d for other base models", model, count, others)
         elif others:
-            hint = "if this is their base model under another name, set --base-model"
-            _log.warning(
-                "the engine runs %s, but no task uses this base model, so requests for tasks get status 404; %s",
-                model,
-                hint,
-            )
+            fact = "the engine runs %s, but no task uses this base model, so requests for tasks get status 404; "
+            _log.warning(fact + "if this is their base model under another name, set --base-model", model)
 
     async def close(self) -> None:
         """Stop loading adapters. Loaded adapters stay for the next gateway."""
@@ -212,12 +192,19 @@ class Residency:
     async def _acquire(self, task: ServedTask) -> Resident | None:
         resident = self._loaded.get(task.name)
         if resident is not None and resident.known and resident.key == task.key:
-            self._metrics.hits.inc()
+            self.metrics.hits.inc()
             self._loaded.move_to_end(task.name)
             resident.uses += 1
             return resident
-        self._metrics.misses.inc()
-        flight = self._flights.get(task.name) or self._take_off(task)
+        self.metrics.misses.inc()
+        if (flight := self._flights.get(task.name)) is None:
+            until, problem = self._failures.get((task.name, task.key), (0.0, None))
+            if problem is not None and time.monotonic() < until:
+                raise problem.with_traceback(None)  # otherwise the traceback grows with each raise
+            if len(self._flights) >= (limit := self._settings.max_waiting):
+                message = f"{limit} other tasks are waiting to load; try again soon."
+                raise HttpProblem(503, message, "too_many_waiting", retry_after=2)
+            flight = self._flights[task.name] = _Flight(task.key, self._start(self._fly(task)))
         flight.waiting += 1
         try:
             return await asyncio.shield(flight.job)
@@ -245,23 +232,14 @@ class Residency:
         except HttpProblem as problem:
             _log.warning("cannot unload %s: %s", resident.task, problem.message)
 
-    def _take_off(self, task: ServedTask) -> _Flight:
-        """Start to load a task."""
-        until, problem = self._failures.get((task.name, task.key), (0.0, None))
-        if problem is not None and time.monotonic() < until:
-            raise problem.with_traceback(None)  # otherwise the traceback grows with each raise
-        if len(self._flights) >= self._max_waiting:
-            message = f"{self._max_waiting} other tasks are waiting to load; try again soon."
-            raise HttpProblem(503, message, "too_many_waiting", retry_after=2)
-        flight = _Flight(task.key, self._start(self._fly(task)))
-        self._flights[task.name] = flight
-        return flight
-
     async def _fly(self, task: ServedTask) -> Resident | None:
+        """Load a task for all requests that wait for it."""
         name, key = task.name, task.key
         try:
-            await self._fetch(task)
-            await self._write_ahead(task)
+            if task.missing:
+                await self._fetch(task)
+            if self._turn.locked():
+                await self._write_ahead(task)
             async with self._turn:
                 resident = await self._bring_in(name)
                 flight = self._flights[name]
@@ -272,7 +250,9 @@ class Residency:
         except Exception as error:
             problem = _as_problem(name, error)
             if problem.code in _LASTING:
-                self._remember((name, key), problem)
+                now = time.monotonic()
+                self._failures = {known: found for known, found in self._failures.items() if found[0] > now}
+                self._failures[name, key] = now + _REMEMBERED, problem
             if problem.code != "store_unavailable":  # already logged once
                 _log.warning("cannot serve %s: %s", name, problem.message)
             raise problem from None
@@ -281,77 +261,61 @@ class Residency:
 
     async def _fetch(self, task: ServedTask) -> None:
         """Download a task without holding the lock."""
-        if self._tasks.is_at_hand(task):
-            return
         try:
             async with asyncio.timeout(_FETCH_TIMEOUT):
                 await asyncio.get_running_loop().run_in_executor(self._fetching, self._tasks.fetch, task)
         except TimeoutError:
-            message = (
-                f"The adapter of {task.name!r} did not download within {_FETCH_TIMEOUT:g} seconds; try again soon."
-            )
-            raise HttpProblem(503, message, "store_unavailable", retry_after=5) from None
+            fact = f"The adapter of {task.name!r} did not download within {_FETCH_TIMEOUT:g} seconds"
+            raise HttpProblem(503, f"{fact}; try again soon.", "store_unavailable", retry_after=5) from None
 
     async def _write_ahead(self, task: ServedTask) -> None:
         """Write a task while the engine loads another one, if there is plenty of space."""
-        if not self._turn.locked():
-            return
         async with self._ahead:
-            largest = sum(shape.parameters for shape in task.layout) * _MAX_ITEM_BYTES
-            if not task.layout or self._folders.size + largest > self._folders.limit // _AHEAD or self._is_full(task):
-                return
-            with suppress(Exception):  # raised again under the lock
-                await self._in_thread(partial(self._folders.get, task.key, self._writer(task)))
-
-    def _remember(self, version: tuple[str, str], problem: HttpProblem) -> None:
-        now = time.monotonic()
-        self._failures = {known: found for known, found in self._failures.items() if found[0] > now}
-        self._failures[version] = now + _REMEMBERED, problem
+            folders, layout = self._folders, task.layout
+            largest = sum(shape.parameters for shape in layout) * _MAX_ITEM_BYTES
+            if layout and folders.size + largest <= folders.limit // _AHEAD and not self._is_full(task):
+                with suppress(Exception):  # raised again under the lock
+                    await self._in_thread(folders.get, task.key, self._writer(task))
 
     async def _bring_in(self, name: str) -> Resident | None:
         """Write a task's adapter and load it into the engine."""
-        engine, listing = await self._connection.engine(), await self._reconcile()
+        engine, listing = await self.connection.engine(), await self._reconcile()
         if self.is_own(listing, name):
             return None
         task, folder = await self._write(name)
-        resident, before = self._version(engine, task, folder), self._loaded.get(name)
+        resident = next((one for one in self._all if (one.task, one.key) == (name, task.key)), None)
+        if resident is None:  # otherwise the engine has it, has lost it, or it was retired
+            resident = Resident(name, task.key, engine.adapter_name(name, task.key), folder, known=False)
+        before = self._loaded.get(name)
         if before is not None and before is not resident:
             await self._retire(engine, before, "another version is loaded")
         if not resident.known:
-            await self._check_config(engine, folder)
-            await self._load(engine, resident)
+            data = await self._in_thread((folder / "adapter_config.json").read_bytes)
+            config = parse_object(data, what="the configuration", max_bytes=len(data))
+            if (problem := config_problem(engine.name, config)) is not None:
+                raise HttpProblem(404, f"The engine cannot serve this task: {problem}.", "adapter_unsuited")
+            begun = time.monotonic()
+            await engine.load(resident.adapter, folder)
+            if resident.adapter not in (await self.connection.listing()).adapters:
+                fact = "The engine reported that it loaded the adapter, but does not list it."
+                raise HttpProblem(502, fact, "engine_lied")
+            resident.known, took = True, time.monotonic() - begun
+            self.metrics.load_seconds.observe(took)
+            size = human_size(self._folders.size_of(resident.key))
+            _log.info("loaded %s (%s) into the engine in %.2f s", name, size, took)
         self._retired.discard(resident)
         self._loaded[name] = resident
         self._loaded.move_to_end(name)
         self._measure()
         return resident
 
-    def _version(self, engine: Engine, task: ServedTask, folder: Path) -> Resident:
-        """Return a version of a task, reusing one that the engine has lost or that was retired."""
-        known = (one for one in self._all if (one.task, one.key) == (task.name, task.key))
-        adapter = engine.adapter_name(task.name, task.key)
-        return next(known, None) or Resident(task.name, task.key, adapter, folder, known=False)
-
-    async def _load(self, engine: Engine, resident: Resident) -> None:
-        begun = time.monotonic()
-        await engine.load(resident.adapter, resident.folder)
-        if resident.adapter not in (await self._connection.listing()).adapters:
-            raise HttpProblem(
-                502, "The engine reported that it loaded the adapter, but does not list it.", "engine_lied"
-            )
-        resident.known = True
-        took = time.monotonic() - begun
-        self._metrics.load_seconds.observe(took)
-        size = human_size(self._folders.size_of(resident.key))
-        _log.info("loaded %s (%s) into the engine in %.2f s", resident.task, size, took)
-
     async def _write(self, name: str) -> tuple[ServedTask, Path]:
         """Write the current version of a task."""
         for _ in range(_ATTEMPTS):
-            task = await self._catalogue.find(name)
+            task = await self._tasks.latest(name)
             if task is None:
                 raise HttpProblem(404, f"The task {name!r} does not exist.", "model_not_found")
-            if (problem := await self._connection.problem(task)) is not None:
+            if (problem := await self.connection.problem(task)) is not None:
                 raise HttpProblem(404, f"The engine cannot serve this task: {problem}", "adapter_unsuited")
             with suppress(TaskChanged):
                 return task, await self._written(task)
@@ -359,10 +323,15 @@ class Residency:
 
     async def _written(self, task: ServedTask) -> Path:
         """Return the folder of a task, written if missing."""
-        folders, write = self._folders, self._writer(task)
+        folders = self._folders
         await self._make_room(task, lambda: folders.size >= folders.limit or self._is_full(task))
-        while (folder := await self._in_thread(partial(_got, folders, task.key, write))) is None:
-            # Below the limit, but the disk is full, because other programs use it too.
+        while True:
+            try:
+                folder = await self._in_thread(folders.get, task.key, self._writer(task))
+                break
+            except OSError as error:  # below the limit, but the disk is full, because other programs use it too
+                if not is_full(error):
+                    raise
             if not await self._dropped_one(task):
                 message = f"There is no disk space left for the adapter of {task.name!r}."
                 raise HttpProblem(503, message, "no_room", retry_after=5)
@@ -377,7 +346,7 @@ class Residency:
         """Return a function that writes a task into a folder and records the time taken."""
 
         def write(directory: Path) -> None:
-            with self._metrics.materialize_seconds.time():
+            with self.metrics.materialize_seconds.time():
                 self._tasks.write(task, directory)
 
         return write
@@ -407,16 +376,10 @@ class Residency:
         return victim is not None
 
     def _is_full(self, task: ServedTask) -> bool:
-        if self._max_adapters is None:
+        if self._settings.max_adapters is None:
             return False
         others = sum(one.task != task.name for one in self._loaded.values()) + len(self._retired)
-        return others >= self._max_adapters
-
-    async def _check_config(self, engine: Engine, folder: Path) -> None:
-        data = await self._in_thread((folder / "adapter_config.json").read_bytes)
-        config = parse_object(data, what="the configuration", max_bytes=len(data))
-        if (problem := config_problem(engine.name, config)) is not None:
-            raise HttpProblem(404, f"The engine cannot serve this task: {problem}.", "adapter_unsuited")
+        return others >= self._settings.max_adapters
 
     async def _retire(self, engine: Engine, resident: Resident, why: str) -> None:
         """Withdraw an adapter from new requests; requests in flight keep it."""
@@ -434,7 +397,7 @@ class Residency:
             del self._loaded[resident.task]  # before unloading, so that no new request uses it
         try:
             if resident.known:
-                await (await self._connection.engine()).unload(resident.adapter)
+                await (await self.connection.engine()).unload(resident.adapter)
         except BaseException:
             if was_loaded and resident.task not in self._loaded:
                 self._loaded[resident.task] = resident
@@ -442,18 +405,18 @@ class Residency:
         resident.known = False
         self._retired.discard(resident)
         await self._discard(resident.key)
-        self._metrics.unloads.inc()
+        self.metrics.unloads.inc()
         self._measure()
         _log.info("unloaded %s: %s", resident.task, why)
 
     async def _discard(self, key: str) -> None:
         """Delete a folder, unless an adapter uses it."""
         if all(one.key != key for one in self._all):
-            await self._in_thread(partial(self._folders.discard, key))
+            await self._in_thread(self._folders.discard, key)
 
     async def _reconcile(self) -> Listing:
         """Update the state from the engine's list, and take over adapters loaded by an earlier gateway."""
-        engine, listing = await self._connection.engine(), await self._connection.listing()
+        engine, listing = await self.connection.engine(), await self.connection.listing()
         residents = self._all
         for resident in residents:
             if resident.known and listing.adapters.get(resident.adapter) != str(resident.folder):
@@ -461,8 +424,17 @@ class Residency:
                 _log.info("the engine has unloaded %s", resident.task)
         ours = {one.adapter for one in residents if one.known}
         for adapter, root in listing.adapters.items():
-            if adapter not in ours and Path(root).parent == self._folders.root:
-                await self._take_over(engine, adapter, Path(root))
+            folder, key = Path(root), Path(root).name.removeprefix("sha256-")
+            if adapter in ours or folder.parent != self._folders.root:
+                continue
+            names = (one for one in (adapter, adapter.rpartition("@")[0]) if engine.adapter_name(one, key) == adapter)
+            name = next(names, None)
+            if name is None or name in self._loaded or not folder.is_dir():
+                await engine.unload(adapter)
+                continue
+            self._loaded[name] = Resident(name, key, adapter, folder)
+            self._loaded.move_to_end(name, last=False)
+            _log.info("the engine already has %s", name)
         used = {one.key for one in self._all} | {flight.key for flight in self._flights.values()}
         for key in set(self._folders.keys()) - used:
             await self._discard(key)
@@ -471,44 +443,23 @@ class Residency:
         self._measure()
         return listing
 
-    async def _take_over(self, engine: Engine, adapter: str, folder: Path) -> None:
-        key = folder.name.removeprefix("sha256-")
-        names = (name for name in (adapter, adapter.rpartition("@")[0]) if engine.adapter_name(name, key) == adapter)
-        name = next(names, None)
-        if name is None or name in self._loaded or not folder.is_dir():
-            await engine.unload(adapter)
-            return
-        self._loaded[name] = Resident(name, key, adapter, folder)
-        self._loaded.move_to_end(name, last=False)
-        _log.info("the engine already has %s", name)
-
     def _measure(self) -> None:
-        self._metrics.loaded.set(sum(one.known for one in self._all))
-        self._metrics.bytes.set(self._folders.size)
+        self.metrics.loaded.set(sum(one.known for one in self._all))
+        self.metrics.bytes.set(self._folders.size)
 
     def _start(self, work: Coroutine[Any, Any, R]) -> asyncio.Task[R]:
+        def end(job: asyncio.Task[R]) -> None:
+            self._jobs.discard(job)
+            if not job.cancelled():
+                job.exception()  # mark as retrieved; waiting requests receive it, and it is in the log
+
         job = asyncio.create_task(work)
         self._jobs.add(job)
-        job.add_done_callback(self._ended)
+        job.add_done_callback(end)
         return job
 
-    def _ended(self, job: asyncio.Task[Any]) -> None:
-        self._jobs.discard(job)
-        if not job.cancelled():
-            job.exception()  # mark as retrieved; waiting requests receive it, and it is in the log
-
-    async def _in_thread(self, work: Callable[[], R]) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-
-
-def _got(folders: AdapterFolders, key: str, write: Callable[[Path], None]) -> Path | None:
-    """Return the folder of a key; None if its disk is full."""
-    try:
-        return folders.get(key, write)
-    except OSError as error:
-        if is_full(error):
-            return None
-        raise
+    async def _in_thread(self, work: Callable[[Unpack[Ts]], R], *args: *Ts) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self.connection.threads, work, *args)
 
 
 def _as_problem(name: str, error: Exception) -> HttpProblem:

@@ -7,29 +7,30 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 
 import httpx
 import uvicorn
 
 from icmlora.io.text import counted
-from icmlora.serving.catalogue import Catalogue
 from icmlora.serving.folders import AdapterFolders
 from icmlora.serving.gateway.app import GatewayApp
 from icmlora.serving.gateway.connection import Connection
 from icmlora.serving.gateway.forward import Forwarder
 from icmlora.serving.gateway.metrics import Metrics
 from icmlora.serving.gateway.problems import HttpProblem
-from icmlora.serving.gateway.protocol import NoDescriptors, allowed, guarded
+from icmlora.serving.gateway.protocol import GuardedProtocol, NoDescriptors, allowed
 from icmlora.serving.gateway.residency import Residency
 from icmlora.serving.gateway.settings import GatewaySettings
 from icmlora.serving.tasks import ServedTasks
 
 _QUEUE = 2048
 """Length of the system's queue of connections to accept."""
-_THREADS = 4  # for store lookups, and the same number for writing adapters
+_THREADS = 4  # for writing adapters
 _KEPT_ALIVE = 3.0
 """Seconds for which an idle connection to the engine is reused: both engines close theirs after 5."""
 _CONNECT_TIMEOUT = 5.0  # seconds for a connection to the engine
@@ -73,40 +74,31 @@ def listen(host: str, port: int) -> socket.socket:
 async def opened(tasks: ServedTasks, folders: AdapterFolders, settings: GatewaySettings) -> AsyncIterator[GatewayApp]:
     """Yield the application with all of its components."""
     token = settings.engine_token
-    authorization = None if token is None else f"Bearer {token}".encode()
-    control = _client(settings, httpx.Timeout(_LIST_TIMEOUT, connect=_CONNECT_TIMEOUT), authorization)
+    headers = {} if token is None else {b"authorization": f"Bearer {token}".encode()}
+    control = _client(settings, httpx.Timeout(_LIST_TIMEOUT, connect=_CONNECT_TIMEOUT), headers)
     timeout = httpx.Timeout(None, connect=_CONNECT_TIMEOUT, write=settings.idle_timeout)
-    passing = _client(settings, timeout, None)
-    # Separate threads, so that lookups that hang in a stopped database do not block writing known tasks.
-    threads, looking = (ThreadPoolExecutor(_THREADS, thread_name_prefix=name) for name in ("icm", "icm-look"))
+    passing = _client(settings, timeout, {})
+    threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="icm")
     async with control, passing:
-        metrics = Metrics()
-        connection = Connection(control, tasks, threads, settings.engine, settings.base_model)
-        catalogue = Catalogue(tasks, looking)
-        residency = Residency(connection, tasks, catalogue, folders, threads, metrics, settings)
-        if settings.token is not None:
-            authorization = authorization or b""  # do not forward the client's token to the engine
-        forwarder = Forwarder(passing, connection, catalogue, residency, settings, metrics, authorization)
+        residency = Residency(Connection(control, tasks, threads, settings), folders, Metrics())
         preparing = asyncio.create_task(_prepare(residency, settings.engine_url))
         try:
-            yield GatewayApp(forwarder, connection, residency, metrics, settings)
+            yield GatewayApp(Forwarder(passing, residency), residency)
         finally:
             preparing.cancel()
             await residency.close()
             threads.shutdown(cancel_futures=True)
-            looking.shutdown(wait=False, cancel_futures=True)
 
 
-def _client(settings: GatewaySettings, timeout: httpx.Timeout, authorization: bytes | None) -> httpx.AsyncClient:
-    client = httpx.AsyncClient(
+def _client(settings: GatewaySettings, timeout: httpx.Timeout, headers: Mapping[bytes, bytes]) -> httpx.AsyncClient:
+    return httpx.AsyncClient(
         base_url=settings.engine_url,
+        headers=headers,
         timeout=timeout,
         # The number of requests is already limited by the application.
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=_KEPT_ALIVE),
         trust_env=False,  # no proxy, no passwords from ~/.netrc
     )
-    client.headers = httpx.Headers([] if authorization is None else [(b"authorization", authorization)])
-    return client
 
 
 async def _prepare(residency: Residency, url: str) -> None:
@@ -124,7 +116,7 @@ def uvicorn_config(app: GatewayApp, settings: GatewaySettings) -> uvicorn.Config
     connections, at_once = allowed(settings.max_connections)
     return uvicorn.Config(
         app,
-        http=guarded(settings, connections),  # type: ignore[arg-type]  # a factory, which uvicorn only calls
+        http=partial(GuardedProtocol, settings, connections, Counter()),  # type: ignore[arg-type]  # a factory, which uvicorn only calls
         backlog=at_once,  # asyncio accepts this many connections before it closes excess ones
         ws="none",
         lifespan="off",
@@ -136,7 +128,7 @@ def uvicorn_config(app: GatewayApp, settings: GatewaySettings) -> uvicorn.Config
         server_header=False,
         date_header=False,
         timeout_keep_alive=_CLIENT_KEPT_ALIVE,
-        timeout_graceful_shutdown=max(1, round(settings.drain)),
+        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
     )
 
 

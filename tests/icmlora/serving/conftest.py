@@ -28,9 +28,9 @@ __all__ = ["quick_codes"]
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have requests wait for a slow store, and see each change at once: on a busy machine a look may take long."""
-    monkeypatch.setattr("icmlora.serving.catalogue._PATIENCE", 10.0)
-    monkeypatch.setattr("icmlora.serving.watch._PATIENCE", 10.0)
-    monkeypatch.setattr("icmlora.serving.watch._COST", 0.0)
+    monkeypatch.setattr("icmlora.serving.tasks._PATIENCE", 10.0)
+    monkeypatch.setattr("icmlora.serving.store._PATIENCE", 10.0)
+    monkeypatch.setattr("icmlora.serving.store._COST", 0.0)
 
 
 @dataclass(frozen=True)

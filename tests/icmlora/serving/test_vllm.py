@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from icmlora import Fleet
-from icmlora.serving import watch
+from icmlora.serving import store
 from icmlora.serving.vllm import IcmResolver, register
 from tests.cli.tiny_fleet import icm_quietly, write_lora
 from tests.icmlora.serving.conftest import Served, Team, folder_bytes
@@ -379,7 +379,7 @@ def test_registering_imports_neither_torch_nor_the_database() -> None:
 def test_while_the_database_is_away_vllm_serves_what_is_known_and_says_503_of_the_rest(
     registry: Registry, team: Team, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "_COST", 0.0)
+    monkeypatch.setattr(store, "_COST", 0.0)
     monkeypatch.setenv("ICM_STORE", team.url)
     monkeypatch.setenv("ICM_ADAPTERS", str(tmp_path / "adapters"))
     register()

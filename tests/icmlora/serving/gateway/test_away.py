@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from icmlora.serving import watch
+from icmlora.serving import store
 from icmlora.serving.gateway import residency
 from icmlora.serving.tasks import open_tasks
 from tests.icmlora.serving.conftest import Team
@@ -17,7 +17,7 @@ from tests.s3_faults import Fault, refuses
 
 @pytest.fixture
 def gateway(start: StartGateway, team: Team, monkeypatch: pytest.MonkeyPatch) -> Gateway:
-    monkeypatch.setattr(watch, "_MAX_PAUSE", 0.01)
+    monkeypatch.setattr(store, "_MAX_PAUSE", 0.01)
     monkeypatch.setattr(residency, "_REMEMBERED", 0.01)
     return start(tasks=open_tasks(team.url, None, command="icm serve"), max_adapters=1)
 
@@ -38,8 +38,8 @@ def test_a_request_for_a_known_task_touches_no_network(
     gateway: Gateway, team: Team, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert [gateway.ask(name).status_code for name in ("rules", "poems")] == [200, 200]
-    monkeypatch.setattr(watch, "_COST", 1e12)
-    monkeypatch.setattr(watch, "_MAX_PAUSE", 1e9)
+    monkeypatch.setattr(store, "_COST", 1e12)
+    monkeypatch.setattr(store, "_MAX_PAUSE", 1e9)
     gateway.ask("poems")
     wait_until_quiet(team)
     before = team.database.connections, team.database.sends
@@ -54,8 +54,8 @@ def test_a_request_for_a_known_task_touches_no_network(
 def test_known_tasks_are_served_without_a_database_and_others_get_503(
     gateway: Gateway, team: Team, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:
-    monkeypatch.setattr(watch, "_SLOWEST", 0.2)
     assert gateway.ask("rules").status_code == 200
+    monkeypatch.setattr(store, "_MAX_WAIT", 0.2)
     assert gateway.ask("poems").status_code == 200
     wait_until_quiet(team)
     getattr(team.database, how)()

@@ -11,7 +11,7 @@ import pytest
 
 from icmlora.base_models.examples.context import TaskContext
 from icmlora.fleet.few_shot.task_context import kept_files
-from icmlora.serving.tasks import ServedTasks
+from icmlora.serving.tasks import ServedTask
 from registry.store import Store
 from tests.icmlora.serving.conftest import Served
 from tests.icmlora.serving.gateway.gateways import Gateway, StartGateway
@@ -114,13 +114,7 @@ def test_a_generated_task_is_served_with_it_unless_the_request_says_off(
     gateway: Gateway, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep(served, TEXT)
-    found = ServedTasks.find
-
-    def generated(tasks: ServedTasks, name: str) -> Any:
-        task = found(tasks, name)
-        return task and type(task)(**{**vars(task), "is_generated": True})
-
-    monkeypatch.setattr(ServedTasks, "find", generated)
+    monkeypatch.setattr(ServedTask, "is_generated", True)
     assert ask(gateway, "/v1/completions", {}, prompt="two").json()["asked"]["prompt"] == "one\n\ntwo"
     assert ask(gateway, "/v1/completions", OFF, prompt="two").json()["asked"]["prompt"] == "two"
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from icm_cli.app import run
 from icmlora import Fleet, attach
-from icmlora.serving import watch
+from icmlora.serving import store
 from icmlora.serving.tasks import ServedTask, ServedTasks, open_tasks
 from registry.errors import StoreUnavailable
 from tests.icmlora.serving.conftest import Served, Team, folder_bytes
@@ -23,8 +23,8 @@ from tests.s3_faults import Fault, refuses
 @pytest.fixture(autouse=True)
 def asks_always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no answer of the database count for longer than it takes."""
-    monkeypatch.setattr(watch, "_COST", 0.0)
-    monkeypatch.setattr(watch, "_PATIENCE", 60.0)
+    monkeypatch.setattr(store, "_COST", 0.0)
+    monkeypatch.setattr(store, "_PATIENCE", 60.0)
 
 
 @pytest.fixture
@@ -76,8 +76,8 @@ def test_a_task_is_written_again_without_a_network(tasks: ServedTasks, team: Tea
 def test_the_database_is_not_asked_again_while_its_answer_counts(
     tasks: ServedTasks, team: Team, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watch, "_COST", 1e12)
-    monkeypatch.setattr(watch, "_MAX_PAUSE", 1e9)
+    monkeypatch.setattr(store, "_COST", 1e12)
+    monkeypatch.setattr(store, "_MAX_PAUSE", 1e9)
     tasks.stamp()
     sends = team.database.sends
     for _ in range(100):
@@ -144,8 +144,8 @@ def test_nobody_waits_for_a_database_that_was_stopped(
     task, stamp = found(tasks, "poems"), tasks.stamp()
     tasks.write(task, tmp_path / "before")
     with monkeypatch.context() as patch:
-        patch.setattr(watch, "_PATIENCE", 0.0)
-        patch.setattr(watch, "_SLOWEST", 0.0)
+        patch.setattr(store, "_PATIENCE", 0.0)
+        patch.setattr(store, "_MAX_WAIT", 0.0)
         team.database.stop()
         assert tasks.stamp() == stamp
         tasks.write(task, tmp_path / "meanwhile")
@@ -173,7 +173,7 @@ def test_bytes_that_were_pruned_meanwhile_are_looked_for_anew(
 
     task = found(tasks, "poems")
     tasks.write(task, tmp_path / "first")
-    parts = tasks.chosen("poems").codes
+    parts = tasks.get("poems").source.codes
     monkeypatch.setattr(parts, "read", _missing(MissingBlob("gone")))
     tasks.write(task, tmp_path / "second")
     assert folder_bytes(tmp_path / "first") == folder_bytes(tmp_path / "second")
