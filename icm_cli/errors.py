@@ -105,7 +105,7 @@ TABLE: dict[str, ExitCode] = {
     "icm_cli.errors.ConfigProblem": ExitCode.USAGE,
     "icm_cli.errors.Interrupted": ExitCode.INTERRUPTED,
     "icm_cli.errors.StdoutClosed": ExitCode.STDOUT_CLOSED,
-    "icmlora.fleet.write.materialize.TooLossy": ExitCode.TOO_LOSSY,
+    "icmlora.fleet.write.sources.TooLossy": ExitCode.TOO_LOSSY,
     "typer.exceptions.TyperException": ExitCode.USAGE,
     "registry.errors.IcmError": ExitCode.FAILED,
     "registry.errors.InvalidFilter": ExitCode.USAGE,

@@ -106,7 +106,6 @@ SortOpt = Annotated[
 ]
 LimitOpt = Annotated[int | None, option("--limit N", "Show at most N tasks.", min=1)]
 FromOpt = Annotated[Path | None, option("--from FILE", "Read this bundle instead of the store.")]
-BundleArg = Annotated[Path, argument("FILE", "A bundle written by `icm export`.")]
 DryRunOpt = Annotated[bool, option("--dry-run -n", "Print the planned changes without making them.")]
 YesOpt = Annotated[bool, option("--yes -y", "Skip the confirmation question.")]
 ForceOpt = Annotated[bool, option("--force -f", "Overwrite a non-empty output folder.")]

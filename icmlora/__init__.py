@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.few_shot.generate import Generated
     from icmlora.fleet.few_shot.task_context import ContextReport
     from icmlora.fleet.ingest.report import IngestReport
-    from icmlora.fleet.map.map import MapReport
+    from icmlora.fleet.map.task_map import MapReport
     from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable
     from icmlora.fleet.report.report import ReportSummary
     from icmlora.fleet.stats.bill import Bill
@@ -88,8 +88,9 @@ if TYPE_CHECKING:
     from icmlora.fleet.vectors.recognize import RecognizeReport
     from icmlora.fleet.vectors.vectors import VectorReport
     from icmlora.fleet.write.cards import MergedPart
-    from icmlora.fleet.write.materialize import MaterializeReport, TooLossy
+    from icmlora.fleet.write.materialize import MaterializeReport
     from icmlora.fleet.write.merge import Merged
+    from icmlora.fleet.write.sources import TooLossy
     from icmlora.formats.discovery.folder import load_adapter, save_adapter
     from icmlora.serving.attach import attach
     from registry.manifests import Generator, Task
@@ -218,7 +219,7 @@ _HOMES = {
     "Joined": "icmlora.fleet.bases.labels",
     "KnownBase": "icmlora.fleet.bases.base_models",
     "LoraModule": "icmlora.adapter.model",
-    "MapReport": "icmlora.fleet.map.map",
+    "MapReport": "icmlora.fleet.map.task_map",
     "MaterializeReport": "icmlora.fleet.write.materialize",
     "Merged": "icmlora.fleet.write.merge",
     "MergedPart": "icmlora.fleet.write.cards",
@@ -238,7 +239,7 @@ _HOMES = {
     "TaskContext": "icmlora.base_models.examples.context",
     "TaskDetails": "icmlora.fleet.tasks.tasks",
     "TaskRow": "registry.tables",
-    "TooLossy": "icmlora.fleet.write.materialize",
+    "TooLossy": "icmlora.fleet.write.sources",
     "TrainReport": "icmlora.fleet.train.report",
     "VectorReport": "icmlora.fleet.vectors.vectors",
     "attach": "icmlora.serving.attach",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from icm_cli.command import plain_command as command
-from icm_cli.options import TaskArg
+from icm_cli.command import Call, command
 from icm_cli.output import Field
 from icm_cli.session import Session
+from icmlora.fleet.tasks.log import list_versions, stored_files
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
@@ -16,21 +16,9 @@ if TYPE_CHECKING:
     from registry.manifests import Task
 
 
-@command
-def log(session: Session, task: TaskArg) -> None:
-    """List the versions of a task, newest first.
-
-    ORIGINAL: size of the adapter as ingested. STORED: size of the version's files in the store; versions may share
-    some of them. KEPT: original, code and checkpoints, as far as they are in the store. TASK@2 or TASK@ALIAS names a
-    version in other commands.
-
-    Example:
-      icm log shakespeare
-      icm show shakespeare@1
-    """
-    from icmlora.fleet.tasks.log import list_versions, stored_files
-
-    versions = list_versions(session.context, task)[::-1]
+@command(list_versions)
+def log(session: Session, call: Call[list[Task]]) -> None:
+    versions = call.now()[::-1]
     aliases = versions[0].aliases
     stored = {version.version: sum(file.size for file in stored_files(version)) for version in versions}
     fields: tuple[Field[Task], ...] = (

@@ -5,68 +5,47 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated
 
-from icm_cli.command import plain_command as command
+from icm_cli.command import Call, command
 from icm_cli.errors import UsageProblem
-from icm_cli.options import BaseModelOpt, FiltersOpt, FromOpt, LimitOpt, SortOpt, option
 from icm_cli.output import Column, Field
 from icm_cli.session import Session
 from icm_cli.text import claim_json, claim_text, coded_size, errors_json
 from icmlora.fleet.measure.metric_result import gain_text, relative_error
+from icmlora.fleet.params import BundleFile, Param
 from icmlora.fleet.rows import claim_of, limits_of, was_never_here
+from icmlora.fleet.tasks.tasks import count_tasks, list_tags, list_tasks
 from icmlora.io.text import counted, human_size, in_ranges
 
 if TYPE_CHECKING:
     from registry.tables import TaskRow
 
-TagsOpt = Annotated[bool, option("--tags", "List all tags with their number of tasks instead.")]
+TagsOpt = Annotated[bool, Param("List all tags with their number of tasks instead.", "--tags")]
 
 
-@command
-def ls(
-    session: Session,
-    base_model: BaseModelOpt = None,
-    filters: FiltersOpt = None,
-    sort: SortOpt = None,
-    limit: LimitOpt = None,
-    bundle: FromOpt = None,
-    tags: TagsOpt = False,
-) -> None:
-    """List the tasks in the store, or in a bundle with --from.
-
-    ORIGINAL: size of the original; "evicted" if it was deleted, "none" if a bundle brought only the code.
-    CODE: size of the code; "-" if there is none yet (run `icm train`), "original only" if there cannot be one
-    (`icm show` gives the reason). GAIN and RELATIVE ERROR: measured quality of the code. A narrow terminal shows fewer
-    columns. --quiet prints only names.
-
-    A filter is FIELD, an operator (= != > >= < <= or ~ for contains) and a value; case does not matter. Fields: name,
-    base, rank, size, code, extras, gain, error, tag, source, note, and status (evicted, pinned, coded, original-only,
-    does-nothing, generated). Sizes take units: 10MB, 512KiB.
-
-    Example:
-      icm ls -F 'rank>=8' -F tag=prod -F 'base~llama' --sort size:desc --limit 20
-    """
-    from icmlora.fleet.tasks.tasks import count_tasks, list_tasks
-
+@command(list_tasks)
+def ls(session: Session, call: Call[list[TaskRow]], bundle: BundleFile = None, tags: TagsOpt = False) -> None:
+    filters, limit = call["filters"], call["limit"]
     if tags:
         _list_tags(session)
         return
     if bundle is not None:
         from icm_cli.bundle_list import list_bundle
 
-        if filters or sort is not None or limit is not None:
+        if filters or call["sort"] is not None or limit is not None:
             raise UsageProblem(
                 "--from excludes --filter, --sort and --limit", hint="list the whole bundle, or import it first"
             )
-        list_bundle(session, bundle, base_model)
+        list_bundle(session, bundle, call["base_model"])
         return
-    out, context, chosen = session.out, session.context, tuple(filters or ())
-    rows = list_tasks(context, base_model, filters=chosen, sort=sort, limit=limit)
+    out, rows = session.out, call.now()
     out.names(row.name for row in rows)
     if out.is_json:  # fields for thousands of tasks take longer than to read them
         out.document([_as_json(row) for row in rows])
     out.listing(_FIELDS, rows)
-    if len(rows) == limit and (more := count_tasks(context, base_model, filters=chosen) - len(rows)) > 0:
-        out.note(f"{counted(more, 'more task')} not shown")
+    if len(rows) == limit:
+        more = count_tasks(session.context, call["base_model"], filters=filters) - len(rows)
+        if more > 0:
+            out.note(f"{counted(more, 'more task')} not shown")
     if not rows and filters:
         out.note("no task matches the filters")
     elif not rows:
@@ -76,9 +55,7 @@ def ls(
 
 def _list_tags(session: Session) -> None:
     """Print all tags with their number of tasks."""
-    from icmlora.fleet.tasks import tasks
-
-    out, tags = session.out, tasks.list_tags(session.context)
+    out, tags = session.out, list_tags(session.context)
     out.document([{"tag": tag, "tasks_count": number} for tag, number in tags.items()])
     out.names(tags)
     out.table((Column("tag"), Column("tasks", right=True)), [[tag, str(number)] for tag, number in tags.items()])

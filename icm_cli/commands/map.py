@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
 import typer
 
-from icm_cli.command import plain_command as command
-from icm_cli.errors import ExitCode, UsageProblem
-from icm_cli.options import BaseModelOpt, option
+from icm_cli.command import Call, command
+from icm_cli.errors import ExitCode
 from icm_cli.output import Field
 from icm_cli.session import Session
 from icm_cli.text import grouped
+from icmlora.fleet.map.map import map_fleet
 from icmlora.io.text import counted, human_percent, some
 
 if TYPE_CHECKING:
-    from icmlora.fleet.map.map import MapReport
+    from icmlora.fleet.map.task_map import MapReport
     from icmlora.task_vectors.map import MappedTask, Pair
 
-
-ViewOpt = Annotated[
-    Literal["adapted", "context"],
-    option("--view", "Vectors to compare: with the adapter (adapted) or from the base model alone (context)."),
-]
-ClustersOpt = Annotated[str, option("--clusters N|auto", "Number of clusters. auto maximises the mean silhouette.")]
-PlotOpt = Annotated[Path | None, option("--plot FILE.svg", "Also draw the map as an SVG file.")]
-ReplaceOpt = Annotated[bool, option("--force -f", "Replace the --plot FILE if it exists.")]
 
 _CLUSTERS: tuple[Field[tuple[MappedTask, ...]], ...] = (
     Field("cluster", lambda members: str(members[0].cluster), right=True),
@@ -50,30 +42,9 @@ _TASKS: tuple[Field[MappedTask], ...] = (
 _WORDS = ((0.7, "strong"), (0.5, "reasonable"), (0.25, "weak"))
 
 
-@command
-def map_(
-    session: Session,
-    view: ViewOpt = "adapted",
-    base_model: BaseModelOpt = None,
-    clusters: ClustersOpt = "auto",
-    plot: PlotOpt = None,
-    force: ReplaceOpt = False,
-) -> None:
-    """Compare tasks by their vectors and group them into clusters.
-
-    DISTANCE is the cosine distance between vectors centred on the fleet's mean: 0 means the same direction, 1
-    unrelated, 2 opposite. SILHOUETTE is 1 well inside a group, 0 on its border, and negative if another group is
-    nearer. By task, it shows how well the support sets of different tasks are separated; by cluster, how well the
-    clusters are. -v adds a row per task, and --quiet prints one cluster per line.
-
-    Example:
-      icm map --plot map.svg
-    """
-    from icmlora.fleet.map.map import map_fleet
-
-    found = map_fleet(
-        session.context, view=view, base_model=base_model, clusters=_number(clusters), plot=plot, force=force
-    )
+@command(map_fleet)
+def map_(session: Session, call: Call[MapReport]) -> None:
+    found, plot = call.now(), call["plot"]
     session.out.document(_as_json(found, plot))
     session.out.names(" ".join(task.name for task in members) for members in found.map.clusters)
     _print(session, found)
@@ -81,14 +52,6 @@ def map_(
         session.out.note(f"drew {plot}")
     if any(entry.is_damaged for entry in found.left_out):
         raise typer.Exit(ExitCode.PARTLY)
-
-
-def _number(clusters: str) -> int | None:
-    if clusters == "auto":
-        return None
-    if not clusters.isascii() or not clusters.isdigit() or int(clusters) < 1:
-        raise UsageProblem(f"--clusters {clusters!r} is not a positive number", hint="use a positive number, or auto")
-    return int(clusters)
 
 
 def _print(session: Session, found: MapReport) -> None:

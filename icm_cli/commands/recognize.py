@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from icm_cli.command import plain_command as command
+from icm_cli.config import cache_folder
 from icm_cli.errors import UsageProblem
 from icm_cli.options import BaseModelOpt, DeviceOpt, LoaderOpt, option
 from icm_cli.output import Column
@@ -58,8 +59,6 @@ def recognize(
       icm recognize --samples queries.jsonl
       icm recognize --description "verses of the bible"
     """
-    from icm_cli.recognized import recognized
-
     if (samples is None) == (description is None):
         raise UsageProblem("recognition needs samples or a description", hint="use either --samples or --description")
     if samples is None:
@@ -67,8 +66,17 @@ def recognize(
             raise UsageProblem("--description works only with a store", hint="remove --from, or use --samples")
         _print_described(session, str(description), base_model, limit)
         return
-    found = recognized(session, samples, base_model, bundle, loader, device)
-    out = session.out
+    from icmlora.fleet.vectors.recognize import recognize as use_case
+
+    out, device = session.out, session.device(device)
+    if bundle is not None:
+        from icmlora.fleet.bundles.bundles import Bundle
+
+        opened = Bundle(bundle, cache=cache_folder)
+        found = use_case(opened, samples, base_model=base_model, loader=loader, device=device)
+    else:
+        with session.working("recognize") as context:
+            found = use_case(context, samples, base_model=base_model, loader=loader, device=device)
     out.document(
         {
             "task": found.task,

@@ -6,14 +6,15 @@ from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Annotated
 
-from icm_cli.command import plain_command as command
+from icm_cli.command import Call, command
 from icm_cli.eval_report import no_gain
-from icm_cli.options import TaskArg, option
 from icm_cli.output import Field
 from icm_cli.session import Session
 from icm_cli.text import SOURCES, as_fields, claim_json, claim_text, figure, groups_json
 from icmlora.fleet.measure.metric_result import MetricResult, gain_text, measured_in
+from icmlora.fleet.params import Param
 from icmlora.fleet.stats.bill_text import limits_text
+from icmlora.fleet.tasks.tasks import show_task
 from icmlora.formats.images.header_notes import header_notes
 from icmlora.io.text import counted, escape, human_percent, human_size, in_ranges
 
@@ -26,33 +27,20 @@ if TYPE_CHECKING:
 
 ErrorsOpt = Annotated[
     bool,
-    option(
-        "--errors",
-        "Also decode the code and show its relative error by kind of module, or by block of an image model.",
+    Param(
+        "Also decode the code and show its relative error by kind of module, or by block of an image model.", "--errors"
     ),
 ]
 
 
-@command
-def show(session: Session, task: TaskArg, errors: ErrorsOpt = False) -> None:
-    """Show one task: its adapters, vectors, code and measured quality.
-
-    TASK@2 or TASK@ALIAS shows one of its versions; `icm log` lists them. The nearest tasks have the smallest cosine
-    distance between task vectors. `icm map` compares all tasks.
-
-    Example:
-      icm show shakespeare
-      icm show shakespeare@2
-      icm show watercolour --errors
-    """
-    from icmlora.fleet.tasks.tasks import show_task
-
-    details = show_task(session.context, task)
+@command(show_task)
+def show(session: Session, call: Call[TaskDetails], errors: ErrorsOpt = False) -> None:
+    details = call.now()
     groups: Sequence[GroupError] = ()
     if errors:
         from icmlora.fleet.measure.module_errors import module_errors  # decodes
 
-        groups = module_errors(session.context, task)
+        groups = module_errors(session.context, call["task"])
     session.out.document({**_as_json(details), "errors": groups_json(groups) if errors else None})
     session.out.record(_summary(details))
     session.out.line()

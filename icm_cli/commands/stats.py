@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from icm_cli.command import plain_command as command
-from icm_cli.options import option
+from icm_cli.command import Call, command
 from icm_cli.output import Field
 from icm_cli.session import Session
 from icm_cli.text import as_fields, coded_size, errors_json, figure
 from icmlora.fleet.measure.metric_result import gain_text, measured_in
+from icmlora.fleet.stats import stats as use_case
 from icmlora.fleet.stats.bill_text import claims_text, disk_lines, saving_text, shortfalls
 from icmlora.io.text import counted, human_percent, human_size
 
@@ -19,9 +18,6 @@ if TYPE_CHECKING:
     from icmlora.fleet.stats.bill import BaseModelBill, Bill, Spread, TaskBill
 
 R = TypeVar("R")
-
-PlotOpt = Annotated[Path | None, option("--plot FILE.svg|png|pdf", "Also plot bytes against the number of tasks.")]
-ReplaceOpt = Annotated[bool, option("--force -f", "Replace the --plot FILE if it exists.")]
 
 _FLEET_FIELDS: tuple[Field[BaseModelBill], ...] = (
     Field("base model", lambda fleet: fleet.base_model, shrink=True),
@@ -49,21 +45,9 @@ _TASK_FIELDS: tuple[Field[TaskBill], ...] = (
 )
 
 
-@command
-def stats(session: Session, plot: PlotOpt = None, force: ReplaceOpt = False) -> None:
-    """Show the bytes on disk, the saving and the quality lost.
-
-    BF16: size of all final adapters in bf16. OF BF16: share of it that generator, codes, vectors and extras take.
-    BREAK-EVEN: number of tasks at which that becomes smaller. EXTRAS: heads, tokenizers and originals that no code can
-    represent. RELATIVE ERROR and RETAINED GAIN: mean / worst over the tasks. -v adds a row per task.
-
-    Example:
-      icm stats
-      icm stats --json
-    """
-    from icmlora.fleet.stats.stats import stats
-
-    found = stats(session.context, plot=plot, force=force)
+@command(use_case.stats)
+def stats(session: Session, call: Call[Bill]) -> None:
+    found = call.now()
     out = session.out
     if out.is_json:  # a line per task takes longer than all the rest
         out.document(_as_json(found))
@@ -80,8 +64,8 @@ def stats(session: Session, plot: PlotOpt = None, force: ReplaceOpt = False) -> 
         out.line(line)
     if (claims := claims_text(found)) is not None:
         out.line(claims)
-    if plot is not None:
-        out.note(f"drew {plot}")
+    if call["plot"] is not None:
+        out.note(f"drew {call['plot']}")
 
 
 def _fields(fields: Sequence[Field[R]], found: Bill) -> list[Field[R]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -18,28 +18,9 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 
 from icmlora.adapter.arithmetic import truncated, with_modules
+from icmlora.adapter.merge_methods import OF_ONE_RANK, WITH_DENSITY, MergeMethod
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import DataError
-
-MergeMethod = Literal[
-    "svd",
-    "cat",
-    "linear",
-    "ties",
-    "ties_svd",
-    "dare_linear",
-    "dare_linear_svd",
-    "dare_ties",
-    "dare_ties_svd",
-    "magnitude_prune",
-    "magnitude_prune_svd",
-]
-"""Method names as in PEFT."""
-METHODS: tuple[MergeMethod, ...] = get_args(MergeMethod)
-OF_ONE_RANK = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
-"""Methods that merge A with A and B with B, and so need equal ranks."""
-WITH_DENSITY = tuple(name for name in METHODS if name not in ("svd", "cat", "linear"))
-"""Methods that keep a share of the values."""
 
 
 def merged(

@@ -108,6 +108,34 @@ def open_bundle(path: Path, known: BundleFile | None = None) -> Iterator[BundleF
         yield bundle
 
 
+class ReopenedBundle:
+    """A bundle file that is opened again for each piece of work.
+
+    Its index is read and its bytes are checked once, while the file stays the same.
+
+    Attributes:
+        path: The file.
+        index: The manifests in the bundle: its generator and tasks.
+        digest: SHA-256 that identifies the whole file.
+        size: Length of the file in bytes.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        with open_bundle(self.path) as file:
+            self.index, self.digest, self.size = file.index, file.digest, file.size
+        self._known = file
+
+    @contextmanager
+    def open(self) -> Iterator[BundleFile]:
+        """Open the file; raise `BundleError` if it is damaged or was replaced."""
+        with open_bundle(self.path, self._known) as file:
+            if file.digest != self.digest:
+                raise BundleError("the bundle file was replaced", path=self.path)
+            self._known = file  # it remembers whether its bytes were checked
+            yield file
+
+
 def write_bundle(
     path: Path, generator: Generator, tasks: Sequence[Task], read: Callable[[str], bytes], *, force: bool = False
 ) -> Iterator[File]:

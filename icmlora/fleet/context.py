@@ -25,6 +25,7 @@ from registry.names import address_of as address_of
 
 if TYPE_CHECKING:
     from icmlora.base_models.finding.lookup import FoundBase
+    from icmlora.bundle.file import ReopenedBundle
     from icmlora.generator.codec.generator_file import GeneratorFile
     from registry.errors import IcmError
     from registry.manifests import Task
@@ -103,7 +104,7 @@ def default_cache() -> Path:
     return Path(HF_HOME) / "icm"
 
 
-class OpenedGenerator:
+class GeneratorCache:
     """The generator that was opened last: opening one takes longer than decoding a small code with it."""
 
     def __init__(self) -> None:
@@ -118,9 +119,9 @@ class OpenedGenerator:
             self._last = last = digest, GeneratorFile(read(digest))
         return last[1]
 
-    def __reduce__(self) -> tuple[type[OpenedGenerator], tuple[()]]:
+    def __reduce__(self) -> tuple[type[GeneratorCache], tuple[()]]:
         """Leave the generator here when a context goes to a worker."""
-        return OpenedGenerator, ()
+        return GeneratorCache, ()
 
 
 class HasContext(Protocol):
@@ -142,8 +143,9 @@ class Context:
     command: str = "icm"
     # Called between atomic steps. It raises `Cancelled` to stop the use case.
     on_event: Callable[[Event], None] = ignore
-    generator: OpenedGenerator = field(default_factory=OpenedGenerator, compare=False)  # for decoding again and again
+    generator: GeneratorCache = field(default_factory=GeneratorCache, compare=False)  # for decoding again and again
     patience: Patience | None = field(default=None, compare=False)  # what is left of the timeout, within a command
+    bundle: ReopenedBundle | None = None  # read instead of a store
 
     @property
     def context(self) -> Context:

@@ -101,7 +101,7 @@ def age(text: str) -> float:
 
 RARE = "Rarely needed"
 
-Task = Annotated[str, Param("Task name (see `icm ls`).", "TASK", completes="task")]
+TaskName = Annotated[str, Param("Task name (see `icm ls`).", "TASK", completes="task")]
 NamedTasks = Annotated[Sequence[str], Param("Task names (see `icm ls`).", "TASK...", completes="task")]
 Tasks = Annotated[Sequence[str], Param("Task names. Default: all tasks.", "[TASK]...", completes="task")]
 BaseModelName = Annotated[str | None, Param("Only tasks of this base model.", "--base-model NAME", completes="base")]
@@ -154,7 +154,7 @@ Loader = Annotated[
 Quality = Annotated[
     int | None,
     Param(
-        f"1 (smallest codes) to 8 (most accurate). Default: the current generator's, or {DEFAULT_QUALITY}. In our "
+        f"1 (smallest) to 8 (most accurate). Default: the current generator's, or {DEFAULT_QUALITY}. In our "
         "measurements 4 keeps 97 % of the gain, and 6 keeps 98 % with four times the bytes.",
         "--quality 1..8",
         min=1,

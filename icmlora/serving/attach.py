@@ -27,8 +27,9 @@ from torch import nn
 from icmlora.base_models.finding.tensors import BaseTensors
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound, DataError
 from icmlora.fleet.bundles.bundles import Bundle
+from icmlora.fleet.resources.code_source import open_codes
 from icmlora.fleet.resources.decoding import read_context
-from icmlora.fleet.write.materialize import Chosen, choose
+from icmlora.fleet.write.sources import ResolvedSource, resolve_source
 from icmlora.formats.peft.initial import converted_form
 from icmlora.formats.peft.tensors import rounded_like
 from icmlora.io.safetensors import encode
@@ -121,7 +122,7 @@ def _plain_adapter(model: nn.Module, fleet: Fleet | Bundle, task: str) -> tuple[
     return adapter, context
 
 
-def _context_of(chosen: Chosen) -> TaskContext | None:
+def _context_of(chosen: ResolvedSource) -> TaskContext | None:
     try:
         return read_context(chosen.codes.read, chosen.task.final)
     except DataError as error:  # the user's own file of the same name
@@ -137,16 +138,16 @@ def _bytes(adapter: Adapter) -> int:
 
 
 @contextmanager
-def _chosen(fleet: Fleet | Bundle, task: str) -> Iterator[Chosen]:
+def _chosen(fleet: Fleet | Bundle, task: str) -> Iterator[ResolvedSource]:
     """Yield the sources of a task's adapter."""
     if isinstance(fleet, Bundle):
-        with fleet.open() as codes:
-            yield choose(codes, codes.get(task))
+        with open_codes(fleet.context) as codes:
+            yield resolve_source(codes, codes.get(task))
     else:
         yield _served(fleet.context).chosen(task)
 
 
-def _problem(chosen: Chosen) -> str | None:
+def _problem(chosen: ResolvedSource) -> str | None:
     """Return why an adapter does not fit into a slot; None if it does."""
     final = chosen.task.final
     if final.format != "peft":

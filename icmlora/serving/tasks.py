@@ -15,7 +15,7 @@ import json
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -28,10 +28,12 @@ from icmlora.base_models.finding.lookup import FoundBase
 from icmlora.errors import DataError, TaskChanged
 from icmlora.fleet.bundles.bundles import Bundle
 from icmlora.fleet.context import Context
-from icmlora.fleet.resources.code_source import CodeSource, OpenCodes, StoreCodes, open_store
-from icmlora.fleet.resources.decoding import form_of, template_of
-from icmlora.fleet.write.materialize import Chosen, MadeFiles, choose
-from icmlora.formats.format import write_adapter_files
+from icmlora.fleet.resources.adapter_row import template_of
+from icmlora.fleet.resources.code_source import CodeSource, StoreCodes, open_codes
+from icmlora.fleet.resources.decoding import form_of
+from icmlora.fleet.write.materialize import render
+from icmlora.fleet.write.sources import ResolvedSource, resolve_source
+from icmlora.formats.format import AdapterBytes, AdapterFormat, write_adapter_files
 from icmlora.serving.watch import StoreWatch, stamp_of
 from registry.errors import DamagedStore, StoreUnavailable, TaskNotFound
 from registry.manifests import Task
@@ -111,7 +113,7 @@ class ServedTasks:
         self.stamp, self.check = source.stamp, source.check
         self._answers: OrderedDict[str, Answer] = OrderedDict()
         # Digest of a manifest -> the parts of its adapter.
-        self._adapters: OrderedDict[str, Chosen] = OrderedDict()
+        self._adapters: OrderedDict[str, ResolvedSource] = OrderedDict()
         self._layouts: dict[Hashable, tuple[ModuleShape, ...]] = {}  # most tasks of a fleet share one layout
         self._guard, self._admitted = threading.Lock(), threading.Semaphore(_ADMITTED)
         self._is_logged = False  # that the blob storage is unavailable
@@ -127,7 +129,7 @@ class ServedTasks:
         stamp, known = self.stamp(), self._answers.get(name)
         return known.task if known is not None and known.stamp == stamp else self._look(name, stamp)[0].task
 
-    def chosen(self, name: str) -> Chosen:
+    def chosen(self, name: str) -> ResolvedSource:
         """Return the current sources of a task's adapter; during an outage, the last known ones.
 
         Raises:
@@ -145,10 +147,10 @@ class ServedTasks:
             return kept
         if found is None:
             with self._open() as codes:  # raises, with similar names
-                return choose(codes, codes.get(name))
+                return resolve_source(codes, codes.get(name))
         return found
 
-    def _look(self, name: str, stamp: Hashable) -> tuple[Answer, Chosen | None]:
+    def _look(self, name: str, stamp: Hashable) -> tuple[Answer, ResolvedSource | None]:
         """Read a task from the source, ignoring case; only an exact name can be served."""
         with self._open() as codes:
             with self._noticing():
@@ -157,7 +159,7 @@ class ServedTasks:
                 return self._answered(name, Answer(stamp, None, None)), None
             digest = str(task.manifest)
             with self._noticing():
-                chosen = self._adapters.get(digest) or self._kept(codes, choose(codes, task))
+                chosen = self._adapters.get(digest) or self._kept(codes, resolve_source(codes, task))
         _keep(self._guard, self._adapters, digest, chosen, _MAX_ADAPTERS)
         served = None
         if task.name == split_version(name)[0]:
@@ -230,20 +232,20 @@ class ServedTasks:
         """
         self.fetch(task)  # before the semaphore, so that a slow network blocks no other task
         with self._admitted:
-            made = self._made(task)
-            write_adapter_files(directory, made.format, made.content, task.name)
+            adapter_format, files = self._render(task)
+            write_adapter_files(directory, adapter_format, files, task.name)
 
-    def _made(self, task: ServedTask) -> MadeFiles:
+    def _render(self, task: ServedTask) -> tuple[AdapterFormat, AdapterBytes]:
         if (chosen := self._adapter(task)) is not None and isinstance(chosen.codes, _KeptParts):
             try:
-                return chosen.files()
+                return chosen.format, render(chosen)
             except DamagedStore:  # unreferenced blobs may have been deleted
                 pass
         with self._open() as codes:
-            chosen = choose(codes, codes.get(task.name))
+            chosen = resolve_source(codes, codes.get(task.name))
             if key_of(chosen) != task.key:
                 raise TaskChanged(f"task {task.name!r} is being changed")
-            return chosen.files()
+            return chosen.format, render(chosen)
 
     @contextmanager
     def _open(self) -> Iterator[CodeSource]:
@@ -262,7 +264,7 @@ class ServedTasks:
                 self._log.warning("icm: %s; still serving tasks whose files are cached here", error.message)
             raise
 
-    def _kept(self, codes: CodeSource, chosen: Chosen) -> Chosen:
+    def _kept(self, codes: CodeSource, chosen: ResolvedSource) -> ResolvedSource:
         """Detach the parts from the open store; a bundle is opened again to read them."""
         if not isinstance(codes, StoreCodes):
             return chosen
@@ -276,7 +278,7 @@ class ServedTasks:
             self._layouts[layout] = tuple(ModuleShape(*entry) for entry in layout)
         return self._layouts[layout]
 
-    def _adapter(self, task: ServedTask) -> Chosen | None:
+    def _adapter(self, task: ServedTask) -> ResolvedSource | None:
         """Return the cached sources of a task's adapter, or None."""
         known = self._answers.get(task.name)
         if known is None or known.task is None or known.task.key != task.key:
@@ -300,10 +302,12 @@ class _KeptParts:
 
     better, takes_claims = StoreCodes.better, StoreCodes.takes_claims
 
-    def __init__(self, codes: StoreCodes, version: int | None, open_codes: OpenCodes) -> None:
+    def __init__(
+        self, codes: StoreCodes, version: int | None, reopen: Callable[[], AbstractContextManager[CodeSource]]
+    ) -> None:
         self.blobs = codes.store.blobs  # readable while the store is closed
         self.read = self.blobs.read
-        self._generator, self._version, self._open = codes.opened_generator, version, open_codes
+        self._generator, self._version, self._open = codes.generator_cache, version, reopen
 
     def version_of(self, generator: str, base_model: str) -> int | None:
         """Return the generator's version at the time of the lookup."""
@@ -354,7 +358,7 @@ def _keep(guard: threading.Lock, kept: OrderedDict[K, V], key: K, value: V, most
             kept.popitem(last=False)
 
 
-def key_of(chosen: Chosen) -> str:
+def key_of(chosen: ResolvedSource) -> str:
     """Return the SHA-256 of all inputs of an adapter's files, including the version of icm."""
     final, code = chosen.task.final, chosen.code
     facts: dict[str, object] = {"icm": _icm(), "task": chosen.task.name, "source": chosen.source}
@@ -392,7 +396,7 @@ class _BundleSource:
         if opened != (stamp := stamp_of(self._path)):
             bundle = Bundle(self._path)
             self._opened = stamp, bundle
-        return bundle.open()
+        return open_codes(bundle.context)
 
 
 class _StoreSource(StoreWatch):
@@ -404,7 +408,7 @@ class _StoreSource(StoreWatch):
 
     def open(self) -> AbstractContextManager[CodeSource]:
         """Open the store."""
-        return open_store(self._context)
+        return open_codes(self._context)
 
 
 def open_tasks(

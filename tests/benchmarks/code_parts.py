@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from icmlora.fleet.context import Context
-from icmlora.fleet.resources.loading import Models
+from icmlora.fleet.resources.loading import ModelCache
 from icmlora.generator.codec.code import Code, CodeHead
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.config import GeneratorConfig
@@ -78,7 +78,7 @@ def parts_of(folder: Path, tasks: list[str]) -> Iterator[Parts]:
     """Take the codes of a store apart."""
     context = Context(folder)
     with context.open(read_only=True) as store:
-        models = Models(store, torch.device("cpu"), context.cache)
+        models = ModelCache(store, torch.device("cpu"), context.cache)
         for task in store.named(tasks) or store.tasks():
             row = task.code
             if row is None:

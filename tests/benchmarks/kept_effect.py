@@ -23,7 +23,7 @@ import torch
 from icmlora.base_models.running.lora_hooks import factors_of
 from icmlora.fleet.context import Context
 from icmlora.fleet.resources.decoding import decode_code
-from icmlora.fleet.resources.loading import Models, read_original
+from icmlora.fleet.resources.loading import ModelCache, read_original
 from icmlora.fleet.resources.texts import own_text
 from icmlora.training.effect import Effect
 from icmlora.training.teacher import Teacher
@@ -49,7 +49,7 @@ def measured(folder: Path, texts: int, dtype: torch.dtype) -> Iterator[Kept]:
     """Measure the codes of a store."""
     context = Context(folder)
     with context.open(read_only=True) as store:
-        models = Models(store, torch.device("cpu"), context.cache)
+        models = ModelCache(store, torch.device("cpu"), context.cache)
         for task in store.tasks():
             code = task.code
             if code is None or code.effect is None or code.asked is None or not code.asked.keep:

@@ -34,7 +34,7 @@ from icmlora.fleet.context import Context
 from icmlora.fleet.measure.measure import TaskLosses
 from icmlora.fleet.resources.adapter_source import mean_vectors
 from icmlora.fleet.resources.decoding import codec_of_task
-from icmlora.fleet.resources.loading import Models, read_original, read_runnable
+from icmlora.fleet.resources.loading import ModelCache, read_original, read_runnable
 from icmlora.fleet.resources.texts import own_text
 from icmlora.formats.format import RunnableAdapter
 from icmlora.generator.codec.encoding import Encoded, encode_adapter
@@ -78,7 +78,7 @@ class Answers:
 class TaskLevels:
     """Measures one task at every quality."""
 
-    def __init__(self, store: Store, models: Models, task: Task, texts: int, tokens: int) -> None:
+    def __init__(self, store: Store, models: ModelCache, task: Task, texts: int, tokens: int) -> None:
         self._store, self._models, self._task = store, models, task
         self._base = models.base(task.base_model)
         self._final = task.final
@@ -138,7 +138,7 @@ def main() -> None:
     levels: list[Level] = []
     context = Context(options.store)
     with context.open(read_only=True) as store:
-        models = Models(store, torch.device("cpu"), context.cache)
+        models = ModelCache(store, torch.device("cpu"), context.cache)
         for task in store.named(spread(store.names(), options.tasks)):
             for level in TaskLevels(store, models, task, options.texts, options.tokens).levels():
                 levels.append(level)

@@ -82,9 +82,6 @@ def test_a_bundle_recognises_with_the_loader_that_the_user_names_as_the_store_do
     shutil.rmtree(store)
     base = ("--base-model", fleet / "base", "--loader", LOADER, *CPU)
     assert icm("recognize", "--samples", samples, "--bundle", bundle, *base, "--json").document == there
-    out = tmp_path / "out"
-    ran = icm("materialize", "--samples", samples, "--from", bundle, *base, "-o", out)
-    assert (ran.code, out.exists()) == ((0, True) if there["task"] else (ExitCode.NOT_RECOGNIZED, False))
 
 
 def test_a_bundle_never_says_what_loads_its_base_model(icm: Icm, store: Path, fleet: Path, tmp_path: Path) -> None:

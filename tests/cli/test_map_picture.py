@@ -6,8 +6,8 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from icmlora.fleet.map.map import MapReport
 from icmlora.fleet.map.picture import draw_map
+from icmlora.fleet.map.task_map import MapReport
 from icmlora.task_vectors.map import map_tasks
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -24,7 +24,7 @@ from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.tiny_base import LABEL, tiny_model
 
 Icm = Callable[..., Ran]
-SOURCES = ("original", "code", "generate")
+SOURCES = ("original", "code", "recalled")
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -36,7 +36,7 @@ def blob_of(store: Path, task: str, source: str) -> str:
     with Store.open(store) as opened:
         known = opened.task(task)
     assert known.code is not None
-    return {"original": known.final.weights, "code": known.code.blob, "generate": known.vectors[0].blob}[source]
+    return {"original": known.final.weights, "code": known.code.blob, "recalled": known.vectors[0].blob}[source]
 
 
 @pytest.mark.one_case
@@ -126,7 +126,7 @@ def test_the_json_document_keeps_its_names(icm: Icm, trained: Path, tmp_path: Pa
     document = icm("materialize", "poems", "-o", tmp_path / "out", "--source", source, "--json").document
     names = {"task", "output", "source", "generator", "relative_error", "squared_error", "retained_gain", "weights"}
     names |= {"recognized", "format", "left_out", "precision", "claimed"}
-    assert (set(document), document["source"]) == (names, {"generate": "recalled"}.get(source, source))
+    assert (set(document), document["source"]) == (names, source)
 
 
 def test_quiet_prints_the_folder(icm: Icm, trained: Path, tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_two_processes_write_the_same_bytes(trained: Path, tmp_path: Path) -> No
 
 
 def test_a_seed_samples_and_the_same_seed_samples_the_same(icm: Icm, trained: Path, tmp_path: Path) -> None:
-    for name, options in (("a", ["--seed", 1]), ("b", ["--seed", 1]), ("mean", ["--source", "generate"])):
+    for name, options in (("a", ["--seed", 1]), ("b", ["--seed", 1]), ("mean", ["--source", "recalled"])):
         assert icm("materialize", "poems", "-o", tmp_path / name, *options).code == 0
     assert content(tmp_path / "a") == content(tmp_path / "b")
     assert b"sampled with seed 1" in content(tmp_path / "a")["README.md"]
@@ -162,7 +162,7 @@ def test_a_seed_for_what_is_not_sampled_is_wrong_usage(icm: Icm, trained: Path, 
 def test_a_generated_adapter_has_the_task_type_of_its_original(icm: Icm, mixed: Path, tmp_path: Path) -> None:
     icm("ingest", write_lora(tmp_path / "seq", task_type="SEQ_2_SEQ_LM"), "--device", "cpu")
     icm("train", "--no-eval", "--refine", "0", "--steps", 2)
-    for source in ("code", "generate"):
+    for source in ("code", "recalled"):
         icm("materialize", "seq", "-o", tmp_path / source, "--source", source)
         assert json.loads((tmp_path / source / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
 
@@ -196,7 +196,7 @@ def test_force_replaces_the_adapter_and_its_card(icm: Icm, trained: Path, tmp_pa
         (["--source", "code", "--max-error", 0.7], ExitCode.DONE),
         (["--source", "code", "--max-error", 0.01], ExitCode.TOO_LOSSY),
         (["--source", "code", "--max-error", "nan"], ExitCode.USAGE),
-        (["--source", "generate", "--max-error", 0.7], ExitCode.TOO_LOSSY),
+        (["--source", "recalled", "--max-error", 0.7], ExitCode.TOO_LOSSY),
         (["--source", "original", "--max-error", 0], ExitCode.DONE),
         (["--max-error", "-1"], ExitCode.USAGE),
     ],
@@ -215,7 +215,7 @@ def test_the_limit_is_a_relative_error(icm: Icm, trained: Path, tmp_path: Path, 
     assert ran.code == code
 
 
-@pytest.mark.parametrize("source", ["code", "generate"])
+@pytest.mark.parametrize("source", ["code", "recalled"])
 def test_before_the_first_training_the_hint_names_it(icm: Icm, mixed: Path, tmp_path: Path, source: str) -> None:
     ran = icm("materialize", "poems", "-o", tmp_path / "out", "--source", source, "--json")
     assert (ran.code, "icm train" in ran.error["hint"]) == (ExitCode.FAILED, True)
@@ -223,7 +223,7 @@ def test_before_the_first_training_the_hint_names_it(icm: Icm, mixed: Path, tmp_
 
 def test_generating_without_vectors_names_the_command_that_makes_them(icm: Icm, trained: Path, tmp_path: Path) -> None:
     icm("ingest", write_lora(tmp_path / "extra", seed=9), "--no-vectors")
-    ran = icm("materialize", "extra", "-o", tmp_path / "out", "--source", "generate", "--json")
+    ran = icm("materialize", "extra", "-o", tmp_path / "out", "--source", "recalled", "--json")
     assert (ran.code, "icm vectors" in ran.error["hint"]) == (ExitCode.FAILED, True)
 
 
@@ -231,7 +231,7 @@ def test_a_module_that_the_generator_does_not_know_is_an_error_not_damage(
     icm: Icm, trained: Path, tmp_path: Path
 ) -> None:
     icm("ingest", write_lora(tmp_path / "wide", rank=16), "--device", "cpu")
-    ran = icm("materialize", "wide", "-o", tmp_path / "out", "--source", "generate", "--json")
+    ran = icm("materialize", "wide", "-o", tmp_path / "out", "--source", "recalled", "--json")
     assert (ran.code, ran.error["kind"]) == (ExitCode.FAILED, "not_covered")
 
 
@@ -265,7 +265,7 @@ def test_a_hostile_base_model_label_stays_one_line_of_the_card(icm: Icm, tmp_pat
 
 
 @pytest.mark.one_case
-@pytest.mark.parametrize("source", ["code", "generate"])
+@pytest.mark.parametrize("source", ["code", "recalled"])
 @pytest.mark.parametrize("task", ["poems", "rules", "silent"])
 def test_a_decoded_adapter_has_the_form_of_its_original_and_no_more_bytes(
     icm: Icm, trained: Path, mixed_template: Path, tmp_path: Path, task: str, source: str
@@ -338,6 +338,7 @@ def test_a_bundle_writes_for_llama_cpp_with_the_base_model_that_is_named(
     "words",
     [
         ("--format", "onnx"),
+        ("--from", "fleet.icm", "--source", "network"),
         ("--format", "gguf", "--base-model", "somewhere"),
         ("--from", "fleet.icm", "--base-model", "somewhere"),
         ("--from", "fleet.icm", "--format", "mlx", "--base-model", "somewhere"),
@@ -345,8 +346,10 @@ def test_a_bundle_writes_for_llama_cpp_with_the_base_model_that_is_named(
     ids=" ".join,
 )
 def test_options_that_make_no_sense_together_are_wrong_usage(
-    icm: Icm, trained: Path, tmp_path: Path, words: tuple[str, ...]
+    icm: Icm, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    icm("export", "fleet.icm")
     assert icm("materialize", "rules", "-o", tmp_path / "a.gguf", *words).code == ExitCode.USAGE
     assert not (tmp_path / "a.gguf").exists()
 

@@ -1,4 +1,4 @@
-"""`icm recognize`, `icm materialize --samples`, and the source `generate`: a known task comes back by its vectors."""
+"""`icm recognize` and the source `recalled`: a known task comes back by its vectors."""
 
 import json
 import shutil
@@ -10,7 +10,6 @@ import pytest
 from icm_cli.errors import ExitCode
 from icmlora import Bundle, Fleet, NotRecognized
 from tests.cli.conftest import Ran
-from tests.cli.test_materialize import content
 from tests.cli.tiny_fleet import SUBJECTS, icm_quietly, train_store, write_subject
 from tests.icmlora.tiny_base import LABEL
 from tests.shared import built_once, use_config_of
@@ -82,33 +81,13 @@ def test_a_new_task_is_none_of_them(icm: Icm, subjects: Path, strange: Path) -> 
     assert icm("recognize", "--samples", strange, "--device", "cpu", "--json").document["task"] is None
 
 
-def test_samples_bring_back_the_adapter_of_their_task(icm: Icm, subjects: Path, ships: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    ran = icm("materialize", "--samples", ships, "-o", out, "--source", "code", "--device", "cpu", "--json")
-    assert ran.document["task"] == "ships"
-    icm("materialize", "ships", "-o", tmp_path / "named", "--source", "code")
-    assert content(out) == content(tmp_path / "named")
-
-
-def test_nothing_is_written_for_a_new_task(icm: Icm, subjects: Path, strange: Path, tmp_path: Path) -> None:
-    ran = icm("materialize", "--samples", strange, "-o", tmp_path / "out", "--device", "cpu", "--json")
-    assert (ran.code, ran.error["kind"]) == (ExitCode.NOT_RECOGNIZED, "not_recognized")
-    assert "icm generate" in ran.error["hint"]
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("arguments", [(), ("ships", "--samples", "x.jsonl"), ("ships", "--device", "cpu")])
-def test_a_task_or_samples_are_given(icm: Icm, subjects: Path, tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    assert icm("materialize", *arguments, "-o", tmp_path / "out").code == ExitCode.USAGE
-
-
 def test_the_vectors_of_a_task_bring_back_its_code(icm: Icm, subjects: Path, tmp_path: Path) -> None:
-    for source in ("generate", "code"):
+    for source in ("recalled", "code"):
         icm("materialize", "trains", "-o", tmp_path / source, "--source", source)
     ran = icm("materialize", "trains", "-o", tmp_path / "again", "--source", "recalled", "--json")
     assert (ran.document["source"], ran.document["recognized"]) == ("recalled", "trains")
     fleet = Fleet(subjects)
-    one, other = (fleet.load("trains", source=source) for source in ("generate", "code"))
+    one, other = (fleet.load("trains", source=source) for source in ("recalled", "code"))
     assert [(module.name, module.a.tolist(), module.b.tolist()) for module in one.modules] == [
         (module.name, module.a.tolist(), module.b.tolist()) for module in other.modules
     ]
@@ -117,12 +96,12 @@ def test_the_vectors_of_a_task_bring_back_its_code(icm: Icm, subjects: Path, tmp
 def test_what_the_network_alone_predicts_is_another_adapter(icm: Icm, subjects: Path, tmp_path: Path) -> None:
     generated, predicted = (
         icm("materialize", "trains", "-o", tmp_path / source, "--source", source, "--json").document
-        for source in ("generate", "network")
+        for source in ("recalled", "network")
     )
     assert generated["weights"] != predicted["weights"]
     assert (predicted["source"], predicted["recognized"]) == ("network", None)
     assert "a prediction" in (tmp_path / "network" / "README.md").read_text()
-    assert "the stored code of trains" in (tmp_path / "generate" / "README.md").read_text()
+    assert "the stored code of trains" in (tmp_path / "recalled" / "README.md").read_text()
 
 
 def test_a_bundle_recognises_what_the_store_recognises(
@@ -134,8 +113,6 @@ def test_a_bundle_recognises_what_the_store_recognises(
     base = ("--base-model", subjects_template / "base", "--device", "cpu")
     here = icm("recognize", "--samples", ships, "--bundle", tmp_path / "fleet.icm", *base, "--json").document
     assert here == there
-    ran = icm("materialize", "--samples", ships, "--from", tmp_path / "fleet.icm", "-o", tmp_path / "out", *base)
-    assert (ran.code, (tmp_path / "out" / "adapter_model.safetensors").is_file()) == (0, True)
 
 
 def test_an_imported_bundle_brings_its_vectors(icm: Icm, subjects: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
 
 from icmlora.base_models.catalogue import modality_of
 from icmlora.base_models.finding.fingerprint import is_same_model
@@ -19,12 +19,16 @@ from icmlora.errors import BaseModelNotFound
 from icmlora.fleet.bases.joins import BaseJoined
 from icmlora.fleet.bases.labels import Joined, Separated, join, separate
 from icmlora.fleet.context import Context, Event, use_case
+from icmlora.fleet.params import Loader, Param
 from registry.errors import BaseModelConflict, StoreNotFound, StoreReadOnly, StoreUnavailable
 from registry.manifests import BaseModel
 from registry.names import LoadIn, some
 
-if TYPE_CHECKING:
-    pass
+BaseName = Annotated[str, Param("Base model name, as given in the adapters.", "NAME", completes="base")]
+Labels = Annotated[
+    Sequence[str],
+    Param("Other names of the model: a hub name, NAME@REVISION or a path.", "LABEL...", completes="base"),
+]
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,14 @@ class NameTaken(Event):
 
 
 @use_case
-def list_base_models(context: Context) -> list[KnownBase]:
-    """List the base models that adapters name or that were added, and where each one is on this machine."""
+def list_base_models(
+    context: Context,
+) -> list[KnownBase]:
+    """List base models with their aliases and locations.
+
+    Example:
+      icm base ls
+    """
     with context.open(read_only=True) as store:
         counts, places = store.task_counts(), locations()
         return [
@@ -65,23 +75,33 @@ def _known_bases(stored: Sequence[BaseModel]) -> list[BaseModel]:
 
 @use_case
 def add_base_model(
-    context: Context, name: str, path: str | Path, *, loader: str | None = None, load_in: LoadIn | None = None
+    context: Context,
+    name: BaseName,
+    path: Annotated[
+        str | Path, Param("A Hugging Face model or diffusers pipeline as a folder, or a .gguf file.", "PATH")
+    ],
+    *,
+    loader: Loader = None,
+    load_in: Annotated[
+        LoadIn | None,
+        Param(
+            "Load linear layers in 4 or 8 bits with bitsandbytes. Default: full precision suited to the device.",
+            "--load-in nf4|int8",
+        ),
+    ] = None,
 ) -> Path:
-    """Record where a base model is; this comes before the Hugging Face cache. Creates the store if there is none.
+    """Set the location of a base model on this machine.
 
-    A base model with equal files is joined to it in the store, which `on_event` is told.
+    PATH takes precedence over the Hugging Face cache. If the store has a base model with identical files, the two are
+    joined as by `icm base alias`. A relative path as NAME matches adapters that use this path, or the path from the
+    current folder.
 
-    Args:
-        context: The store.
-        name: The name that adapters give the base model.
-        path: A Hugging Face model folder or a `.gguf` file; anything if there is a loader.
-        loader: `MODULE:FUNCTION` of a function marked with `icmlora.base_model_loader`, for a base model that
-            transformers does not load.
-        load_in: "nf4" or "int8": load the linear layers in 4 or 8 bits, with bitsandbytes. Everything is then
-            measured on that, and says so. None, also for a known base model, means what the device suits.
+    --load-in needs a fraction of the memory but changes the model: task vectors, losses and retained gains are measured
+    on the quantised model and marked with its precision. Run the command without --load-in to undo this.
 
-    Returns:
-        The absolute path.
+    Example:
+      icm base add meta-llama/Llama-3.1-8B ./llama-8b --load-in nf4
+      icm base add nanodet-g ./nanodet --loader my_models:nanodet
 
     Raises:
         BaseModelNotFound: The path does not hold a base model that can be loaded, there is no such loader, or
@@ -139,8 +159,15 @@ def _join_same(context: Context, bases: Sequence[BaseModel], mine: BaseModel, fo
 
 
 @use_case
-def forget_base_model(context: Context, name: str) -> None:
-    """Forget where the base model `name` is; `BaseModelNotFound` if it is unknown. Adapters and files stay."""
+def forget_base_model(
+    context: Context,
+    name: BaseName,
+) -> None:
+    """Forget the location of a base model. Its adapters and files are kept.
+
+    Example:
+      icm base rm HuggingFaceTB/SmolLM2-135M-Instruct
+    """
     names = {name}
     with suppress(StoreNotFound), context.open(read_only=True) as store:
         names |= {*store.base_model(name).names}
@@ -151,18 +178,28 @@ def forget_base_model(context: Context, name: str) -> None:
 
 
 @use_case
-def alias_base_model(context: Context, name: str, labels: Sequence[str], *, keep: str | None = None) -> Joined:
-    """Say that labels mean the same base model: their tasks share one generator from then on.
+def alias_base_model(
+    context: Context,
+    name: BaseName,
+    labels: Labels,
+    *,
+    keep: Annotated[
+        str | None,
+        Param("If several have a generator, use the generator of NAME.", "--keep NAME", completes="base"),
+    ] = None,
+) -> Joined:
+    """Treat other names as the same base model.
 
-    Codes stay valid. Where only one of them has a generator, it becomes that of all; `update` makes codes for the
-    other tasks. Creates the store if there is none.
+    A label may be a mirror, a local copy or a revision. Tasks of all labels share one generator, and existing codes
+    stay valid. If only one of the models has a generator, all tasks use it; run `icm train --update` to encode the
+    other tasks. If several have one, select it with --keep. The others become earlier versions.
 
-    Args:
-        context: The store.
-        name: A label of the base model; it is shown under the name that it has, or under this one if it is new.
-        labels: Hub names, `NAME@REVISION`, or local paths.
-        keep: Where several have a generator, the label of the one whose generator stays in use. The others
-            become earlier versions of it, and their tasks have no code until `update`.
+    With --remove, tasks whose adapters name LABEL are separated from NAME and lose their codes, vectors and
+    measurements. If no task remains under NAME, they keep everything, and the generator moves with them.
+
+    Example:
+      icm base alias meta-llama/Llama-3.1-8B ./llama-8b
+      icm base alias google/gemma-2-2b google/gemma-2-2b@c5ebcd4
 
     Raises:
         BaseModelConflict: Two have a generator and `keep` is not given, or a label belongs to another base model.
@@ -173,7 +210,7 @@ def alias_base_model(context: Context, name: str, labels: Sequence[str], *, keep
 
 
 @use_case
-def separate_labels(context: Context, name: str, labels: Sequence[str]) -> list[Separated]:
+def separate_labels(context: Context, name: BaseName, labels: Labels) -> list[Separated]:
     """Make labels of a base model base models of their own again, with the tasks whose adapters name them.
 
     If no task stays, the generator goes with them. Otherwise these tasks lose codes, vectors and measurements.

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from icmlora.bundle.file import bundle_digest, write_bundle
 from icmlora.bundle.index import MAX_CARD_BYTES, BundleIndex, blobs_of, bundled_generator, bundled_task
 from icmlora.errors import CodeError, DataError
 from icmlora.fleet.context import Context, select_tasks, use_case
-from icmlora.fleet.resources.stored_vectors import latest_vectors
-from icmlora.generator.codec.code import generator_of
-from icmlora.generator.files.file import versions_of
+from icmlora.fleet.params import BaseModelName, Param, Tasks
 from icmlora.io.staging import check_absent
 from registry.errors import DamagedStore
-from registry.manifests import Generator, Task, Vector
+from registry.manifests import Generator, Task
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -31,24 +29,26 @@ class ExportReport:
     size: int
     index: BundleIndex
     left_out: tuple[str, ...]  # tasks without a code
-    of_other_generators: tuple[str, ...] = ()  # tasks whose code needs another generator
-    damaged: Mapping[str, str] = field(default_factory=dict)  # tasks that are not in it because of damage, and why
+    of_other_generators: tuple[str, ...] = ()  # tasks with a code of another generator
+    damaged: Mapping[str, str] = field(default_factory=dict)  # skipped tasks -> damage
 
 
 @use_case
 def export_bundle(
-    context: Context, file: str | Path, tasks: Sequence[str] = (), *, base_model: str | None = None, force: bool = False
+    context: Context,
+    file: Annotated[str | Path, Param("Bundle to write.", "FILE")],
+    tasks: Tasks = (),
+    *,
+    base_model: BaseModelName = None,
+    force: Annotated[bool, Param("Overwrite FILE if it exists.", "--force -f")] = False,
 ) -> ExportReport:
-    """Write the generator and the codes of some tasks into one file; `icmlora.Bundle` reads it without a store.
+    """Write a generator and the codes of tasks to a bundle file.
 
-    A bundle has no originals and no texts. The same store gives the same bytes.
+    On another machine, `icm materialize --from FILE` writes adapters without a store, and `icm import FILE` adds the
+    bundle to a store. A bundle contains no originals or texts. Exports of an unchanged store are identical.
 
-    Args:
-        context: The store.
-        file: The bundle to write.
-        tasks: Names of tasks; by default all that have a code.
-        base_model: Only tasks of this base model. Needed if the tasks have several.
-        force: Replace a file that exists.
+    Example:
+      icm export fleet.icm
 
     Raises:
         DataError: A named task has no code, or the tasks have several base models.
@@ -56,9 +56,26 @@ def export_bundle(
     """
     path = Path(file)
     check_absent(path, force=force)
+    from icmlora.fleet.resources.stored_vectors import latest_vectors
+    from icmlora.generator.codec.code import generator_of
+    from icmlora.generator.files.file import versions_of
+
     with context.open(read_only=True) as store:
         generator, chosen, without, others = _choose(store, tasks, base_model)
-        entries, damaged = _readable(store, chosen)
+        entries, damaged = list[Task](), dict[str, str]()
+        for task in chosen:
+            card = task.final.card
+            final = replace(task.final, card=card if card is not None and card.size <= MAX_CARD_BYTES else None)
+            # Of the latest vectors, only those of one file: the file with the context view if there are several.
+            latest = sorted(latest_vectors(task.vectors), key=lambda vector: vector.view == "context")
+            vectors = tuple(vector for vector in latest if vector.blob == latest[-1].blob)
+            entry = bundled_task(replace(task, final=final, vectors=vectors))
+            try:
+                for blob in blobs_of(entry):
+                    store.blobs.read(blob)
+                entries.append(entry)
+            except DamagedStore as error:
+                damaged[task.name] = error.message
         if damaged and (tasks or not entries):
             name, reason = next(iter(damaged.items()))
             hint = "run `icm verify --repair` to move damaged files aside, or export only the other tasks"
@@ -67,11 +84,16 @@ def export_bundle(
         # From here on the export keeps to these codes, even if other processes encode new ones.
         codes = {str(task.code.blob): task.name for task in entries if task.code is not None}
         made_by = {version.digest for version in versions_of(store.blobs.read(generator.blob))}
-        written = write_bundle(
-            path, alone, entries, lambda digest: _read_part(store, digest, codes, made_by), force=force
-        )
+
+        def read(digest: str) -> bytes:
+            data = store.blobs.read(digest)
+            if digest in codes and generator_of(data) not in made_by:
+                fact = f"the code of {codes[digest]!r} belongs to another generator"
+                raise CodeError(fact, hint="run `icm train` to encode it again")
+            return data
+
         digest, size, index = bundle_digest(alone, entries)
-        for done, part in enumerate(written, 1):
+        for done, part in enumerate(write_bundle(path, alone, entries, read, force=force), 1):
             context.progress(done, len(index.parts), codes.get(part, ""))
     return ExportReport(path, digest, size, index, without, others, damaged)
 
@@ -79,7 +101,7 @@ def export_bundle(
 def _choose(
     store: Store, names: Sequence[str], base_model: str | None
 ) -> tuple[Generator, list[Task], tuple[str, ...], tuple[str, ...]]:
-    """Find the tasks to export and the generator of their codes; also name those without a code, or of another one."""
+    """Return the generator and the tasks to export, and the names of tasks without a code or with another generator."""
     tasks = select_tasks(store, names, base_model)
     coded = [task for task in tasks if task.code is not None]
     without = tuple(task.name for task in tasks if task.code is None)
@@ -102,34 +124,3 @@ def _choose(
         hint = "run `icm encode TASK` to encode them with the current generator, or export them separately"
         raise DataError(fact, hint=hint)
     return store.generator_of(digest, bases[0]), mine, without, others
-
-
-def _readable(store: Store, tasks: Sequence[Task]) -> tuple[list[Task], dict[str, str]]:
-    """Return the tasks as a bundle has them, and the damage of those whose blobs cannot be read."""
-    entries, damaged = list[Task](), dict[str, str]()
-    for task in tasks:
-        card = task.final.card
-        final = replace(task.final, card=card if card is not None and card.size <= MAX_CARD_BYTES else None)
-        entry = bundled_task(replace(task, final=final, vectors=tuple(_vectors(task.vectors))))
-        try:
-            for file in blobs_of(entry):
-                store.blobs.read(file)
-            entries.append(entry)
-        except DamagedStore as error:
-            damaged[task.name] = error.message
-    return entries, damaged
-
-
-def _vectors(vectors: Sequence[Vector]) -> list[Vector]:
-    """Return the latest vectors of a task that share a file: the file with the context view if there are several."""
-    latest = sorted(latest_vectors(vectors), key=lambda vector: vector.view == "context")
-    return [vector for vector in latest if vector.blob == latest[-1].blob]
-
-
-def _read_part(store: Store, digest: str, codes: Mapping[str, str], made_by: Collection[str]) -> bytes:
-    """Read a part; a code must belong to the generator that is exported with it."""
-    data = store.blobs.read(digest)
-    if digest in codes and generator_of(data) not in made_by:
-        fact = f"the code of {codes[digest]!r} belongs to another generator"
-        raise CodeError(fact, hint="run `icm train` to encode it again")
-    return data

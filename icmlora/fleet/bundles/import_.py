@@ -2,7 +2,7 @@
 
     bundle --check every byte--> decide --> blobs, durable --> publish: generator and tasks together
 
-Until then the store is as it was. A killed import leaves blobs that nothing refers to, which `icm prune` removes.
+Until then the store does not change. A killed import leaves unreferenced blobs, which `icm prune` removes.
 """
 
 from __future__ import annotations
@@ -10,23 +10,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from icmlora.bundle.file import open_bundle
 from icmlora.bundle.index import blobs_of, imported
 from icmlora.errors import AdapterRefused, BundleError, DataError, UnsafeInput
 from icmlora.fleet.bases.labels import renumbered
 from icmlora.fleet.context import Context, use_case
-from icmlora.fleet.resources.bundle_codes import check_vectors, find_task
-from icmlora.fleet.resources.decoding import template_of
+from icmlora.fleet.params import DryRun, Param
+from icmlora.fleet.resources.adapter_row import template_of
+from icmlora.fleet.resources.code_source import check_files, check_vectors, find_task
 from icmlora.formats.base_references import REFERENCES
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.extras import unpack_tensors, unpacked_size
-from icmlora.formats.format import check_companions
 from icmlora.formats.peft.config import AdapterConfig
-from icmlora.formats.peft.initial import converted_form
 from icmlora.formats.peft.peft import PEFT
-from icmlora.generator.codec.code import generator_of
 from registry.encoding import encode, files_of
 from registry.errors import LostRace, StoreNotFound, TaskConflict
 from registry.manifests import State, Task, now
@@ -39,19 +37,12 @@ if TYPE_CHECKING:
     from registry.store import Store
 
 _BATCH_BYTES = 64 << 20
-_MOST_TRIED = 64 << 20
-"""Values of an adapter that is written for trial: a forged bundle is not to take memory before anybody asks for it."""
-
+_MAX_TRIED = 64 << 20
+"""Maximum values of an adapter that is written for trial, so that a forged bundle cannot exhaust the memory."""
 
 ImportStatus = Literal["added", "encoded", "known", "skipped"]
-
-
-@dataclass(frozen=True)
-class ImportOutcome:
-    """The result for a task of a bundle."""
-
-    name: str  # as the store spells it
-    status: ImportStatus  # `encoded`: the store had its adapter, and has its code now
+"""`encoded`: the store had the adapter, and now has its code."""
+OnConflict = Literal["skip", "fail"]
 
 
 @dataclass(frozen=True)
@@ -60,27 +51,33 @@ class ImportReport:
 
     index: BundleIndex
     digest: str  # SHA-256 that identifies the whole bundle
-    tasks: tuple[ImportOutcome, ...]
-    refused: Mapping[str, str]  # task -> why its adapter cannot be written; the others are imported
+    tasks: Mapping[str, ImportStatus]  # by name, as the store spells it
+    refused: Mapping[str, str]  # skipped tasks -> why their adapter cannot be written
 
 
 @use_case
 def import_bundle(
     context: Context,
-    file: str | Path,
-    tasks: Sequence[str] = (),
+    file: Annotated[str | Path, Param("A bundle written by `icm export`.", "FILE")],
+    tasks: Annotated[
+        Sequence[str],
+        Param("Tasks of the bundle, as listed by `icm ls --from FILE`. Default: all.", "[TASK]..."),
+    ] = (),
     *,
-    on_conflict: Literal["skip", "fail"] = "fail",
-    dry_run: bool = False,
+    on_conflict: Annotated[
+        OnConflict, Param("What to do if a stored task of this name has a different adapter or code.")
+    ] = "fail",
+    dry_run: DryRun = False,
 ) -> ImportReport:
-    """Import the generator, codes and tasks of a bundle into the store, which is created if necessary.
+    """Add the generator, codes and tasks of a bundle to the store.
 
-    Args:
-        context: The store.
-        file: The bundle.
-        tasks: Tasks of the bundle; all by default.
-        on_conflict: If the store has a task of that name with another adapter or code: `skip` or `fail`.
-        dry_run: Check everything and report what would change, but write nothing.
+    A bundle contains no originals, so adapters of new tasks are decoded from their codes. A stored task with the same
+    original gets the code. The generator of the bundle is added to the store; it is used for new codes only if
+    the base model had none. Tasks whose adapter cannot be written are skipped, and the exit code is 3. Repeated imports
+    change nothing.
+
+    Example:
+      icm import fleet.icm
 
     Raises:
         BundleError: The bundle is damaged, cut short, or of another format.
@@ -96,169 +93,73 @@ def import_bundle(
         _check_parts(bundle, wanted)
         refused = _refused(bundle, wanted)
         wanted = [task for task in wanted if task.name not in refused]
-        if dry_run:
-            outcomes = _plan(context, bundle, wanted, on_conflict)
-        else:
+        if not dry_run:
             with context.open(create=True) as store:
-                outcomes = _import(context, store, bundle, wanted, on_conflict)
-    return ImportReport(index, bundle.digest, tuple(outcomes), refused)
+                decided = _import(context, store, bundle, wanted, on_conflict)
+        else:
+            try:
+                with context.open(read_only=True) as store:
+                    decided = _decide(store, bundle, wanted, on_conflict)
+            except StoreNotFound:
+                decided = _decide(None, bundle, wanted, on_conflict)
+    return ImportReport(index, bundle.digest, {name: status for name, (status, _) in decided.items()}, refused)
+
+
+Decisions = Mapping[str, tuple[ImportStatus, State | None]]
+"""The status of each task, by its name in the store, and the state to publish."""
 
 
 def _import(
-    context: Context, store: Store, bundle: BundleFile, tasks: Sequence[Task], on_conflict: Literal["skip", "fail"]
-) -> list[ImportOutcome]:
-    stored = set[str]()
+    context: Context, store: Store, bundle: BundleFile, tasks: Sequence[Task], on_conflict: OnConflict
+) -> Decisions:
+    generator, stored = bundle.index.generator, set[str]()
     while True:
         decided = _decide(store, bundle, tasks, on_conflict)
-        new = [state for _, state in decided if state is not None]
+        new = {name.lower(): state for name, (_, state) in decided.items() if state is not None}
         if new:
-            names = {outcome.name.lower() for outcome, state in decided if state is not None}
-            _put(context, store, bundle, [task for task in tasks if task.name.lower() in names - stored])
-            stored |= names
+            _put(context, store, bundle, [task for task in tasks if task.name.lower() in new.keys() - stored])
+            stored |= new.keys()
+            base = store.base_name(generator.base_model)
+            states: list[State] = []
+            if not any(one.blob == generator.blob for one in store.generators(base)):
+                added = replace(generator, base_model=base, created_at=now(), manifest=None)
+                current = store.generator(base)  # stays in use if there is one
+                states = [added] if current is None else [*renumbered(store, base, [added], current, current)]
             try:
-                store.publish([*_generators(store, bundle), *new])
+                store.publish([*states, *new.values()])
             except (LostRace, TaskConflict):  # another process changed or added one of them
                 continue
-        _restore(store, bundle, [outcome.name for outcome, state in decided if state is None])
-        return [outcome for outcome, _ in decided]
+        # Blobs of known tasks and their generators that the store has lost come back.
+        known: list[State] = [store.task(name) for name, (_, state) in decided.items() if state is None]
+        known += store.generators(store.base_name(bundle.index.base_model))
+        needed = {str(file) for state in known for _, file in files_of(encode(state).body)}
+        lost = [part for part in sorted(needed & set(map(str, bundle.index.parts))) if not store.blobs.exists(part)]
+        store.blobs.put_all([bundle.read(part) for part in lost])
+        return decided
 
 
-def _restore(store: Store, bundle: BundleFile, names: Sequence[str]) -> None:
-    """Store blobs of known tasks and their generators that the store has lost."""
-    states: list[State] = [*map(store.task, names), *store.generators(store.base_name(bundle.index.base_model))]
-    needed = {str(file) for state in states for _, file in files_of(encode(state).body)}
-    parts = {str(part) for part in bundle.index.parts}
-    store.blobs.put_all([bundle.read(digest) for digest in sorted(needed & parts) if not store.blobs.exists(digest)])
-
-
-def _decide(
-    store: Store | None, bundle: BundleFile, tasks: Sequence[Task], on_conflict: Literal["skip", "fail"]
-) -> list[tuple[ImportOutcome, State | None]]:
-    """Return the outcome for each task, and the state to publish."""
+def _decide(store: Store | None, bundle: BundleFile, tasks: Sequence[Task], on_conflict: OnConflict) -> Decisions:
     label, moment, source = bundle.index.base_model, now(), bundle_source(bundle.digest)
     base = label if store is None else store.base_name(label)
-    decided: list[tuple[ImportOutcome, State | None]] = []
+    decided: dict[str, tuple[ImportStatus, State | None]] = {}
     for task in tasks:
         known = None if store is None else store.find(task.name)
         if known is None:
             alias = None if base == label else label
             new = imported(task, source=source, base_model=base, label=alias, moment=moment)
-            decided.append((ImportOutcome(task.name, "added"), new))
+            decided[task.name] = "added", new
             continue
-        is_same = known.base_model == base and (known.final.weights, known.final.config) == (
-            task.final.weights,
-            task.final.config,
-        )
+        adapters = {(one.final.weights, one.final.config) for one in (known, task)}
+        is_same = known.base_model == base and len(adapters) == 1
         if is_same and known.code is None:
-            decided.append((ImportOutcome(known.name, "encoded"), replace(known, code=task.code)))
+            decided[known.name] = "encoded", replace(known, code=task.code)
         elif is_same and known.code is not None and task.code is not None and known.code.blob == task.code.blob:
-            decided.append((ImportOutcome(known.name, "known"), None))
+            decided[known.name] = "known", None
         elif on_conflict == "fail":
             raise TaskConflict(known.name, choices="skip")
         else:
-            decided.append((ImportOutcome(known.name, "skipped"), None))
+            decided[known.name] = "skipped", None
     return decided
-
-
-def _generators(store: Store, bundle: BundleFile) -> list[State]:
-    """Return the states that add the generator of a bundle; it is in use only if its base model had none."""
-    generator = bundle.index.generator
-    base = store.base_name(generator.base_model)
-    if any(one.blob == generator.blob for one in store.generators(base)):
-        return []
-    current = store.generator(base)
-    new = replace(generator, base_model=base, created_at=now(), manifest=None)
-    return [new] if current is None else list(renumbered(store, base, [new], current, current))
-
-
-def _check_parts(bundle: BundleFile, tasks: Sequence[Task]) -> None:
-    """Check what the file format does not: that every version opens, and that codes and configurations belong to it."""
-    from icmlora.generator.codec.generator_file import GeneratorFile
-
-    generator_file = GeneratorFile(bundle.read(bundle.index.generator.blob))
-    for number in range(len(generator_file.digests)):
-        generator_file.codec(number)
-    for task in tasks:
-        assert task.code is not None  # as every task of a bundle has
-        if generator_of(bundle.read(task.code.blob)) not in generator_file.digests:
-            raise BundleError(f"the code of {task.name!r} belongs to another generator")
-        files = [extra.file for extra in task.final.extras if extra.file is not None]
-        check_companions(format_named(task.final.format), files)
-        check_vectors(task, bundle)
-
-
-def _refused(bundle: BundleFile, tasks: Sequence[Task]) -> dict[str, str]:
-    """Return task -> why its adapter cannot be written."""
-    refused: dict[str, AdapterRefused] = {}
-    tried: set[tuple[object, ...]] = set()
-    for task in tasks:
-        final = task.final
-        form = final.format, final.config, final.layout, final.dtype, final.template, str(final.extras)
-        if form in tried:  # most of a fleet have one form
-            continue
-        try:
-            _try_form(bundle, task)
-        except UnsafeInput:
-            raise
-        except AdapterRefused as error:
-            refused[task.name] = error
-        else:
-            tried.add(form)
-    if tasks and len(refused) == len(tasks):
-        name, first = next(iter(refused.items()))
-        raise AdapterRefused(f"task {name!r}: {first.message}", kind=first.kind, hint=first.hint)
-    return {name: why.message for name, why in refused.items()}
-
-
-def _try_form(bundle: BundleFile, task: Task) -> None:
-    """Write an adapter of zeros in the form of a task's original: what a decoded one will be written in.
-
-    One of more than `_MOST_TRIED` values is not tried; its faults show when it is written.
-
-    Raises:
-        AdapterRefused: Its configuration or recorded form is damaged or does not fit it.
-    """
-    final = task.final
-    known, config = format_named(final.format), bundle.read(final.config)
-    known.read_config(config)  # it may name a mirror of the base model
-    template = template_of(final, config)
-    if final.format == PEFT.name:
-        AdapterConfig.parse(converted_form(template).config)
-    if final.parameters + sum(extra.size for extra in final.extras) > _MOST_TRIED:
-        return
-    from icmlora.adapter.model import Adapter, LoraModule
-    from icmlora.formats.factors import fitted
-
-    first = template.layout[0]  # formats make zeros of the modules that an adapter lacks, but there is none without any
-    zeros = LoraModule(first.module, *fitted(None, first.rank, first.inputs, first.outputs))
-    adapter = Adapter(bundle.index.base_model, None, (), (zeros,))
-    packed = [(extra, bundle.read(extra.blob)) for extra in final.extras if extra.file is None]
-    if any(data.startswith(REFERENCES) for _, data in packed):  # it is written with tensors of its base model
-        return
-    try:
-        if any(unpacked_size(data) != extra.size for extra, data in packed):
-            raise DataError("the size of an extra differs from the size in the bundle's index")
-        extras = unpack_tensors([data for _, data in packed], _no_base)
-        known.encode(adapter, card="", metadata={}, like=template, extras=extras)
-    except DataError as error:
-        raise AdapterRefused(error.message, kind="extras") from error
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        fact = "the recorded form of the original does not fit it"
-        raise AdapterRefused(fact, kind="template") from error
-
-
-def _no_base() -> BaseTensors:
-    raise AssertionError("only references need the base model")
-
-
-def _plan(
-    context: Context, bundle: BundleFile, tasks: Sequence[Task], on_conflict: Literal["skip", "fail"]
-) -> list[ImportOutcome]:
-    try:
-        with context.open(read_only=True) as store:
-            return [outcome for outcome, _ in _decide(store, bundle, tasks, on_conflict)]
-    except StoreNotFound:
-        return [outcome for outcome, _ in _decide(None, bundle, tasks, on_conflict)]
 
 
 def _put(context: Context, store: Store, bundle: BundleFile, tasks: Sequence[Task]) -> None:
@@ -273,3 +174,81 @@ def _put(context: Context, store: Store, bundle: BundleFile, tasks: Sequence[Tas
             store.blobs.put_all(batch)
             batch = []
             context.progress(done, len(digests))
+
+
+def _check_parts(bundle: BundleFile, tasks: Sequence[Task]) -> None:
+    """Check that every version of the generator opens, and that codes, files and vectors match it and their tasks."""
+    from icmlora.generator.codec.code import generator_of
+    from icmlora.generator.codec.generator_file import GeneratorFile
+
+    generator_file = GeneratorFile(bundle.read(bundle.index.generator.blob))
+    for number in range(len(generator_file.digests)):
+        generator_file.codec(number)
+    for task in tasks:
+        assert task.code is not None  # as every task of a bundle has
+        if generator_of(bundle.read(task.code.blob)) not in generator_file.digests:
+            raise BundleError(f"the code of {task.name!r} belongs to another generator")
+        check_files(task)
+        check_vectors(task, bundle)
+
+
+def _refused(bundle: BundleFile, tasks: Sequence[Task]) -> dict[str, str]:
+    """Return task -> why its adapter cannot be written."""
+    refused: dict[str, AdapterRefused] = {}
+    tried: set[tuple[object, ...]] = set()
+    for task in tasks:
+        final = task.final
+        form = final.format, final.config, final.layout, final.dtype, final.template, str(final.extras)
+        if form not in tried:  # most of a fleet have one form
+            try:
+                _try_form(bundle, task)
+                tried.add(form)
+            except UnsafeInput:
+                raise
+            except AdapterRefused as error:
+                refused[task.name] = error
+    if tasks and len(refused) == len(tasks):
+        name, first = next(iter(refused.items()))
+        raise AdapterRefused(f"task {name!r}: {first.message}", kind=first.kind, hint=first.hint)
+    return {name: error.message for name, error in refused.items()}
+
+
+def _try_form(bundle: BundleFile, task: Task) -> None:
+    """Write an adapter of zeros in the form of a task's original, which decoded adapters will have.
+
+    Adapters of more than `_MAX_TRIED` values are not tried; their faults show when they are written.
+
+    Raises:
+        AdapterRefused: Its configuration or recorded form is damaged or does not fit it.
+    """
+    from icmlora.adapter.model import Adapter, LoraModule
+    from icmlora.formats.factors import fitted
+    from icmlora.formats.peft.initial import converted_form
+
+    final = task.final
+    known, config = format_named(final.format), bundle.read(final.config)
+    known.read_config(config)  # it may name a mirror of the base model
+    template = template_of(final, config)
+    if final.format == PEFT.name:
+        AdapterConfig.parse(converted_form(template).config)
+    packed = [(extra, bundle.read(extra.blob)) for extra in final.extras if extra.file is None]
+    is_large = final.parameters + sum(extra.size for extra in final.extras) > _MAX_TRIED
+    if is_large or any(data.startswith(REFERENCES) for _, data in packed):  # these need tensors of the base model
+        return
+    first = template.layout[0]  # formats add zeros for missing modules, but need at least one module
+    zeros = LoraModule(first.module, *fitted(None, first.rank, first.inputs, first.outputs))
+    adapter = Adapter(bundle.index.base_model, None, (), (zeros,))
+    try:
+        if any(unpacked_size(data) != extra.size for extra, data in packed):
+            raise DataError("the size of an extra differs from the size in the bundle's index")
+        extras = unpack_tensors([data for _, data in packed], _no_base)
+        known.encode(adapter, card="", metadata={}, like=template, extras=extras)
+    except DataError as error:
+        raise AdapterRefused(error.message, kind="extras") from error
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        fact = "the recorded form of the original does not fit it"
+        raise AdapterRefused(fact, kind="template") from error
+
+
+def _no_base() -> BaseTensors:
+    raise AssertionError("only references need the base model")

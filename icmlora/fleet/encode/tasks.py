@@ -27,7 +27,7 @@ from icmlora.fleet.encode.search import CodeSearch
 from icmlora.fleet.failures import FAILURES, Failed, as_error
 from icmlora.fleet.resources.adapter_source import mean_vectors
 from icmlora.fleet.resources.decoding import codec_of_task
-from icmlora.fleet.resources.loading import Models, read_original
+from icmlora.fleet.resources.loading import ModelCache, read_original
 from icmlora.fleet.resources.task_code import is_same_code, replaced_bytes, with_code
 from icmlora.fleet.resources.texts import read_samples
 from icmlora.fleet.resources.workers import Tell, naming, worker_pool
@@ -155,7 +155,7 @@ def _changed(name: str, reason: str) -> TaskEncoded:
 class _Turn:
     """A task as it is when its turn comes, with the generator to encode it and a function that reports progress."""
 
-    models: Models
+    models: ModelCache
     task: Task
     generator: Generator
     tell: Tell
@@ -185,7 +185,7 @@ class _Prepared:
 
 
 def encode_tasks(
-    models: Models,
+    models: ModelCache,
     tasks: Sequence[Task],
     tell: Tell,
     asked: Limits,
@@ -207,7 +207,7 @@ def encode_tasks(
 
 
 def _prepare(
-    models: Models, planned: Task, tell: Tell, asked: Limits, *, again: bool, is_named: bool
+    models: ModelCache, planned: Task, tell: Tell, asked: Limits, *, again: bool, is_named: bool
 ) -> TaskEncoded | _Prepared:
     """Prepare to encode a task; return the outcome if it needs no new code."""
     base_model, store = planned.base_model, models.store

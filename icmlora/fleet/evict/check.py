@@ -19,7 +19,7 @@ from icmlora.fleet.evict.types import NOT_MEASURED, CheckFailed, EvictLimits, Ta
 from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.measure.measure import losses_on_own_text
 from icmlora.fleet.resources.decoding import check_references, decode_code, read_form
-from icmlora.fleet.resources.loading import Models, read_with_extras
+from icmlora.fleet.resources.loading import ModelCache, read_with_extras
 from icmlora.fleet.resources.workers import Tell
 from icmlora.io.second_process import in_two_processes
 from registry.errors import DamagedStore, StoreIOError, TaskNotFound
@@ -44,7 +44,7 @@ class Evictable:
 
 
 def check_codes(
-    models: Models, tasks: Sequence[Task], tell: Tell, limits: EvictLimits, checkpoints_only: bool, dry_run: bool
+    models: ModelCache, tasks: Sequence[Task], tell: Tell, limits: EvictLimits, checkpoints_only: bool, dry_run: bool
 ) -> Iterator[tuple[Task, TaskEvicted | Evictable]]:
     """Check the codes of tasks of one base model, or report why they keep their originals; nothing is deleted."""
 
@@ -66,7 +66,7 @@ def check_codes(
 
 
 def _check_task(
-    models: Models, name: str, task: Task, limits: EvictLimits, checkpoints_only: bool
+    models: ModelCache, name: str, task: Task, limits: EvictLimits, checkpoints_only: bool
 ) -> TaskEvicted | Evictable:
     """Check a code, and the files that are kept in addition to it. `name` is `NAME@2` for an earlier version."""
     code = task.code
@@ -120,7 +120,7 @@ def _check_task(
     return Evictable(result, task, code, chosen, measured)
 
 
-def _squared_error(models: Models, task: Task, code: Code) -> float:
+def _squared_error(models: ModelCache, task: Task, code: Code) -> float:
     """Read the code back from disk, decode it, and measure its error."""
     store, generator_file = models.store, models.generator_file(code.generator)
     original = None if task.final.is_evicted else read_with_extras(store, task.final)

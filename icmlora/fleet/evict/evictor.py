@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from icmlora.fleet.context import OpenedGenerator
+from icmlora.fleet.context import GeneratorCache
 from icmlora.fleet.evict.check import Evictable, check_bytes, check_recorded, read_again
 from icmlora.fleet.evict.placeholders import Placeholders
 from icmlora.fleet.evict.types import CheckFailed, EvictLimits, EvictReport, FolderReplaced, TaskEvicted
@@ -50,7 +50,7 @@ class Evictor:
         self._store, self._limits = store, limits
         self._checkpoints_only, self._dry_run = checkpoints_only, dry_run
         self._uses = Counter[str]() if keep_originals else count_uses(store)  # how often the manifests name each blob
-        self._folders, self._generator = Placeholders(store, dry_run=dry_run), OpenedGenerator()
+        self._folders, self._generator = Placeholders(store, dry_run=dry_run), GeneratorCache()
         self._unneeded = dict[str, int]()  # files to free, with their sizes
         self._freed = 0
 

@@ -23,9 +23,9 @@ from icmlora.fleet.bundles.bundles import Bundle
 from icmlora.fleet.context import Context, Event, TaskFailed, reporting, use_case
 from icmlora.fleet.failures import FAILURES
 from icmlora.fleet.params import BundleFile, DryRun, Param
-from icmlora.fleet.resources.code_source import CodeSource, StoreCodes
+from icmlora.fleet.resources.adapter_row import original_files
+from icmlora.fleet.resources.code_source import CodeSource, StoreCodes, open_codes
 from icmlora.fleet.results import Report
-from icmlora.fleet.write.materialize import original_files
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.discovery.placeholder import (
     PLACEHOLDER_NAME,
@@ -189,9 +189,11 @@ def _refuse(
 @contextmanager
 def _opened(context: Context, bundle: str | Path | None, named: set[str]) -> Iterator[CodeSource]:
     if bundle is not None:
-        with Bundle(bundle).open() as codes:
-            context.progress(0, None, "checking")
-            codes.check()
+        opened = Bundle(bundle)
+        context.progress(0, None, "checking")
+        with opened.open() as file:
+            file.check()
+        with open_codes(opened.context) as codes:
             yield codes
         return
     try:
@@ -252,7 +254,7 @@ def _files(
     """
     digests = wanted.weights, wanted.config
     place, run = source_label(found.place), source_label(run_folder(found.place)[0])
-    tasks = codes.having(*digests, name=wanted.task, folders={place, folder_of(place), run})
+    tasks = codes.with_adapter(*digests, name=wanted.task, folders={place, folder_of(place), run})
     # Several tasks may have it; the task that the placeholder names comes first.
     tasks.sort(key=lambda task: task.name.lower() != wanted.task.lower())
     if not tasks:
@@ -263,17 +265,17 @@ def _files(
     adapters = [one for task in tasks for one in task.adapters if (one.weights, one.config) == digests]
     original = next((one for one in adapters if weights is not None or not one.is_evicted), None)
     if original is not None:
-        return original_files(codes, original, weights), done
+        return original_files(codes.read, original, weights), done
     finals = [task for task in tasks if (task.final.weights, task.final.config) == digests]
     if not finals:
         raise DataError("the store deleted this checkpoint, and a checkpoint has no code")
     task = next((task for task in finals if task.code is not None), finals[0])
     if task.code is None:
         raise DataError(f"the original of task {task.name!r} was evicted, and it has no code")
-    from icmlora.fleet.resources.decoding import code_reader, files_like_original  # torch, which originals do not need
+    from icmlora.fleet.resources.decoding import code_reader  # torch, which originals do not need
 
     adapter = code_reader(codes.read, codes.generator_file(task.code.generator), task.code)()
-    return files_like_original(adapter, codes.form(task)), replace(
+    return codes.form(task).write(adapter), replace(
         done,
         source="code",
         generator=str(task.code.generator),

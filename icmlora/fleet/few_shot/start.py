@@ -22,7 +22,7 @@ from icmlora.errors import DataError
 from icmlora.fewshot.meta_training import MetaConfig, meta_train
 from icmlora.fewshot.start import FewShotStart, encodable_part, untrained_fewshot_start
 from icmlora.fewshot.start_file import fewshot_start_from_bytes, fewshot_start_to_bytes, mean_code
-from icmlora.fleet.context import Context, OpenedGenerator
+from icmlora.fleet.context import Context, GeneratorCache
 from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.few_shot.train import SAMPLE_TOKENS
 from icmlora.fleet.resources.adapter_source import refuse_large
@@ -54,7 +54,7 @@ class StoreEpisodeSource:
     read are in `left_out`, with the reason.
     """
 
-    def __init__(self, store: Store, base_model: str, files: OpenedGenerator, base: BaseModel) -> None:
+    def __init__(self, store: Store, base_model: str, files: GeneratorCache, base: BaseModel) -> None:
         self._store, self._files, self._base = store, files, base
         # A generated task would only confirm the few-shot start that made it.
         plain = (
@@ -132,7 +132,7 @@ def train_start(context: Context, store: Store, label: str, config: MetaConfig, 
         raise DataError(f"{label} has no generator", hint="run `icm train` to train one")
     base = open_base(store, label, device, gradient_dtype(device), cache=context.cache)
     began = time.monotonic()
-    files = OpenedGenerator()
+    files = GeneratorCache()
     file = files.get(generator.blob, store.blobs.read)
     source = StoreEpisodeSource(store, label, files, base)
     _refuse_few(label, source.tasks())

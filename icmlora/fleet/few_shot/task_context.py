@@ -21,11 +21,12 @@ from icmlora.errors import BaseModelUnsuited, DataError
 from icmlora.fewshot.context_choice import MOST_TOKENS, Prompted, choose_context
 from icmlora.fewshot.guard import BothWays, Guard, left_out
 from icmlora.fleet.context import Context, has_loaders, use_case
-from icmlora.fleet.resources.code_source import StoreCodes, open_store
+from icmlora.fleet.resources.code_source import StoreCodes
 from icmlora.fleet.resources.decoding import read_context
 from icmlora.fleet.resources.loading import open_base, read_runnable
 from icmlora.fleet.resources.texts import adapter_template
-from icmlora.fleet.write.materialize import Chosen, choose
+from icmlora.fleet.write.materialize import render
+from icmlora.fleet.write.sources import ResolvedSource, resolve_source
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.extras import pack
 from icmlora.formats.peft.peft import CONTEXT_NAMES
@@ -84,8 +85,9 @@ def set_context(
         BaseModelNotFound: It is not on this machine.
     """
     place, path = resolve_device(device), None if samples is None else Path(samples)
-    with open_store(context, read_only=False) as codes:
-        store, chosen = codes.store, choose(codes, codes.get(task))
+    with context.open() as store:
+        codes = StoreCodes(store, context)
+        chosen = resolve_source(codes, codes.get(task))
         data = _samples(store, chosen, path)
         check_examples(data, path=path, any_row=has_loaders())
         check_place(chosen.task.final.format)
@@ -153,7 +155,7 @@ def _with_files(task: Task, *, files: Sequence[Extra]) -> Task:
     return replace(task, final=replace(task.final, extras=(*others, *files)))
 
 
-def _samples(store: Store, chosen: Chosen, path: Path | None) -> bytes:
+def _samples(store: Store, chosen: ResolvedSource, path: Path | None) -> bytes:
     if path is not None:
         return read_examples(path)
     if chosen.task.samples is None:
@@ -161,11 +163,11 @@ def _samples(store: Store, chosen: Chosen, path: Path | None) -> bytes:
     return store.blobs.read(chosen.task.samples)
 
 
-def _on(base: BaseModel, codes: StoreCodes, chosen: Chosen) -> AbstractContextManager[Any]:
+def _on(base: BaseModel, codes: StoreCodes, chosen: ResolvedSource) -> AbstractContextManager[Any]:
     """Put the adapter that `materialize` would write on the base model."""
     from icmlora.base_models.running.attach import adapted
 
     if chosen.source == "original":
         return adapted(base, read_runnable(codes.store, chosen.task.final))
-    made = chosen.files()
-    return adapted(base, made.format.runnable(made.content.config, made.content.weights))
+    files = render(chosen)
+    return adapted(base, chosen.format.runnable(files.config, files.weights))

@@ -1,72 +1,66 @@
-"""Compare tasks by their vectors: the map of a base model, and the nearest tasks of one task. Never imports torch."""
+"""Compare tasks by their vectors: `icm map`."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from heapq import nsmallest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from icmlora.errors import DataError, IcmLoraError
+from icmlora.errors import DataError
 from icmlora.fleet.context import Context, use_case
-from icmlora.fleet.map.known_means import known_means
-from icmlora.fleet.resources.stored_vectors import NO_VECTORS, LeftOut, comparable_vectors, tasks_of_one_base
+from icmlora.fleet.params import BaseModelName, Param
 from icmlora.io.staging import check_absent, writing_file
-from icmlora.task_vectors.distances import FEWEST, Neighbour, distances_from
-from icmlora.task_vectors.map import TaskMap, map_tasks
-from registry.errors import DamagedStore
-from registry.manifests import Task, View
+from registry.manifests import View
 
 if TYPE_CHECKING:
-    from registry.store import Store
-
-_NEAREST = 5
-_VIEWS: tuple[View, ...] = ("adapted", "context")
+    from icmlora.fleet.map.task_map import MapReport
 
 
-@dataclass(frozen=True)
-class MapReport:
-    """The map of one base model's tasks."""
-
-    base_model: str
-    view: View
-    map: TaskMap
-    support_sets: int
-    left_out: tuple[LeftOut, ...]
-
-    @property
-    def reasons(self) -> list[str]:
-        """A line for each reason why tasks are not on the map, with their names."""
-        return _grouped(self.left_out)
+def _clusters(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise DataError(f"--clusters {text!r} is not a positive number", hint="use a positive number, or auto")
+    return int(text)
 
 
 @use_case
 def map_fleet(
     context: Context,
     *,
-    view: View = "adapted",
-    base_model: str | None = None,
-    clusters: int | None = None,
-    plot: str | Path | None = None,
-    force: bool = False,
+    view: Annotated[
+        View,
+        Param("Vectors to compare: with the adapter (adapted) or from the base model alone (context).", "--view"),
+    ] = "adapted",
+    base_model: BaseModelName = None,
+    clusters: Annotated[
+        int | None,
+        Param(
+            "Number of clusters. Default: auto, which maximises the mean silhouette.",
+            "--clusters N|auto",
+            parse=_clusters,
+        ),
+    ] = None,
+    plot: Annotated[str | Path | None, Param("Also draw the map as an SVG file.", "--plot FILE.svg")] = None,
+    force: Annotated[bool, Param("Replace the --plot FILE if it exists.", "--force -f")] = False,
 ) -> MapReport:
-    """Compare the tasks of a base model by their vectors, and cluster them.
+    """Compare tasks by their vectors and group them into clusters.
 
-    Args:
-        context: The store.
-        view: Which vectors: `adapted` (the base model with the adapter) or `context` (the base model alone).
-        base_model: Which base model; needed only if tasks of several have vectors.
-        clusters: How many clusters; by default the number with the best mean silhouette.
-        plot: Also draw the map to this .svg file, completely or not at all.
-        force: Replace the file if it exists.
+    DISTANCE is the cosine distance between vectors centred on the fleet's mean: 0 means the same direction, 1
+    unrelated, 2 opposite. SILHOUETTE is 1 well inside a group, 0 on its border, and negative if another group is
+    nearer. By task, it shows how well the support sets of different tasks are separated; by cluster, how well the
+    clusters are. -v adds a row per task, and --quiet prints one cluster per line.
+
+    Example:
+      icm map --plot map.svg
 
     Raises:
         DataError: Too few tasks have comparable vectors, there are fewer tasks than clusters, or the plot is not
             an .svg file.
         OutputExists: The file exists and `force` is not given.
     """
+    from icmlora.fleet.map.task_map import map_of  # imports numpy, as the next one does
+    from icmlora.fleet.resources.stored_vectors import tasks_of_one_base
+
     picture = None if plot is None else Path(plot)
     if picture is not None:
         if picture.suffix.lower() != ".svg":
@@ -81,50 +75,3 @@ def map_fleet(
         with writing_file(picture, force=force) as stream:
             stream.write(draw_map(found.map, base_model, view).encode())
     return found
-
-
-def map_of(store: Store, base_model: str, tasks: Iterable[Task], view: View, clusters: int | None = None) -> MapReport:
-    """Make the map of a base model's tasks in an open store.
-
-    Raises:
-        DataError: Too few tasks have comparable vectors, or there are fewer tasks than clusters.
-    """
-    known = comparable_vectors(store, tasks, view)
-    if len(known.vectors) < FEWEST:
-        fact = f"a map needs {FEWEST} tasks of {base_model} with comparable vectors of the {view} view"
-        have = f"there {'is' if len(known.vectors) == 1 else 'are'} {len(known.vectors)}"
-        raise DataError("; ".join([f"{fact}, but {have}", *_grouped(known.left_out)]), hint=NO_VECTORS)
-    if clusters is not None and clusters > len(known.vectors):
-        fact = f"{len(known.vectors)} tasks cannot make {clusters} clusters"
-        raise DataError(fact, hint="use `--clusters auto` for the best silhouette")
-    return MapReport(
-        base_model=base_model,
-        view=view,
-        map=map_tasks(known.vectors, clusters),
-        support_sets=sum(len(vectors) for vectors in known.vectors.values()),
-        left_out=known.left_out,
-    )
-
-
-def nearest_tasks(context: Context, store: Store, task: Task) -> tuple[Neighbour, ...]:
-    """Return the tasks with the nearest vectors, at most five; none if too few can be compared."""
-    for view in _VIEWS:
-        # A generated task has vectors of the context view only. Damaged vectors are left to `icm verify`.
-        try:
-            known = known_means(context, store, task, view)
-        except (DamagedStore, IcmLoraError):
-            return ()
-        if known is not None:
-            if len(known.names) < FEWEST:
-                return ()
-            distances = distances_from(known.names.index(task.name), known.vectors)
-            others = (found for found in zip(distances.tolist(), known.names, strict=True) if found[1] != task.name)
-            return tuple(Neighbour(name, distance) for distance, name in nsmallest(_NEAREST, others))
-    return ()
-
-
-def _grouped(left_out: Sequence[LeftOut]) -> list[str]:
-    names: defaultdict[str, list[str]] = defaultdict(list)
-    for entry in left_out:
-        names[entry.reason].append(entry.task)
-    return [f"{reason}: {', '.join(tasks)}" for reason, tasks in names.items()]

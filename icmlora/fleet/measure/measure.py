@@ -22,7 +22,7 @@ from icmlora.base_models.reading import EvaluationData
 from icmlora.errors import DataError, NotCovered
 from icmlora.fleet.measure.metric_result import MAX_TOKENS, MetricResult
 from icmlora.fleet.resources.decoding import OriginalForm, decode_code, predict_adapter, read_form
-from icmlora.fleet.resources.loading import Models, read_original, read_runnable
+from icmlora.fleet.resources.loading import ModelCache, read_original, read_runnable
 from icmlora.fleet.resources.task_code import is_same_code
 from icmlora.fleet.resources.texts import own_text
 from icmlora.formats.format import RunnableAdapter
@@ -69,7 +69,7 @@ def _holds(one: Measurement, seen: Task, task: Task) -> bool:
     return one.source != "code" or is_same_code(task.code, seen.code)
 
 
-def losses_on_own_text(models: Models, task: Task, generator: str) -> TaskLosses:
+def losses_on_own_text(models: ModelCache, task: Task, generator: str) -> TaskLosses:
     """Prepare to measure a task on its own held-out text, as `icm eval` does; raises `DataError` without one."""
     if task.eval_data is None:  # before the base model is loaded
         raise DataError("it has no held-out text, so its retained gain cannot be measured")
@@ -81,7 +81,7 @@ class TaskLosses:
     """Measures one task on one set of texts, and writes nothing: `made` is to be recorded."""
 
     def __init__(
-        self, models: Models, task: Task, text: EvaluationData, max_tokens: int, generator: str | None = None
+        self, models: ModelCache, task: Task, text: EvaluationData, max_tokens: int, generator: str | None = None
     ) -> None:
         self._store, self._models, self.task, self._text = models.store, models, task, text
         self._base = models.base(task.base_model)

@@ -21,7 +21,7 @@ from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable, TaskEvalu
 from icmlora.fleet.measure.measure import SOURCES, TaskLosses, record_measurements
 from icmlora.fleet.measure.metric_result import MAX_TOKENS
 from icmlora.fleet.resources.decoding import read_context
-from icmlora.fleet.resources.loading import Models
+from icmlora.fleet.resources.loading import ModelCache
 from icmlora.fleet.resources.texts import adapter_template, own_text
 from icmlora.fleet.resources.workers import Tell, worker_pool
 from icmlora.formats.catalogue import format_named
@@ -83,7 +83,7 @@ class _TaskResults:
 
 
 def evaluate_tasks(
-    models: Models,
+    models: ModelCache,
     tasks: Sequence[Task],
     tell: Tell,
     sources: Sequence[Source],
@@ -140,7 +140,7 @@ def _record(context: Context, store: Store, name: str, made: _TaskResults | None
 class _Texts:
     """The text that tasks of one base model are measured on: the file that the user gave, or else their own."""
 
-    def __init__(self, models: Models, path: Path | None, data: bytes | None) -> None:
+    def __init__(self, models: ModelCache, path: Path | None, data: bytes | None) -> None:
         self._models, self._path, self._data = models, path, data
         self._shared: EvaluationData | None = None  # the given file, as most tasks read it
 

@@ -23,7 +23,7 @@ from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
 from icmlora.fleet.failures import FAILURES, BaseUnavailable, Failed, as_error
 from icmlora.fleet.measure.module_errors import errors_of
 from icmlora.fleet.resources.decoding import decode_code, read_form
-from icmlora.fleet.resources.loading import Models, read_original, read_runnable
+from icmlora.fleet.resources.loading import ModelCache, read_original, read_runnable
 from icmlora.fleet.resources.texts import adapter_template, own_text
 from icmlora.io.text import with_article
 
@@ -84,7 +84,7 @@ Given = Sequence["Prompt | Mapping[str, Any]"]
 
 
 def task_outputs(
-    models: Models, task: Task, given: Given | None, max_new_tokens: int
+    models: ModelCache, task: Task, given: Given | None, max_new_tokens: int
 ) -> TaskOutputs | Failed | BaseUnavailable:
     """Generate the outputs of a task from each source. Return errors instead of raising them."""
     try:
@@ -112,7 +112,7 @@ def _prompts(store: Store, base: BaseModel, task: Task, given: Given | None) -> 
     return found
 
 
-def _adapters(models: Models, task: Task) -> tuple[dict[str, RunnableAdapter], Sequence[GroupError]]:
+def _adapters(models: ModelCache, task: Task) -> tuple[dict[str, RunnableAdapter], Sequence[GroupError]]:
     """Return the available original and code of a task, and the errors of its code."""
     store, final, found = models.store, task.final, dict[str, "RunnableAdapter"]()
     if not final.is_evicted:

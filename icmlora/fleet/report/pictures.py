@@ -27,8 +27,8 @@ from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
 from icmlora.fleet.context import locate_base
 from icmlora.fleet.failures import FAILURES, BaseUnavailable, Failed, as_error
 from icmlora.fleet.measure.module_errors import errors_of
-from icmlora.fleet.resources.decoding import decode_code, files_like_original, read_form
-from icmlora.fleet.resources.loading import Models, read_original
+from icmlora.fleet.resources.decoding import decode_code, read_form
+from icmlora.fleet.resources.loading import ModelCache, read_original
 from icmlora.fleet.tasks.tasks import header_of
 from icmlora.formats.images.header_notes import frequent_tags, trigger_words
 from registry.manifests import Task
@@ -91,12 +91,12 @@ class Studio:
     """Draws the pictures of one task after the other; one pipeline is in memory at a time.
 
     Args:
-        models: Models of the store; its generators are used.
+        models: The model cache of the store.
         given: Prompts for every task; None for those in the headers of their adapters.
         how: How pictures are drawn.
     """
 
-    def __init__(self, models: Models, given: Sequence[Prompt | Mapping[str, object]] | None, how: Drawing) -> None:
+    def __init__(self, models: ModelCache, given: Sequence[Prompt | Mapping[str, object]] | None, how: Drawing) -> None:
         self._models, self._given, self._how = models, given, how
         self._pipeline: tuple[str, Pipeline | BaseModelNotFound | BaseModelUnsuited] | None = None
         self._of_base: dict[tuple[str, int], Pixels] = {}  # the base model draws the same for every task
@@ -162,7 +162,7 @@ class Studio:
         if task.code is None:
             return found, ()
         decoded = decode_code(store, self._models.generator_file(task.code.generator), task.code)
-        files = files_like_original(decoded, read_form(store, task))
+        files = read_form(store, task).write(decoded)
         found["code"] = _Source(files.weights, dw_norm(decoded))
         return found, () if original is None else errors_of(final, original, decoded)
 

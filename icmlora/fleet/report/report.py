@@ -1,47 +1,25 @@
-"""Write an HTML report about a store: savings, tasks, map, size against quality, and outputs of chosen tasks.
-
-Reads rows, task vectors and file sizes. The base model and weights are read only for the outputs of chosen tasks, one
-adapter at a time; torch is imported only then.
-"""
+"""Write an HTML report about a store: `icm report`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from icmlora.errors import DataError, IcmLoraError
+from icmlora.errors import DataError
 from icmlora.fleet.context import Context, use_case
-from icmlora.fleet.failures import BaseUnavailable, Failed, FailureLog
-from icmlora.fleet.map.map import map_of
-from icmlora.fleet.map.picture import draw_map
-from icmlora.fleet.report.facts import facts_of
-from icmlora.fleet.report.page import Map, Page, render
-from icmlora.fleet.report.rate_picture import Quality, rate_picture
-from icmlora.fleet.report.task_table import task_table
+from icmlora.fleet.params import Device, Param
 from icmlora.fleet.results import Report
-from icmlora.fleet.stats.stats import bill_of
-from icmlora.formats.catalogue import format_named
 from icmlora.io.staging import check_absent, writing_file
-from registry.errors import DamagedStore
-from registry.filters import Selection
 
 if TYPE_CHECKING:
-    from icmlora.fleet.map.map import MapReport
-    from icmlora.fleet.report.outputs import TaskOutputs
     from icmlora.fleet.report.pictures import TaskPictures
-    from icmlora.fleet.stats.bill import BaseModelBill, Bill
-    from registry.manifests import Task
-    from registry.store import Store
-
-MAX_MAPPED = 1000
-"""Tasks of a base model that are drawn on a map: its time and memory grow with their square."""
+    from icmlora.fleet.report.rate_picture import Quality
 
 
 @dataclass
-class ReportSummary(Report["TaskOutputs | TaskPictures"]):
+class ReportSummary(Report[object]):
     """The result of `write_report`: the outputs that the page shows, and chosen tasks without outputs."""
 
     file: Path = Path()  # the page
@@ -62,56 +40,69 @@ class ReportSummary(Report["TaskOutputs | TaskPictures"]):
 @use_case
 def write_report(
     context: Context,
-    file: str | Path,
+    file: Annotated[str | Path, Param("HTML file to write.", "--output -o FILE")],
     *,
-    outputs: Sequence[str] = (),
-    prompts: str | Path | None = None,
-    max_new_tokens: int = 40,
-    steps: int = 20,
-    seeds: int = 2,
-    image_size: int | None = None,
-    device: str = "auto",
-    force: bool = False,
+    outputs: Annotated[
+        Sequence[str],
+        Param(
+            "Also show outputs of the base model, original and code for this task. Repeatable.",
+            "--outputs TASK",
+            completes="task",
+        ),
+    ] = (),
+    prompts: Annotated[
+        str | Path | None,
+        Param(
+            "Prompts for --outputs: one per line, or JSON lines with prompt, text or messages. Default: the beginnings "
+            "of three held-out texts of the task or, for an image task, the trigger words and tags in its file.",
+            "--prompts FILE",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, Param("Maximum number of tokens to generate for each prompt.", "--max-new-tokens N", min=1)
+    ] = 40,
+    steps: Annotated[int, Param("Denoising steps for each picture.", "--steps N", min=1)] = 20,
+    seeds: Annotated[int, Param("Pictures for each prompt.", "--seeds N", min=1)] = 2,
+    image_size: Annotated[
+        int | None,
+        Param("Width and height of pictures in pixels. Default: the pipeline's own size.", "--image-size N", min=1),
+    ] = None,
+    device: Device = "auto",
+    force: Annotated[bool, Param("Replace FILE if it exists.", "--force -f")] = False,
 ) -> ReportSummary:
-    """Write the store as one HTML page that needs no network. It appears complete or not at all.
+    """Write an HTML report about the store.
 
-    Args:
-        context: The store.
-        file: The page to write.
-        outputs: Tasks whose outputs to show: texts or pictures from the base model, the original and the code.
-            Needs the base model.
-        prompts: File of prompts for them, one a line or as JSON lines; by default the beginnings of each task's own
-            held-out text, or the trigger words and tags in the header of an image adapter.
-        max_new_tokens: Most tokens that are written for a prompt.
-        steps: Steps of denoising for a picture.
-        seeds: Pictures of each prompt.
-        image_size: Width and height of a picture in pixels; by default what the pipeline draws.
-        device: Where to compute outputs.
-        force: Replace a file that exists.
+    The report is a single file that works offline: the figures of `icm stats`, a searchable table of all tasks, the map
+    of `icm map` and a chart of size against quality.
 
-    Returns:
-        A summary of the page. Its `pictures` have the distances of image tasks; its `failed` and `skipped` list
-        chosen tasks without outputs, with reasons.
+    --outputs compares text generated with greedy decoding by the base model alone, with the original and with the code,
+    and marks the differences. For an image task it compares pictures from the diffusers pipeline set with
+    `icm base add`. Only --outputs needs the base model. If some outputs are missing, the exit code is 3.
+
+    Example:
+      icm report -o fleet.html
+      icm report -o fleet.html --outputs watercolour --prompts prompts.txt --steps 30
 
     Raises:
         OutputExists: The file exists and `force` is not given.
         DataError: The prompts cannot be used, or the only chosen task has no outputs.
         BaseModelNotFound: None of the base models of the chosen tasks is on this machine.
     """
+    from icmlora.fleet.report.content import make_outputs, page_of  # imports numpy, as the next one does
+    from icmlora.fleet.report.page import render
+
     page_file, prompts_file = Path(file), None if prompts is None else Path(prompts)
     check_absent(page_file, force=force)
     if prompts_file is not None and not outputs:
         raise DataError("--prompts needs --outputs", hint="choose tasks with --outputs")
-    numbers = {"--max-new-tokens": max_new_tokens, "--steps": steps, "--seeds": seeds, "--image-size": image_size}
-    for option, number in numbers.items():
-        if number is not None and number < 1:
-            raise DataError(f"{option} must be at least 1")
     report = ReportSummary(file=page_file)
     with context.open(read_only=True) as store:
         chosen = list({task.name: task for task in map(store.task, outputs)}.values())
         drawing = steps, seeds, image_size
-        made = _outputs(context, store, chosen, report, prompts_file, max_new_tokens, drawing, device) if chosen else []
-        page = _page(store, made, report.failures)
+        made = []
+        if chosen:
+            made = make_outputs(context, store, chosen, report, prompts_file, max_new_tokens, drawing, device)
+        page = page_of(store, made, report.failures)
     report.tasks, report.outputs = len(page.table.rows), [found.task for found in made]
     report.maps = [found.base_model for found in page.maps if found.svg is not None]
     report.quality = None if page.rate is None else page.rate.quality
@@ -119,98 +110,3 @@ def write_report(
         for piece in render(page):
             report.size += stream.write(piece)
     return report
-
-
-def _page(store: Store, outputs: Sequence[TaskOutputs | TaskPictures], failures: Mapping[str, str]) -> Page:
-    """Read everything else that is on the page."""
-    bill = bill_of(store)
-    return assembled(bill, {fleet.base_model: _map(store, fleet) for fleet in bill.fleets}, outputs, failures)
-
-
-def assembled(
-    bill: Bill,
-    maps: Mapping[str, MapReport | str | None],
-    outputs: Sequence[TaskOutputs | TaskPictures],
-    failures: Mapping[str, str],
-) -> Page:
-    """Return the page for data that was read from a store.
-
-    `maps` has for each base model its map, or why there is none, or None where no task has vectors; `failures` says why
-    chosen tasks have no outputs.
-    """
-    found = {label: made for label, made in maps.items() if made is not None}
-    mapped = {task.name: task for made in found.values() if not isinstance(made, str) for task in made.map.tasks}
-    table = task_table(bill, mapped)
-    return Page(
-        facts=facts_of(bill),
-        bill=bill,
-        table=table,
-        rate=rate_picture(bill, table.numbers),
-        maps=[_drawn(label, made, table.numbers) for label, made in found.items()],
-        outputs=outputs,
-        failures=failures,
-        made_by=f"icm {version('icm-lora')}",
-    )
-
-
-def _map(store: Store, fleet: BaseModelBill) -> MapReport | str | None:
-    """Return the map of a base model's tasks, or why there is none; None if no task has vectors."""
-    if not any(task.row.vectors for task in fleet.tasks):
-        return None
-    if len(fleet.tasks) > MAX_MAPPED:
-        return f"a report maps at most {MAX_MAPPED:,} tasks per base model, but there are {len(fleet.tasks):,}"
-    try:
-        return map_of(store, fleet.base_model, store.tasks(Selection(base_model=fleet.base_model)), "adapted")
-    # Damage is for `icm verify` to report; the rest of the page is still true.
-    except (DamagedStore, IcmLoraError) as error:
-        return str(error)
-
-
-def _drawn(base_model: str, found: MapReport | str, numbers: Mapping[str, int]) -> Map:
-    if isinstance(found, str):
-        return Map(base_model, None, [found])
-    return Map(base_model, draw_map(found.map, base_model, found.view, numbers), found.reasons)
-
-
-def _outputs(
-    context: Context,
-    store: Store,
-    tasks: Sequence[Task],
-    report: ReportSummary,
-    prompts: Path | None,
-    max_new_tokens: int,
-    drawing: tuple[int, int, int | None],
-    device: str,
-) -> list[TaskOutputs | TaskPictures]:
-    """Generate outputs for the chosen tasks. Failures are recorded in the report."""
-    from icmlora.base_models.examples.prompts import read_prompts
-    from icmlora.base_models.running.pipeline import Drawing
-    from icmlora.fleet.report.outputs import task_outputs
-    from icmlora.fleet.report.pictures import Studio, TaskPictures
-    from icmlora.fleet.resources.loading import Models
-    from icmlora.io.devices import resolve_device
-
-    given = None if prompts is None else read_prompts(prompts.read_bytes(), prompts)
-    # The store is read-only, so new facts about base models are discarded.
-    models = Models(store, resolve_device(device), context.cache, on_facts=lambda facts: None)
-    studio = Studio(models, given, Drawing(*drawing))
-    failures, found = FailureLog(context, report, len(tasks)), dict[str, "TaskOutputs | TaskPictures"]()
-
-    def answered(
-        some: Iterable[Task],
-    ) -> Iterator[tuple[Task, TaskOutputs | TaskPictures | Failed | BaseUnavailable]]:
-        for task in some:
-            context.progress(len(found), len(tasks), task.name)
-            is_for_images = format_named(task.final.format).is_for_images
-            made = studio.draw(task) if is_for_images else task_outputs(models, task, given, max_new_tokens)
-            yield task, made
-
-    labels = sorted({task.base_model for task in tasks})
-    for label in labels:
-        results: Iterator[tuple[Task, TaskOutputs | TaskPictures]] = failures.results(
-            label, answered(task for task in tasks if task.base_model == label)
-        )
-        found |= {task.name: made for task, made in results}
-    failures.check(len(labels))
-    report.pictures = [made for made in found.values() if isinstance(made, TaskPictures)]
-    return [found[task.name] for task in tasks if task.name in found]

@@ -36,29 +36,33 @@ _CACHE_BYTES = 256 << 20
 _CACHED_INITIALS = 256
 _CACHED_VECTOR_FILES = 256  # each has up to some hundred kB
 _FLOAT32 = 4  # bytes
-_MODULE_BYTES = 2048  # of two tensors and their module besides the values: more than the values of a tiny adapter
-_LARGEST = 2.0**26  # norm of a dW: 2^50 is the most that the network takes, and weights of channels are up to 2^24
-_TOO_WIDE = f"its rank exceeds {MAX_SLOTS}, the maximum for a code"
+_MODULE_BYTES = 2048  # of a module and its two tensors besides the values: more than the values of a tiny adapter
+_MAX_NORM = 2.0**26  # of a dW: 2^50 is the most that the network takes, and weights of channels are up to 2^24
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """A task, with the checkpoints and vectors that training reads."""
+    """The parts of a task that training reads."""
 
     task: Task
     checkpoints: Sequence[StoredAdapter]
     vectors: Sequence[Mapping[str, Vector]]  # by view, for each support set
 
+    @property
+    def adapters(self) -> Iterator[StoredAdapter]:
+        yield self.task.final
+        yield from self.checkpoints
+
 
 class StoreAdapterSource:
-    """The tasks of one base model whose originals are there; implements `icmlora.training.source.AdapterSource`."""
+    """The tasks of one base model with originals in the store; implements `icmlora.training.source.AdapterSource`."""
 
     def __init__(self, store: Store, base_model: str, tasks: Iterable[Task], *, with_checkpoints: bool) -> None:
         self._store = store
         self.base_model = base_model
         self.left_out: dict[str, str] = {}
         self.others: list[Task] = []  # that cannot be trained on: evicted ones, and those in `left_out`
-        # Manifests stay in memory; of the adapters, which are larger, only those read last.
+        # Manifests stay in memory; of the adapters, which are larger, only the latest ones.
         self._parts: list[_Parts] = []
         for task in tasks:
             reason = task.not_encodable or _too_wide(task.final)
@@ -67,8 +71,15 @@ class StoreAdapterSource:
                 if reason is not None and not task.final.is_evicted:
                     self.left_out[task.name] = reason
                 continue
-            checkpoints = list(filter(_is_usable, task.checkpoints)) if with_checkpoints else []
-            self._parts.append(_Parts(task, checkpoints, _by_support_set(task.vectors)))
+            checkpoints = [
+                one
+                for one in task.checkpoints
+                if with_checkpoints and not (one.is_evicted or one.original_only or _too_wide(one))
+            ]
+            sets: defaultdict[int, dict[str, Vector]] = defaultdict(dict)
+            for vector in latest_vectors(task.vectors):
+                sets[vector.support_set][vector.view] = vector
+            self._parts.append(_Parts(task, checkpoints, [sets[number] for number in sorted(sets)]))
         self._cache: OrderedDict[tuple[str, str], Adapter] = OrderedDict()
         self._cached = 0
         self._search = SeedSearch()
@@ -89,42 +100,39 @@ class StoreAdapterSource:
 
     @property
     def names(self) -> list[str]:
-        """The names of the tasks."""
         return [parts.task.name for parts in self._parts]
 
     def leave_out_unusable(self, on_task: Callable[[int, str], None]) -> None:
-        """Leave out tasks and checkpoints whose bytes are damaged or whose values are too large, and note why.
+        """Leave out tasks and checkpoints with damaged bytes or too large values, and note why.
 
         Args:
             on_task: Called with the number and the name of each task before its adapters are read.
         """
+
+        def failure(stored: StoredAdapter, vectors: Sequence[Mapping[str, Vector]] = ()) -> Exception | None:
+            try:
+                refuse_large(self._adapter_of(stored))
+                for views in vectors:
+                    self._read_views(views)
+            except FAILURES as error:
+                return error
+            return None
+
         kept: list[_Parts] = []
         for number, parts in enumerate(self._parts):
             on_task(number, parts.task.name)
-            try:
-                refuse_large(self._adapter_of(parts.task.final))
-                for support_set in range(self.support_sets(number)):
-                    self.vectors(number, support_set)
-            except FAILURES as error:
+            error = failure(parts.task.final, parts.vectors)
+            if error is not None:
                 self.left_out[parts.task.name] = as_error(error).message
                 self.others.append(parts.task)
             else:
-                kept.append(replace(parts, checkpoints=list(filter(self._can_be_read, parts.checkpoints))))
+                kept.append(replace(parts, checkpoints=[one for one in parts.checkpoints if failure(one) is None]))
         self._parts = kept
 
-    def _can_be_read(self, checkpoint: StoredAdapter) -> bool:
-        try:
-            refuse_large(self._adapter_of(checkpoint))
-        except FAILURES:
-            return False
-        return True
-
     def tasks(self) -> int:
-        """Return the number of tasks."""
         return len(self._parts)
 
     def checkpoints(self, task: int) -> int:
-        """Return the number of checkpoints of a task."""
         return len(self._parts[task].checkpoints)
 
     def task(self, task: int) -> Task:
@@ -133,27 +141,19 @@ class StoreAdapterSource:
 
     def adapters(self) -> int:
         """Return the number of adapters, checkpoints included."""
-        return sum(1 for _ in self._adapters())
+        return sum(1 + len(parts.checkpoints) for parts in self._parts)
 
     def parameters(self) -> int:
         """Return the number of parameters of all adapters together."""
-        return sum(adapter.parameters for adapter in self._adapters())
+        return sum(adapter.parameters for parts in self._parts for adapter in parts.adapters)
 
     def layouts(self) -> Iterator[list[ModuleShape]]:
         """Yield the modules of each adapter with their shapes and ranks, checkpoints included."""
-        return (layout_of(adapter) for adapter in self._adapters())
-
-    def _adapters(self) -> Iterator[StoredAdapter]:
-        for parts in self._parts:
-            yield parts.task.final
-            yield from parts.checkpoints
+        return (layout_of(adapter) for parts in self._parts for adapter in parts.adapters)
 
     def digest(self) -> str:
         """Return a digest of everything that training reads: adapters, checkpoints and vectors."""
-        adapters = [
-            [parts.task.name, [[one.weights, one.config] for one in (parts.task.final, *parts.checkpoints)]]
-            for parts in self._parts
-        ]
+        adapters = [[parts.task.name, [[one.weights, one.config] for one in parts.adapters]] for parts in self._parts]
         vectors = [
             [sorted((view, vector.blob) for view, vector in views.items()) for views in parts.vectors]
             for parts in self._parts
@@ -202,7 +202,9 @@ class StoreAdapterSource:
 
     def vectors(self, task: int, support_set: int) -> Mapping[str, torch.Tensor]:
         """Return a task's vectors of one support set by view, each float32 of shape (hidden,)."""
-        views = self._parts[task].vectors[support_set]
+        return self._read_views(self._parts[task].vectors[support_set])
+
+    def _read_views(self, views: Mapping[str, Vector]) -> Mapping[str, torch.Tensor]:
         return {view: self._vector_file(one.blob)[one.view][one.support_set] for view, one in views.items()}
 
     def mean_vectors(self, task: int) -> Mapping[str, torch.Tensor]:
@@ -228,33 +230,23 @@ def layout_of(adapter: StoredAdapter) -> list[ModuleShape]:
     return [ModuleShape(*entry) for entry in adapter.layout]
 
 
-def _is_usable(checkpoint: StoredAdapter) -> bool:
-    return not (checkpoint.is_evicted or checkpoint.original_only or _too_wide(checkpoint))
-
-
 def refuse_large(adapter: Adapter) -> float:
-    """Return the norm of dW; refuse an adapter whose training diverged, with which no network could be trained.
+    """Return the norm of dW; refuse an adapter whose training diverged, because no network can be trained on it.
 
     Raises:
         AdapterRefused: The dW of a module has a norm above 2^26, or is not a number.
     """
     norms = module_norms(adapter)
     for name, norm in norms.items():
-        if not norm <= _LARGEST:  # nor NaN
+        if not norm <= _MAX_NORM:  # nor NaN
             fact = f"its training diverged: dW of {escape(name, 200)} has the norm {norm:.0e}"
             raise AdapterRefused(fact, kind="overflow")
     return total_norm(norms)
 
 
 def _too_wide(adapter: StoredAdapter) -> str | None:
-    return _TOO_WIDE if adapter.rank_max > MAX_SLOTS else None
-
-
-def _by_support_set(vectors: Iterable[Vector]) -> list[dict[str, Vector]]:
-    sets: defaultdict[int, dict[str, Vector]] = defaultdict(dict)
-    for vector in latest_vectors(vectors):
-        sets[vector.support_set][vector.view] = vector
-    return [sets[number] for number in sorted(sets)]
+    is_too_wide = adapter.rank_max > MAX_SLOTS
+    return f"its rank exceeds {MAX_SLOTS}, the maximum for a code" if is_too_wide else None
 
 
 def _bytes_of(adapter: Adapter) -> int:

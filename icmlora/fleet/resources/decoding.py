@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter
+from icmlora.base_models.finding.tensors import BaseTensors, needed_tensors
 from icmlora.errors import CodeError, DataError
+from icmlora.fleet.context import locate_base
+from icmlora.fleet.resources.adapter_row import read_companions, template_of
+from icmlora.formats.base_references import MAX_RECORD, REFERENCES
 from icmlora.formats.catalogue import format_named
+from icmlora.formats.extras import unpack_extras, unpack_tensors
 from icmlora.formats.format import AdapterBytes, AdapterFormat, RunnableAdapter, Template
 from icmlora.formats.peft.peft import CONTEXT_NAMES
 from icmlora.generator.codec.generator_file import GeneratorFile
@@ -18,7 +23,6 @@ from registry.errors import DamagedStore
 
 if TYPE_CHECKING:
     from icmlora.base_models.examples.context import TaskContext
-    from icmlora.base_models.finding.tensors import BaseTensors
     from icmlora.generator.codec.codec import Codec
     from icmlora.io.safetensors import RawTensor
     from registry.manifests import Adapter as StoredAdapter
@@ -46,62 +50,56 @@ class OriginalForm:
     tensors: Mapping[str, RawTensor]
     files: Mapping[str, bytes]
 
+    def write(
+        self,
+        adapter: Adapter,
+        *,
+        card: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        dtype: str | None = None,
+        pad_rank: int | None = None,
+    ) -> AdapterBytes:
+        """Return the files of a decoded adapter in this form; without a card by default."""
+        written = self.format.encode(
+            adapter,
+            card=card or "",
+            metadata=metadata or {},
+            like=self.template,
+            dtype=dtype,
+            pad_rank=pad_rank,
+            extras=self.tensors,
+        )
+        return replace(written, card=None if card is None else written.card, companions=self.files)
+
     def runnable(self, adapter: Adapter, dtype: str | None = None) -> RunnableAdapter:
-        """Write a decoded adapter in this form, as `icm materialize` does, and read it again."""
-        files = self.format.encode(adapter, card="", metadata={}, like=self.template, dtype=dtype, extras=self.tensors)
+        """Return a decoded adapter as it would be read from its written files."""
+        files = self.write(adapter, dtype=dtype)
         return self.format.runnable(files.config, files.weights)
 
 
 def read_form(store: Store, task: Task) -> OriginalForm:
-    """Read the form and the extras of a task's original; its weights need not be in the store."""
+    """Read the form and the extras of a task's original, whose weights may be missing."""
     return form_of(task.final, store.blobs.read, partial(base_tensors, store, task))
 
 
 def form_of(final: StoredAdapter, read: Callable[[str], bytes], base: Callable[[], BaseTensors]) -> OriginalForm:
-    """Read the form and the extras of an original; `base` opens its base model, to whose tensors extras may refer."""
+    """Read the form and the extras of an original; `base` opens its base model if extras refer to its tensors."""
     tensors: Mapping[str, RawTensor] = {}
     files: Mapping[str, bytes] = {}
     if final.extras:
-        from icmlora.formats.extras import unpack_extras
-
         tensors, files = unpack_extras(((extra.file, extra.blob) for extra in final.extras), read, base)
     return OriginalForm(format_named(final.format), template_of(final, read(final.config)), tensors, files)
 
 
-def template_of(final: StoredAdapter, config: bytes) -> Template:
-    """Return the form of an original with a configuration."""
-    return Template(config, tuple(ModuleShape(*entry) for entry in final.layout), final.dtype, final.template)
-
-
-def files_like_original(adapter: Adapter, form: OriginalForm) -> AdapterBytes:
-    """Return the files of a decoded adapter in the form of its original, without a card."""
-    files = form.format.encode(adapter, card="", metadata={}, like=form.template, extras=form.tensors)
-    return replace(files, card=None, companions=form.files)
-
-
 def files_of_code(store: Store, generator_file: GeneratorFile, task: Task) -> AdapterBytes:
-    """Return the files that the code of a task decodes to."""
+    """Return the files that the code of a task decodes to, without a card."""
     assert task.code is not None
-    return files_like_original(decode_code(store, generator_file, task.code), read_form(store, task))
-
-
-def read_companions(
-    read: Callable[[str], bytes], final: StoredAdapter, names: Collection[str] | None = None
-) -> dict[str, bytes]:
-    """Read the files that came with an adapter, or only files with some names."""
-    from icmlora.formats.extras import unpack
-
-    files = ((extra.file, extra.blob) for extra in final.extras)
-    return {name: unpack(read(blob)) for name, blob in files if name is not None and (names is None or name in names)}
+    return read_form(store, task).write(decode_code(store, generator_file, task.code))
 
 
 def read_context(read: Callable[[str], bytes], final: StoredAdapter) -> TaskContext | None:
-    """Read the context for the prompts of a task; None if it has none.
-
-    Raises:
-        DataError: The files cannot be read as one.
-    """
-    from icmlora.base_models.examples.context import TaskContext  # parsers, which a folder does not need
+    """Read the context for the prompts of a task; None if it has none. Raises `DataError` if it is damaged."""
+    from icmlora.base_models.examples.context import TaskContext  # parsers, which most adapters do not need
 
     return TaskContext.read(read_companions(read, final, CONTEXT_NAMES))
 
@@ -113,9 +111,6 @@ def check_references(store: Store, task: Task) -> None:
         BaseModelNotFound: The base model is needed, and it is not on this machine.
         BaseModelMismatch: It does not have these tensors.
     """
-    from icmlora.formats.base_references import MAX_RECORD, REFERENCES
-    from icmlora.formats.extras import unpack_tensors
-
     small = [extra.blob for extra in task.final.extras if extra.file is None and extra.packed_size <= MAX_RECORD]
     references = [blob for blob in map(store.blobs.read, small) if blob.startswith(REFERENCES)]
     unpack_tensors(references, partial(base_tensors, store, task))
@@ -123,16 +118,13 @@ def check_references(store: Store, task: Task) -> None:
 
 def base_tensors(store: Store, task: Task) -> BaseTensors:
     """Open the tensors of a task's base model."""
-    from icmlora.base_models.finding.tensors import needed_tensors
-    from icmlora.fleet.context import locate_base
-
     return needed_tensors(lambda: locate_base(store, task.base_model))
 
 
 def codec_of_task(
     store: Store, generator_file: GeneratorFile, code: Code | None, layout: Sequence[ModuleShape]
 ) -> Codec:
-    """Return the codec of the network that a code was made with; of the newest network if it cannot be read."""
+    """Return the codec of the network that made a code, or of the newest network if the code cannot be read."""
     if code is not None:
         try:
             return generator_file.codec_of(store.blobs.read(code.blob))

@@ -13,18 +13,16 @@ import torch
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.catalogue import modality_of
 from icmlora.base_models.finding.fingerprint import fingerprint_base
-from icmlora.base_models.finding.locations import location_of, locations
 from icmlora.base_models.finding.lookup import FoundBase, inspect_base
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.quantised import check_load_in
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, OutputExists
-from icmlora.fleet.context import OpenedGenerator, locate_base
+from icmlora.fleet.context import GeneratorCache, locate_base
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import LoadedAdapter, RunnableAdapter
 from icmlora.generator.initial_a.search import SeedSearch
 from icmlora.io.devices import inference_dtype
 from registry.manifests import Adapter as StoredAdapter
-from registry.names import LoadIn
 
 if TYPE_CHECKING:
     from icmlora.fleet.resources.recalled_code import Exemplars
@@ -54,19 +52,19 @@ def open_base(
     cache: Path,
     on_facts: Callable[[BaseFacts], None] | None = None,
 ) -> BaseModel:
-    """Find and load a base model, and record its fingerprint and shape.
+    """Find and load a base model of a store, and record its fingerprint and shape.
 
     Args:
-        store: the store that names it.
-        label: any label of it.
-        device: where to load it.
-        dtype: its precision; by default what suits the device.
-        cache: folder for converted files.
-        on_facts: called instead of recording, if the store is read-only.
+        store: The store.
+        label: Any label of the base model.
+        device: Where to load it.
+        dtype: Its precision; by default what suits the device.
+        cache: Folder for converted files.
+        on_facts: Called instead of recording, for a read-only store.
 
     Raises:
         BaseModelNotFound: It is not on this machine, or cannot be loaded.
-        BaseModelUnsuited: It is of a kind that icm cannot run.
+        BaseModelUnsuited: icm cannot run this kind of model.
     """
     known, found = store.base_model(label), locate_base(store, label)
     stamp = found.stamp()
@@ -87,28 +85,24 @@ def load_base(
     *,
     cache: Path,
 ) -> BaseModel:
-    """Load a base model that was found; its fingerprint is computed unless it is known. Raises as `open_base` does."""
+    """Load a base model; its fingerprint is computed unless it is known. Raises as `open_base` does."""
     check_load_in(found)
     modality = modality_of(found)
     fingerprint = fingerprint or fingerprint_base(found)
-    return modality.load(_converted(found, cache), device=device, dtype=dtype, fingerprint=fingerprint)
+    if found.is_gguf:
+        from icmlora.base_models.load import convert_gguf  # imports transformers
+
+        # Dequantising a GGUF file takes a minute, reading the result a second.
+        folder = cache / "base-models" / found.stamp()[:32]
+        if not (folder / "config.json").is_file():
+            with suppress(OutputExists):  # another process was faster
+                convert_gguf(found.path, folder, label=found.label)
+        found = inspect_base(found.label, folder)
+    return modality.load(found, device=device, dtype=dtype, fingerprint=fingerprint)
 
 
-def _converted(found: FoundBase, cache: Path) -> FoundBase:
-    if not found.is_gguf:
-        return found
-    from icmlora.base_models.load import convert_gguf  # imports transformers
-
-    # Dequantising a GGUF file takes a minute, reading the result a second.
-    folder = cache / "base-models" / found.stamp()[:32]
-    if not (folder / "config.json").is_file():
-        with suppress(OutputExists):  # another process was faster
-            convert_gguf(found.path, folder, label=found.label)
-    return inspect_base(found.label, Path(folder))
-
-
-class Models:
-    """Cache the models of a store: one generator, and one base model in each precision asked for.
+class ModelCache:
+    """The loaded models of a store: one generator, and one base model in each precision asked for.
 
     `seeds` remembers draws, which take most of the second of the first search for a seed.
     """
@@ -119,13 +113,12 @@ class Models:
         self.store, self.device = store, device
         self.seeds = SeedSearch()
         self._cache, self._on_facts = cache, on_facts
-        self._generator = OpenedGenerator()
+        self._generator = GeneratorCache()
         self._exemplars: tuple[str, Exemplars] | None = None
         self._bases: dict[tuple[str, torch.dtype], BaseModel | BaseModelNotFound | BaseModelUnsuited] = {}
-        self._load_in: dict[str, LoadIn | None] = {}
 
     def generator_file(self, digest: str) -> GeneratorFile:
-        """Return the networks of a generator, whose digest is checked."""
+        """Return the networks of a generator after checking its digest."""
         return self._generator.get(digest, self.store.blobs.read)
 
     def exemplars(self, base_model: str) -> Exemplars:
@@ -136,64 +129,53 @@ class Models:
             self._exemplars = base_model, Exemplars(self.store, base_model)
         return self._exemplars[1]
 
-    def load_in(self, label: str) -> LoadIn | None:
-        """Return how few bits this machine loads a base model in; None for full precision."""
-        if label not in self._load_in:
-            place = location_of(self.store.base_model(label).names, locations())
-            self._load_in[label] = None if place is None else place.load_in
-        return self._load_in[label]
-
     def base(self, label: str, dtype: torch.dtype | None = None) -> BaseModel:
-        """Return a base model, in the given precision or in what suits the device. Raises as `open_base` does."""
+        """Return a base model in the given precision, or in what suits the device. Raises as `open_base` does."""
         known = self.loaded(label)
         if known is not None and known.load_in is not None:
             return known  # it has only one precision
         dtype = dtype or inference_dtype(self.device)  # by name, or a card would hold two copies in one precision
         if (label, dtype) not in self._bases:
             self._bases = {key: base for key, base in self._bases.items() if key[0] == label}
-            self._bases[label, dtype] = self._opened(label, dtype)
-        base = self._bases[label, dtype]
-        if isinstance(base, BaseModelNotFound | BaseModelUnsuited):
-            raise base
-        return base
+            try:
+                base = open_base(self.store, label, self.device, dtype, cache=self._cache, on_facts=self._on_facts)
+                self._bases[label, dtype] = base
+            except (BaseModelNotFound, BaseModelUnsuited) as error:  # kept: a thousand tasks may ask for it
+                self._bases[label, dtype] = error
+        found = self._bases[label, dtype]
+        if isinstance(found, BaseModelNotFound | BaseModelUnsuited):
+            raise found
+        return found
 
     def loaded(self, label: str) -> BaseModel | None:
         """Return a base model in any precision, if it was loaded."""
         found = (base for (name, _), base in self._bases.items() if name == label and isinstance(base, BaseModel))
         return next(found, None)
 
-    def _opened(self, label: str, dtype: torch.dtype | None) -> BaseModel | BaseModelNotFound | BaseModelUnsuited:
-        """Load a base model, or return why it cannot be loaded: a thousand tasks may ask for it."""
-        try:
-            return open_base(self.store, label, self.device, dtype, cache=self._cache, on_facts=self._on_facts)
-        except (BaseModelNotFound, BaseModelUnsuited) as error:
-            return error
-
 
 def read_original(store: Store, final: StoredAdapter) -> Adapter:
-    """Read the original of a task, alpha / rank multiplied into B; raises `AdapterRefused` or `DamagedStore`."""
+    """Read an original, alpha / rank multiplied into B; raises `AdapterRefused` or `DamagedStore`."""
     return original_reader(store, final)()
 
 
 def original_reader(store: Store, final: StoredAdapter) -> Callable[[], Adapter]:
-    """Read the files of a task's original, and return a function that parses them on any thread."""
-    known, files, initial = format_named(final.format), _files(store, final), _initial(store, final)
-    return lambda: known.read(*files, initial=initial).adapter
+    """Read the files of an original, and return a function that parses them on any thread."""
+    known, (config, weights, initial) = format_named(final.format), _files(store, final)
+    return lambda: known.read(config, weights, initial=initial).adapter
 
 
 def read_with_extras(store: Store, final: StoredAdapter) -> LoadedAdapter:
-    """Read the original of a task with the tensors that a code cannot represent, as its own file has them."""
-    return format_named(final.format).read(*_files(store, final), initial=_initial(store, final))
+    """Read an original with the tensors that a code cannot represent, as its own file has them."""
+    config, weights, initial = _files(store, final)
+    return format_named(final.format).read(config, weights, initial=initial)
 
 
 def read_runnable(store: Store, final: StoredAdapter) -> RunnableAdapter:
-    """Read the original of a task with everything that changes its base model's output."""
-    return format_named(final.format).runnable(*_files(store, final), initial=_initial(store, final))
+    """Read an original with everything that changes its base model's output."""
+    config, weights, initial = _files(store, final)
+    return format_named(final.format).runnable(config, weights, initial=initial)
 
 
-def _files(store: Store, final: StoredAdapter) -> tuple[bytes, bytes]:
-    return store.blobs.read(final.config), store.blobs.read(final.weights)
-
-
-def _initial(store: Store, final: StoredAdapter) -> bytes | None:
-    return None if final.initial is None else store.blobs.read(final.initial)
+def _files(store: Store, final: StoredAdapter) -> tuple[bytes, bytes, bytes | None]:
+    read = store.blobs.read
+    return read(final.config), read(final.weights), None if final.initial is None else read(final.initial)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from icmlora.fleet.resources.stored_vectors import ComparableVectors, comparable_vectors
 from icmlora.task_vectors.recognition import Recognizer, TooFewVectors
 from registry.filters import Selection
-from registry.manifests import Adapter, Task, View
+from registry.manifests import Task, View
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -46,9 +46,16 @@ class Exemplars:
             return None
         name = recognizer.recognize(known.vectors[task.name]).task
         found = None if name is None else self._store.find(name)
-        if found is None or found.code is None or (found.name != task.name and not _fits(found.final, task.final)):
+        if found is None or found.code is None:
             return None
-        return found
+        if found.name == task.name:
+            return found
+        # It can be written in the form of this one if it has the same modules, and no larger ranks.
+        mine, theirs = ({name: (rank, shape) for name, rank, *shape in one.final.layout} for one in (task, found))
+        fits = mine.keys() == theirs.keys() and all(
+            shape == mine[name][1] and rank <= mine[name][0] for name, (rank, shape) in theirs.items()
+        )
+        return found if fits else None
 
     def _read_view(self, view: View) -> tuple[ComparableVectors, Recognizer | None]:
         """Return the vectors of a view, and a recognizer of the tasks among them that have a code."""
@@ -59,12 +66,3 @@ class Exemplars:
             return known, Recognizer({name: vectors for name, vectors in known.vectors.items() if name in coded})
         except TooFewVectors:
             return known, None
-
-
-def _fits(exemplar: Adapter, final: Adapter) -> bool:
-    """Return whether an adapter can be written in the form of another: the same modules, and no larger ranks."""
-    mine = {module: (inputs, outputs, rank) for module, rank, inputs, outputs in final.layout}
-    theirs = {module: (inputs, outputs, rank) for module, rank, inputs, outputs in exemplar.layout}
-    return mine.keys() == theirs.keys() and all(
-        mine[module][:2] == theirs[module][:2] and theirs[module][2] <= mine[module][2] for module in mine
-    )

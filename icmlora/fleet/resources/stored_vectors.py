@@ -31,11 +31,11 @@ NO_VECTORS = "run `icm vectors` to extract the missing vectors"
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A task that cannot be compared with the others, and why."""
+    """A task that cannot be compared with the others."""
 
     task: str
     reason: str
-    is_damaged: bool = False  # whether its vectors are in the store, and cannot be read
+    is_damaged: bool = False  # whether its stored vectors cannot be read
 
 
 @dataclass(frozen=True)
@@ -66,32 +66,21 @@ def comparable(
     of_task: Mapping[str, Sequence[Vector]], read: Callable[[str], bytes], view: View, like: str | None = None
 ) -> ComparableVectors:
     """Read the vectors of some tasks that one extractor made: the extractor of the task `like`, or the most common."""
-    chosen, others, extractor = vectors_to_compare(of_task, view, like)
-    vectors, unreadable = read_comparable(read, chosen)
-    left_out = sorted([*others, *unreadable], key=lambda entry: entry.task)
-    return ComparableVectors(vectors, tuple(left_out), extractor if vectors else None)
-
-
-def vectors_to_compare(
-    of_task: Mapping[str, Sequence[Vector]], view: View, like: str | None = None
-) -> tuple[dict[str, list[Vector]], list[LeftOut], str | None]:
-    """Return the vectors that `comparable` reads, by task, the tasks that have none, and their extractor."""
     latest = {name: latest_vectors(vectors) for name, vectors in of_task.items()}
     in_view = {name: [vector for vector in vectors if vector.view == view] for name, vectors in latest.items()}
     made_by = {name: comparison_key(vectors[0].extractor) for name, vectors in in_view.items() if vectors}
-    if like is not None:
-        chosen = made_by.get(like)
-    else:
-        # Counted by name, so that of two extractors with equally many tasks the same one wins every time.
-        common = Counter(made_by[name] for name in sorted(made_by)).most_common(1)
-        chosen = common[0][0] if common else None
-    found, left_out = {}, []
+    # Counted by name, so that of two extractors with equally many tasks the same one wins every time.
+    common = Counter(made_by[name] for name in sorted(made_by)).most_common(1)
+    chosen = made_by.get(like) if like is not None else common[0][0] if common else None
+    found, others = {}, []
     for name in sorted(latest):
         if chosen is None or made_by.get(name) != chosen:
-            left_out.append(LeftOut(name, _reason(latest[name], view, made_by.get(name), chosen)))
+            others.append(LeftOut(name, _reason(latest[name], view, made_by.get(name), chosen)))
         else:
             found[name] = in_view[name]
-    return found, left_out, chosen
+    vectors, unreadable = read_comparable(read, found)
+    left_out = sorted([*others, *unreadable], key=lambda entry: entry.task)
+    return ComparableVectors(vectors, tuple(left_out), chosen if vectors else None)
 
 
 def read_comparable(
@@ -150,13 +139,10 @@ def _reason(vectors: Sequence[Vector], view: View, made_by: str | None, chosen: 
         return f"no vectors of the {view} view, which needs samples"
     own, others = json.loads(made_by), json.loads(chosen)
     if own.get("source") != others.get("source"):
-        return f"made from {_texts_of(own)}, but the others were made from {_texts_of(others)}"
+        one, other = ("probe texts" if made.get("source") == "probes" else "samples" for made in (own, others))
+        return f"made from {one}, but the others were made from {other}"
     if own.get("base") != others.get("base"):
         return "made with another copy of the base model"
     if own.get("dtype") != others.get("dtype"):
         return f"made with the base model in {own.get('dtype')}, the others in {others.get('dtype')}"
     return "made by another version of icm, or with other settings"
-
-
-def _texts_of(extractor: dict[str, object]) -> str:
-    return "probe texts" if extractor.get("source") == "probes" else "samples"

@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 
-from registry.manifests import Code, Generator, Task
-
-
-def needs_code(task: Task, generator: Generator) -> bool:
-    """Return whether a task has no code of the generator in use."""
-    return task.code_under(generator) is None
+from registry.manifests import Code, Task
 
 
 def with_code(task: Task, code: Code) -> Task:

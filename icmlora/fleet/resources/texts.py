@@ -11,7 +11,7 @@ from icmlora.base_models.examples.adapter_template import template_of
 from icmlora.base_models.examples.chat_template import Templates
 from icmlora.base_models.examples.examples import Examples
 from icmlora.base_models.reading import EvaluationData, examples_for
-from icmlora.fleet.resources.decoding import read_companions
+from icmlora.fleet.resources.adapter_row import read_companions
 
 if TYPE_CHECKING:
     from icmlora.base_models.examples.context import TaskContext

@@ -5,12 +5,12 @@
                        compute ─┼─▶ record     each worker keeps its models loaded and only reads the store
                        compute ─┘
 
-The caller is the only writer, and holds the job lock if there is one. So a worker may die at any time: nothing of its
-task is in the store yet, and another worker computes it again.
+The caller is the only writer, and holds the job lock if there is one. If a worker dies, nothing of its task is in the
+store yet, and another worker computes it again.
 
-A worker opens the store by itself. A folder has to be at the same path on every machine. A team's store is opened by
-its address, with the credentials that the worker's own environment has, and read through the cache of its own home. The
-base models and icm itself have to be on every machine.
+Each worker opens the store itself. A folder has to be at the same path on every machine. A team's store is opened by
+its address, with the credentials in the worker's own environment, and read through the cache of its own home. Base
+models and icm have to be on every machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import torch
 from icmlora.errors import InvalidWorkers, WorkerDied, WorkersUnavailable
 from icmlora.fleet.context import Context, ignore
 from icmlora.fleet.failures import Failed
-from icmlora.fleet.resources.loading import BaseFacts, Models
+from icmlora.fleet.resources.loading import BaseFacts, ModelCache
 from icmlora.io.devices import resolve_device
 from registry.errors import StoreUnavailable
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 ATTEMPTS = 3
 """How often a task is computed if its worker dies each time."""
 
-_POLL_SECONDS = 0.2  # between two looks at whether the user wants to stop
+_POLL_SECONDS = 0.2  # between two checks whether the user wants to stop
 _OBJECT_STORE_BYTES = 128 << 20  # of a local cluster; results are codes and vectors, a few megabytes at most
 
 _SETTINGS = {
@@ -60,7 +60,7 @@ Tell = Callable[[str], None]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Work = Callable[Concatenate[Models, Sequence["Task"], Tell, P], Iterator[tuple["Task", R]]]
+Work = Callable[Concatenate[ModelCache, Sequence["Task"], Tell, P], Iterator[tuple["Task", R]]]
 """A function of a module that yields tasks of one base model with their results, and writes nothing."""
 
 
@@ -75,7 +75,7 @@ def worker_pool(context: Context, store: Store, *, device: str, workers: str | N
         WorkersUnavailable: Ray is not installed, or there is no cluster.
     """
     if workers is None:
-        yield _ThisProcess(Models(store, resolve_device(device), context.cache))
+        yield _ThisProcess(ModelCache(store, resolve_device(device), context.cache))
         return
     address = context.address
     if isinstance(address, Path):
@@ -83,10 +83,17 @@ def worker_pool(context: Context, store: Store, *, device: str, workers: str | N
     else:
         address.check_shareable()
     with _cluster(workers) as ray:
-        share = _share(ray, workers, device)
+        if workers.isdecimal():  # divide this machine
+            count = int(workers)
+            cards = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+            cpus, gpus = 1, 1 / math.ceil(count / cards) if cards else 0
+            threads = max(1, torch.get_num_threads() // count)
+        else:
+            count, cpus, gpus = _of_cluster(ray, workers, device)
+            threads = cpus
         here = replace(context, address=address, on_event=ignore, patience=None)
-        actor = ray.remote(_Worker).options(num_cpus=share.cpus, num_gpus=share.gpus)
-        pool = _Pool(ray, lambda: actor.remote(here, device, share.threads), share.workers, store)
+        actor = ray.remote(_Worker).options(num_cpus=cpus, num_gpus=gpus)
+        pool = _Pool(ray, lambda: actor.remote(here, device, threads), count, store)
         try:
             yield pool
         finally:
@@ -97,7 +104,7 @@ def check_place(device: str, workers: str | None) -> None:
     """Check where to compute, before a store is opened.
 
     Args:
-        device: the device of this process or of each worker.
+        device: The device of this process or of each worker.
         workers: None for this process, the number of processes to start here, or `ray://HOST:PORT`.
 
     Raises:
@@ -106,15 +113,12 @@ def check_place(device: str, workers: str | None) -> None:
     """
     if workers is None:
         resolve_device(device)
-        return
-    if ":" in device:
-        raise InvalidWorkers(
-            f"workers cannot share device {device!r}", hint="use --device cuda to give each worker its own GPU"
-        )
-    if not (workers.isdecimal() and 1 <= int(workers) <= 1024) and not workers.startswith("ray://"):
-        raise InvalidWorkers(
-            f"{workers!r} is neither a number of workers nor an address", hint="write 4, or ray://HOST:10001"
-        )
+    elif ":" in device:
+        hint = "use --device cuda to give each worker its own GPU"
+        raise InvalidWorkers(f"workers cannot share device {device!r}", hint=hint)
+    elif not (workers.isdecimal() and 1 <= int(workers) <= 1024) and not workers.startswith("ray://"):
+        fact = f"{workers!r} is neither a number of workers nor an address"
+        raise InvalidWorkers(fact, hint="write 4, or ray://HOST:10001")
 
 
 def naming(task: Task, tell: Tell) -> Tell:
@@ -126,7 +130,7 @@ def naming(task: Task, tell: Tell) -> Tell:
 class _ThisProcess:
     """Calls a function here, on all tasks at once."""
 
-    models: Models
+    models: ModelCache
 
     def each(
         self, work: Work[P, R], tasks: Sequence[Task], tell: Tell, *args: P.args, **kwargs: P.kwargs
@@ -143,10 +147,10 @@ class _Worker:
         self._facts: list[BaseFacts] = []
 
     @cached_property
-    def _models(self) -> Models:  # not in the constructor, so that an error comes back as that of a task
+    def _models(self) -> ModelCache:  # not in the constructor, so that an error fails a task instead of the worker
         torch.set_num_threads(self._threads)
         store = self._context.open(read_only=True)
-        return Models(store, resolve_device(self._device), self._context.cache, self._facts.append)
+        return ModelCache(store, resolve_device(self._device), self._context.cache, self._facts.append)
 
     def run(
         self, task: Task, call: tuple[Callable[..., Iterator[tuple[Task, R]]], Any, Any]
@@ -176,7 +180,7 @@ class _Pool:
     ) -> Iterator[tuple[Task, R | Failed]]:
         """Call `work` as `_ThisProcess` does, with one task at a time; its arguments and results are pickled."""
         call = self._ray.put((work, args, kwargs))  # once: a file of held-out text may be among the arguments
-        # Large ones first: a large one that comes last keeps the other workers waiting.
+        # Large ones first: a large one at the end keeps the other workers waiting.
         waiting = deque(sorted(tasks, key=lambda task: -task.final.parameters))
         died = Counter[str]()
         while waiting or self._running:
@@ -186,13 +190,22 @@ class _Pool:
             for reference in done:
                 worker, task = self._running.pop(reference)
                 try:
-                    result: R | Failed = self._result(worker, reference)
-                except WorkerDied as error:
+                    result, facts = self._ray.get(reference)
+                except self._ray.exceptions.RayTaskError as error:  # raised by the computation
+                    raise error.cause from error
+                except self._ray.exceptions.RayError:
+                    self._ray.kill(worker)  # it may only be unreachable
+                    self._idle.append(self._start())
                     died[task.name] += 1
                     if died[task.name] < ATTEMPTS:
                         waiting.appendleft(task)
                         continue
-                    result = Failed(error)
+                    fact = f"its worker died {ATTEMPTS} times"
+                    result = Failed(WorkerDied(fact, hint="use fewer workers if memory ran out"))
+                else:
+                    self._idle.append(worker)
+                    for one in facts:
+                        one.record(self._store)
                 self._hand_out(waiting, call)  # before the caller records this one
                 yield task, result
 
@@ -201,58 +214,27 @@ class _Pool:
             worker, task = self._idle.pop(), waiting.popleft()
             self._running[worker.run.remote(task, call)] = worker, task
 
-    def _result(self, worker: Any, reference: Any) -> Any:
-        """Return the result of a worker; raise `WorkerDied` and replace it if it died."""
-        try:
-            result, facts = self._ray.get(reference)
-        except self._ray.exceptions.RayTaskError as error:  # raised by the computation
-            raise error.cause from error
-        except self._ray.exceptions.RayError as error:
-            self._ray.kill(worker)  # it may only be out of reach
-            self._idle.append(self._start())
-            fact = f"its worker died {ATTEMPTS} times"
-            raise WorkerDied(fact, hint="use fewer workers if memory ran out") from error
-        self._idle.append(worker)
-        for one in facts:
-            one.record(self._store)
-        return result
-
     def stop(self) -> None:
         """Kill the workers; unfinished results are lost."""
         for worker in (*self._idle, *(worker for worker, _ in self._running.values())):
             self._ray.kill(worker)
 
 
-@dataclass(frozen=True)
-class _Share:
-    """The number of workers, and the resources of each."""
-
-    workers: int
-    cpus: float
-    gpus: float
-    threads: int
-
-
-def _share(ray: Any, workers: str, device: str) -> _Share:
-    """Return one worker per GPU, or divide this machine, or use one worker per machine."""
-    if workers.isdecimal():
-        count = int(workers)
-        cards = torch.cuda.device_count() if device in ("auto", "cuda") else 0
-        return _Share(count, 1, 1 / math.ceil(count / cards) if cards else 0, max(1, torch.get_num_threads() // count))
+def _of_cluster(ray: Any, address: str, device: str) -> tuple[int, int, int]:
+    """Return the number of workers, and the CPUs and GPUs of each: one worker per GPU, or one per machine."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     if not nodes:
-        raise WorkersUnavailable(f"no machine of {workers} has a free CPU")
+        raise WorkersUnavailable(f"no machine of {address} has a free CPU")
     with_cards = [node for node in nodes if node.get("GPU", 0) >= 1] if device != "cpu" else []
     if with_cards:
-        cores = max(1, min(int(node["CPU"] // node["GPU"]) for node in with_cards))
-        return _Share(sum(int(node["GPU"]) for node in with_cards), cores, 1, cores)
-    cores = min(int(node["CPU"]) for node in nodes)
-    return _Share(len(nodes), cores, 0, cores)
+        cpus = max(1, min(int(node["CPU"] // node["GPU"]) for node in with_cards))
+        return sum(int(node["GPU"]) for node in with_cards), cpus, 1
+    return len(nodes), min(int(node["CPU"]) for node in nodes), 0
 
 
 @contextmanager
 def _cluster(workers: str) -> Iterator[Any]:
-    """Start a cluster on this machine, or connect to one, for a block. One that this process has already is used."""
+    """Start a cluster on this machine, or connect to one, for a block. A cluster of this process is used again."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     try:
@@ -263,36 +245,22 @@ def _cluster(workers: str) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    with _own_signals():
-        try:
-            _start(ray, workers)
-        except Exception as error:  # Ray raises errors of many kinds, plain `Exception` among them
-            first, *more = str(error).strip().splitlines() or [type(error).__name__]
-            fact = f"{first} {more[-1]}" if first.endswith(":") and more else first  # what a server raised is below
-            raise WorkersUnavailable(f"no Ray cluster for --workers {workers}: {fact}") from error
+    options: dict[str, Any] = {"address": workers}
+    if workers.isdecimal():
+        options = {"address": "local", "num_cpus": int(workers), "object_store_memory": _OBJECT_STORE_BYTES}
+        options["include_dashboard"] = False
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except Exception as error:  # Ray raises errors of many kinds, plain `Exception` among them
+        first, *more = str(error).strip().splitlines() or [type(error).__name__]
+        fact = f"{first} {more[-1]}" if first.endswith(":") and more else first  # the cause is on the last line
+        raise WorkersUnavailable(f"no Ray cluster for --workers {workers}: {fact}") from error
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, handler)  # Ray replaces it
     try:
         yield ray
     finally:
         ray.shutdown()
-
-
-def _start(ray: Any, workers: str) -> None:
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if workers.isdecimal():
-        memory = {"object_store_memory": _OBJECT_STORE_BYTES}
-        ray.init(address="local", num_cpus=int(workers), include_dashboard=False, **memory, **quiet)
-    else:
-        ray.init(address=workers, **quiet)
-
-
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Keep the handler of SIGTERM, which Ray replaces."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

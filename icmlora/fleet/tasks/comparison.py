@@ -23,7 +23,7 @@ from icmlora.adapter.metrics import distance
 from icmlora.adapter.model import Adapter
 from icmlora.adapter.sketch import SKETCH_SIZE, near_pairs, sketch
 from icmlora.errors import DataError
-from icmlora.fleet.context import Context, OpenedGenerator
+from icmlora.fleet.context import Context, GeneratorCache
 from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.resources.adapter_source import refuse_large
 from icmlora.fleet.resources.decoding import code_reader
@@ -90,7 +90,7 @@ class Comparison:
 
     def __init__(self, store: Store, tasks: Sequence[Task], report: DuplicatesReport, steps: Steps) -> None:
         self._store, self._tasks, self._report, self._steps = store, tasks, report, steps
-        self._opened = OpenedGenerator()
+        self._opened = GeneratorCache()
         self._adapter = lru_cache(_IN_MEMORY)(lambda place: self._reader(place)())
         self._keys = Counter(task.final.tensors_key for task in tasks)
         self._oldest: dict[str, int] = {}  # files, or tensors with their meaning -> place of the oldest such task

@@ -1,18 +1,23 @@
-"""List the versions of a task. Never imports torch or numpy."""
+"""List the versions of a task, oldest first; the last one has the aliases: `icm log`."""
 
 from __future__ import annotations
 
 from icmlora.fleet.context import Context, use_case
+from icmlora.fleet.params import TaskName
 from registry.manifests import File, Task
 
 
 @use_case
-def list_versions(context: Context, task: str) -> list[Task]:
-    """Return the versions of a task, oldest first; the last one has the aliases.
+def list_versions(context: Context, task: TaskName) -> list[Task]:
+    """List the versions of a task, newest first.
 
-    Args:
-        context: The store.
-        task: The task.
+    ORIGINAL: size of the adapter as ingested. STORED: size of the version's files in the store; versions may share
+    some of them. KEPT: original, code and checkpoints, as far as they are in the store. TASK@2 or TASK@ALIAS names a
+    version in other commands.
+
+    Example:
+      icm log shakespeare
+      icm show shakespeare@1
     """
     with context.open(read_only=True) as store:
         return store.history(task)

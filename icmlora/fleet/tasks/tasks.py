@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context, base_name, check_base_model, use_case
-from icmlora.fleet.params import NamedTasks, Param
+from icmlora.fleet.params import BaseModelName, Filters, Limit, NamedTasks, Param, Sort, TaskName
 from icmlora.formats.tensor_hash import same_tensors, tensors_digest
 from registry.errors import DamagedStore, GeneratorNotFound, LastCopy, LostRace, TaskConflict
 from registry.filters import FIELDS, FilterField, Selection, parse_filter, parse_sort
@@ -76,20 +76,25 @@ def filter_fields() -> Collection[FilterField]:
 @use_case
 def list_tasks(
     context: Context,
-    base_model: str | None = None,
+    base_model: BaseModelName = None,
     *,
-    filters: Sequence[str] = (),
-    sort: str | None = None,
-    limit: int | None = None,
+    filters: Filters = (),
+    sort: Sort = None,
+    limit: Limit = None,
 ) -> list[TaskRow]:
-    """List the tasks, by name unless `sort` is given.
+    """List the tasks in the store, or in a bundle with --from.
 
-    Args:
-        context: The store.
-        base_model: Only the tasks of this base model.
-        filters: Conditions such as `rank>=8`, `tag=prod` or `base~llama`; a task is listed if all of them hold.
-        sort: A field and a direction, such as `size:desc`; tasks without a value come last.
-        limit: Maximum number of tasks.
+    ORIGINAL: size of the original; "evicted" if it was deleted, "none" if a bundle brought only the code.
+    CODE: size of the code; "-" if there is none yet (run `icm train`), "original only" if there cannot be one
+    (`icm show` gives the reason). GAIN and RELATIVE ERROR: measured quality of the code. A narrow terminal shows fewer
+    columns. --quiet prints only names.
+
+    A filter is FIELD, an operator (= != > >= < <= or ~ for contains) and a value; case does not matter. Fields: name,
+    base, rank, size, code, extras, gain, error, tag, source, note, and status (evicted, pinned, coded, original-only,
+    does-nothing, generated). Sizes take units: 10MB, 512KiB.
+
+    Example:
+      icm ls -F 'rank>=8' -F tag=prod -F 'base~llama' --sort size:desc --limit 20
 
     Raises:
         DataError: No task belongs to the base model.
@@ -208,9 +213,18 @@ def list_tags(context: Context) -> Mapping[str, int]:
 
 
 @use_case
-def show_task(context: Context, task: str) -> TaskDetails:
-    """Return everything the store knows about one `task`."""
-    from icmlora.fleet.map.map import nearest_tasks
+def show_task(context: Context, task: TaskName) -> TaskDetails:
+    """Show one task: its adapters, vectors, code and measured quality.
+
+    TASK@2 or TASK@ALIAS shows one of its versions; `icm log` lists them. The nearest tasks have the smallest cosine
+    distance between task vectors. `icm map` compares all tasks.
+
+    Example:
+      icm show shakespeare
+      icm show shakespeare@2
+      icm show watercolour --errors
+    """
+    from icmlora.fleet.map.task_map import nearest_tasks
 
     with context.open(read_only=True) as store:
         known = store.task(task)

@@ -18,7 +18,6 @@ import torch
 
 from icmlora.errors import DataError, GeneratorError
 from icmlora.fleet.context import Context
-from icmlora.fleet.resources.task_code import needs_code
 from icmlora.fleet.train.candidates import UpdateCandidates
 from icmlora.fleet.train.publish import publish, put_files
 from icmlora.fleet.train.report import CodeMade, Updated
@@ -43,7 +42,7 @@ def update_base(
         raise DataError(f"{label} has no generator to add tasks to", hint=hint)
     data = store.blobs.read(generator.blob)
     present = GeneratorFile(data)
-    tasks = (task for task in store.tasks(Selection(base_model=label)) if needs_code(task, generator))
+    tasks = (task for task in store.tasks(Selection(base_model=label)) if task.code_under(generator) is None)
     source = usable_source(context, store, label, tasks)
     # By default as in the generator's first training.
     tolerance = present.configs[0].tolerance if options.quality is None else tolerance_of(options.quality)

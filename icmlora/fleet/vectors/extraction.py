@@ -12,7 +12,7 @@ import torch
 
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited
 from icmlora.fleet.failures import FAILURES, BaseUnavailable, Failed, as_error
-from icmlora.fleet.resources.loading import Models, read_runnable
+from icmlora.fleet.resources.loading import ModelCache, read_runnable
 from icmlora.fleet.resources.texts import read_samples
 from icmlora.fleet.resources.workers import Tell
 from icmlora.task_vectors.extraction import extract_adapted, extract_context
@@ -42,7 +42,7 @@ class ExtractedVectors:
 
 
 def extract_tasks(
-    models: Models, tasks: Sequence[Task], tell: Tell
+    models: ModelCache, tasks: Sequence[Task], tell: Tell
 ) -> Iterator[tuple[Task, ExtractedVectors | Failed | BaseUnavailable]]:
     """Extract the vectors of each task of one base model."""
     for task in tasks:

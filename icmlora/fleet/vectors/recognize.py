@@ -6,7 +6,6 @@ samples ──base model──▶ context vectors ──▶ a probability for ea
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,9 +15,9 @@ import numpy as np
 from icmlora.base_models.catalogue import check_examples
 from icmlora.base_models.examples.media_archive import read_examples
 from icmlora.base_models.reading import examples_for
-from icmlora.errors import DataError, NotRecognized
+from icmlora.errors import DataError, NotRecognized, OptionsConflict
 from icmlora.fleet.context import Context, use_case
-from icmlora.fleet.resources.code_source import CodeSource, open_store
+from icmlora.fleet.resources.code_source import open_codes
 from icmlora.fleet.resources.stored_vectors import NO_VECTORS, LeftOut, comparison_key
 from icmlora.fleet.vectors.extraction import SAMPLES_READ, VECTOR_DTYPE
 from icmlora.io.devices import resolve_device
@@ -54,14 +53,22 @@ class RecognizeReport(Recognition):
 
 @use_case
 def recognize(
-    context: Context, samples: str | Path, *, base_model: str | None = None, device: str = "auto"
+    context: Context,
+    samples: str | Path,
+    *,
+    base_model: str | Path | None = None,
+    loader: str | None = None,
+    device: str = "auto",
 ) -> RecognizeReport:
     """Recognize the known task that some samples belong to, by their task vectors. Needs the base model.
 
     Args:
-        context: The store.
+        context: The store or the bundle.
         samples: File of samples as JSON lines; up to 32 are read, and 16 are enough.
-        base_model: Only tasks of this base model; needed only if tasks of several have vectors.
+        base_model: Only tasks of this base model; needed only if tasks of several have vectors. With a bundle, the
+            folder or GGUF file of its base model; by default it is searched for in the Hugging Face cache.
+        loader: With a bundle and `base_model`, `MODULE:FUNCTION` of a function marked with
+            `icmlora.base_model_loader`, for a base model outside transformers. Bundles never name one.
         device: Where to compute.
 
     Returns:
@@ -70,33 +77,28 @@ def recognize(
 
     Raises:
         DataError: The samples cannot be used, or too few tasks have context vectors.
-        BaseModelNotFound: The base model is not on this machine.
+        OptionsConflict: There is a loader, but no bundle or no base model.
+        BaseModelNotFound: The base model is not on this machine, or its loader cannot be used.
+        BundleError: The bundle is damaged, or the file was replaced.
     """
-    with open_store(context, read_only=False) as codes:
-        return recognize_among(codes, Path(samples), base_model, device, context.progress)
-
-
-def recognize_among(
-    codes: CodeSource,
-    samples: Path,
-    base_model: str | None,
-    device: str,
-    progress: Callable[[float, float | None, str], None] = lambda done, total, note: None,
-) -> RecognizeReport:
-    """Recognize the task of samples among the tasks of a store or a bundle, as `recognize` does."""
-    data = read_examples(samples)
-    check_examples(data, path=samples, any_row=codes.any_row)  # before a model is loaded
-    label, known = codes.context_vectors(base_model)
-    try:
-        recognizer = Recognizer(known.vectors)
-    except TooFewVectors as error:
-        fact = f"recognition needs the context vectors of {error}; {len(known.vectors)} are comparable"
-        raise DataError(fact, hint=f"a support set is made from 8 samples; {NO_VECTORS}") from None
-    progress(0, None, f"loading {label}")
-    base = codes.open_base(label, resolve_device(device), VECTOR_DTYPE, known.extractor)
-    progress(0, None, "reading the samples")
-    count, found = _recognized(base, data, samples, recognizer, known.extractor)
-    return RecognizeReport(found.candidates, found.new, label, count, known.left_out)
+    if loader is not None and (context.bundle is None or base_model is None):
+        hint = "for a store, set the loader with `icm base add NAME PATH --loader MODULE:FUNCTION`"
+        raise OptionsConflict("--loader needs a bundle and --base-model PATH", hint=hint)
+    path = Path(samples)
+    with open_codes(context, read_only=False, base_model=base_model, loader=loader) as codes:
+        data = read_examples(path)
+        check_examples(data, path=path, any_row=codes.any_row)  # before a model is loaded
+        label, known = codes.context_vectors(None if base_model is None else str(base_model))
+        try:
+            recognizer = Recognizer(known.vectors)
+        except TooFewVectors as error:
+            fact = f"recognition needs the context vectors of {error}; {len(known.vectors)} are comparable"
+            raise DataError(fact, hint=f"a support set is made from 8 samples; {NO_VECTORS}") from None
+        context.progress(0, None, f"loading {label}")
+        base = codes.open_base(label, resolve_device(device), VECTOR_DTYPE, known.extractor)
+        context.progress(0, None, "reading the samples")
+        count, found = _recognized(base, data, path, recognizer, known.extractor)
+        return RecognizeReport(found.candidates, found.new, label, count, known.left_out)
 
 
 def _recognized(

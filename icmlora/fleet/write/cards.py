@@ -1,8 +1,8 @@
-"""Model cards (README.md) of the adapters that icm writes; the same facts give the same bytes."""
+"""Write the model cards (README.md) of adapters; the same facts give the same bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -11,11 +11,12 @@ import yaml
 from icmlora.fleet.measure.metric_result import measured_in
 from icmlora.formats.peft.peft import CONTEXT_MESSAGES_NAME, CONTEXT_NAMES, CONTEXT_TEXT_NAME
 from icmlora.io.text import counted, escape
-from registry.manifests import Claim, Generator, WithRelativeError
+from registry.manifests import Generator, Task, relative_error
 from registry.names import split_label
 
 if TYPE_CHECKING:
     from icmlora.fewshot.guard import Guard
+    from icmlora.fleet.write.sources import ResolvedSource
 
 _CARD = """\
 ---
@@ -27,7 +28,7 @@ A LoRA adapter for `{base}`, written by icm {how}.
 {untrained}{context}
 | | |
 |---|---|
-| source | {rung} |
+| source | {source} |
 | generator | version {version}, sha256 `{generator}` |
 | relative error | {error} |
 | retained gain | {gain} |
@@ -66,72 +67,41 @@ An engine with prefix caching processes the context only once.
 
 _MADE_FOR_IT = "The adapter was made for use with this context and is less effective without it.\n"
 
-_HOW = {
-    "code": "from the task's stored code",
-    "network": "from the task vectors alone; it is a prediction, not a copy of the original adapter",
-}
 
-
-@dataclass(frozen=True)
-class Provenance(WithRelativeError):
-    """Where a decoded adapter comes from."""
-
-    task: str
-    base_model: str
-    source: Literal["code", "recalled", "network"]
-    generator: str  # digest of the network
-    version: int | None  # of the generator; None if it is not known
-    squared_error: float | None  # None if it was not measured
-    retained_gain: float | None  # as `icm eval` measured it
-    seed: int | None
-    is_generated: bool
-    recognized: str | None = None  # the task whose code the task's vectors brought back
-    precision: str | None = None  # of the base model that the gain was measured on
-    claim: Claim | None = None  # of the bundle with its code, not measured here
-
-    @property
-    def rung(self) -> str:
-        """The name of the source in files."""
-        return "generate" if self.source == "recalled" else self.source
-
-    @property
-    def how(self) -> str:
-        """How it was made, in words."""
-        if self.source != "recalled":
-            return _HOW[self.source]
-        if self.recognized is None:
-            return _HOW["network"]
-        return f"from the stored code of {self.recognized}, the task that its task vectors recognise"
-
-    def metadata(self) -> dict[str, str]:
-        """Return the fields for the header of the tensor file."""
-        fields = {"icm_task": self.task, "icm_rung": self.rung, "icm_generator": str(self.generator)}
-        return fields if self.seed is None else fields | {"icm_seed": str(self.seed)}
-
-
-def card_text(provenance: Provenance, files: Collection[str] = ()) -> str:
+def card_text(found: ResolvedSource, files: Collection[str] = ()) -> str:
     """Return the card of a decoded adapter with these files next to it."""
-    sampled = "" if provenance.seed is None else f" (sampled with seed {provenance.seed})"
-    claim = provenance.claim
+    task, claim = found.task, found.claim
+    assert found.generator is not None
+    if found.recognized is not None:
+        how = f"from the stored code of {found.recognized}, the task that its task vectors recognise"
+    elif found.source == "code":
+        how = "from the task's stored code"
+    else:
+        how = "from the task vectors alone; it is a prediction, not a copy of the original adapter"
+    version = found.codes.version_of(found.generator, task.base_model)
+    precision = None if found.measured is None else found.measured.precision
     return _CARD.format(
-        front=front_matter(provenance.base_model),
-        task=provenance.task,
-        base=quoted(provenance.base_model),
-        how=provenance.how + sampled,
-        untrained=_UNTRAINED if provenance.is_generated else "",
+        front=front_matter(task.base_model),
+        task=task.name,
+        base=quoted(task.base_model),
+        how=how if found.seed is None else f"{how} (sampled with seed {found.seed})",
+        untrained=_UNTRAINED if task.final.is_generated else "",
         context="" if CONTEXT_NAMES.isdisjoint(files) else CONTEXT_USE,
-        rung=provenance.source,
-        version="unknown" if provenance.version is None else provenance.version,
-        generator=provenance.generator,
-        error=_figure(provenance.relative_error, None if claim is None else claim.relative_error),
-        gain=_figure(provenance.retained_gain, None if claim is None else claim.retained_gain)
-        + measured_in([provenance.precision if claim is None else claim.precision]),
+        source=found.source,
+        version="unknown" if version is None else version,
+        generator=found.generator,
+        error=_figure(relative_error(found.squared_error), None if claim is None else claim.relative_error),
+        gain=_figure(found.retained_gain, None if claim is None else claim.retained_gain)
+        + measured_in([precision if claim is None else claim.precision]),
     )
 
 
-def original_card(task: str, base_model: str, weights: str) -> str:
-    """Return the card of an original that came without one; `weights` is the digest of its tensor file."""
-    return _ORIGINAL_CARD.format(front=front_matter(base_model), task=task, base=quoted(base_model), weights=weights)
+def original_card(task: Task) -> str:
+    """Return the card of an original that came without one."""
+    label = task.base_model
+    return _ORIGINAL_CARD.format(
+        front=front_matter(label), task=task.name, base=quoted(label), weights=task.final.weights
+    )
 
 
 def front_matter(base_model: str) -> str:
@@ -142,7 +112,7 @@ def front_matter(base_model: str) -> str:
         "library_name": "peft",
         "tags": ["lora", "icm", f"base_model:adapter:{base_model}"],
     }
-    # The label is untrusted, so the YAML library does the quoting.
+    # YAML quotes the label, which is untrusted.
     return yaml.safe_dump(fields, sort_keys=True, allow_unicode=True)
 
 
@@ -192,6 +162,10 @@ class GeneratedCard:
     def text(self) -> str:
         """Return the text of the card."""
         described = "" if self.description is None else f"\nDescription by the user: {escape(self.description)}\n"
+        measured, guard = "", self.guard
+        if guard is not None:
+            measured = f"| nats per token on {guard.told_by} | {guard.figures} |\n"
+            measured += "" if self.distilled else f"| recommended | {guard.recommended} |\n"
         return _GENERATED_CARD.format(
             front=front_matter(self.base_model),
             task=self.task,
@@ -200,7 +174,7 @@ class GeneratedCard:
             counted=counted(self.samples, "sample"),
             description=described,
             context=(CONTEXT_USE if self.has_context else "") + (_MADE_FOR_IT if self.is_made_for_it else ""),
-            measured="" if self.guard is None else _measured(self.guard, is_chosen=not self.distilled),
+            measured=measured,
             refined=self.refined,
             distilled=f"| steps of distillation | {self.distilled} |\n" if self.distilled else "",
             version=self.generator.version,
@@ -210,12 +184,6 @@ class GeneratedCard:
     def metadata(self) -> dict[str, str]:
         """Return the fields for the header of the tensor file."""
         return {"icm_task": self.task, "icm_rung": "generated", "icm_generator": str(self.generator.blob)}
-
-
-def _measured(guard: Guard, *, is_chosen: bool) -> str:
-    """Return the rows of a card with the losses of adapter and context, and a recommendation."""
-    served = f"| recommended | {guard.recommended} |\n" if is_chosen else ""
-    return f"| nats per token on {guard.told_by} | {guard.figures} |\n{served}"
 
 
 _MERGED_CARD = """\
@@ -243,32 +211,14 @@ class MergedPart:
     original: str  # digest of the original's weights
 
 
-@dataclass(frozen=True)
-class MergedCard:
-    """The card of an adapter that was made of several others."""
-
-    task: str
-    base_model: str
-    how: str  # the method and its options
-    parts: tuple[MergedPart, ...]
-
-    @property
-    def source(self) -> str:
-        """Its origin in a few words."""
-        return f"merged {', '.join(f'{part.weight:.3g} {part.task}' for part in self.parts)} ({self.how})"
-
-    def text(self) -> str:
-        """Return the text of the card."""
-        rows = (f"| {part.task} | {part.weight:.3g} | {part.source} | `{part.original}` |" for part in self.parts)
-        return _MERGED_CARD.format(
-            front=front_matter(self.base_model),
-            task=self.task,
-            base=quoted(self.base_model),
-            counted=counted(len(self.parts), "adapter"),
-            how=self.how,
-            parts="\n".join(rows),
-        )
-
-    def metadata(self) -> dict[str, str]:
-        """Return the fields for the header of the tensor file."""
-        return {"icm_task": self.task, "icm_rung": "merged", "icm_source": self.source}
+def merged_card(task: str, base_model: str, how: str, parts: Sequence[MergedPart]) -> str:
+    """Return the card of a merged adapter; `how` is the method with its options."""
+    rows = (f"| {part.task} | {part.weight:.3g} | {part.source} | `{part.original}` |" for part in parts)
+    return _MERGED_CARD.format(
+        front=front_matter(base_model),
+        task=task,
+        base=quoted(base_model),
+        counted=counted(len(parts), "adapter"),
+        how=how,
+        parts="\n".join(rows),
+    )

@@ -1,10 +1,10 @@
-"""Convert an adapter into another format: what `icm materialize --format` and `icm convert` have in common.
+"""Convert an adapter into another format, for `icm materialize --format` and `icm convert`.
 
     language models   content ──read──▶ RunnableAdapter, named as in transformers ──write──▶ content
     image models      content ──read──▶ factors ──renamed by diffusers──▶ content
 
-What the other format has no place for is refused by name. Only the configuration of a base model is read, and only from
-and to GGUF files, whose names and rows are llama.cpp's.
+Parts that the other format cannot represent are refused by name. Of the base model, only the configuration is read, and
+only from and to GGUF files, which use llama.cpp's names and rows.
 """
 
 from __future__ import annotations
@@ -14,47 +14,45 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from icmlora.base_models.finding.lookup import FoundBase, read_config
 from icmlora.errors import AdapterRefused, BaseModelNotFound, BaseModelUnsuited, DataError, located
 from icmlora.formats import catalogue
 from icmlora.formats.catalogue import format_named
-from icmlora.formats.format import AdapterBytes, AdapterFormat, AdapterSummary, RunnableAdapter
+from icmlora.formats.format import AdapterBytes, AdapterFormat, AdapterSummary
+from icmlora.formats.pairs.gguf import architecture_of
+from icmlora.formats.pairs.mlx import encode_mlx
 
 if TYPE_CHECKING:
-    from icmlora.base_models.finding.lookup import FoundBase
     from icmlora.formats.pairs.gguf_lora import GgufBase
 
-# Formats for images -> those that can be renamed into them: what diffusers has converters for.
+# Formats for images -> the formats that diffusers can rename into them.
 _RENAMED: Mapping[str, tuple[str, ...]] = {
     "diffusers": ("comfyui", "xlabs", "lycoris", "kohya"),
     "kohya": ("diffusers", "lycoris"),
 }
+_UNCHANGED = "leave out --format to write it unchanged"
 
 
 @dataclass(frozen=True, eq=False)
 class SourceAdapter:
-    """An adapter that is to be converted."""
+    """An adapter to convert."""
 
-    name: str  # what it is called
-    format: AdapterFormat  # its format
-    content: AdapterBytes  # its files
+    name: str
+    format: AdapterFormat
+    content: AdapterBytes
     find_base: Callable[[], FoundBase]  # finds its base model; called only if its configuration is needed
-    path: Path | None = field(default=None, kw_only=True)  # where it came from, for messages
-    # What its training took out of the base model to begin with, if that is known.
-    initial: bytes | None = field(default=None, kw_only=True)
+    path: Path | None = field(default=None, kw_only=True)  # for messages
+    initial: bytes | None = field(default=None, kw_only=True)  # weights that training subtracted from the base model
 
     @property
     def summary(self) -> AdapterSummary:
-        """What it is; raises as `AdapterFormat.inspect` does."""
+        """Facts about it; raises as `AdapterFormat.inspect` does."""
         content = self.content
         return self.format.inspect(content.config, content.weights, path=self.path, initial=self.initial)
 
 
 def format_to_write(name: str) -> AdapterFormat:
-    """Return the format that somebody asks for.
-
-    Raises:
-        DataError: There is none of that name.
-    """
+    """Return the format with a name that a user wrote; raises `DataError` if there is none."""
     names = [known.name for known in catalogue.FORMATS]
     if name not in names:
         raise DataError(f"unknown format {name!r}", hint=f"choose one of {', '.join(names)}")
@@ -62,34 +60,26 @@ def format_to_write(name: str) -> AdapterFormat:
 
 
 def written_from(target: AdapterFormat) -> tuple[str, ...]:
-    """Name the formats whose adapters can be written in a format; its own always can."""
-    return tuple(known.name for known in catalogue.FORMATS if _why_not(known, target) is None)
+    """Return the names of the formats whose adapters can be written in a format, including its own."""
+    return tuple(known.name for known in catalogue.FORMATS if _obstacle(known, target) is None)
 
 
 def check_pair(source: AdapterFormat, target: AdapterFormat) -> None:
-    """Check that there is a way from one format to another, before the work of going it.
-
-    Raises:
-        AdapterRefused: There is none.
-    """
-    fact = _why_not(source, target)
+    """Raise `AdapterRefused` if adapters of one format cannot be converted to the other."""
+    fact = _obstacle(source, target)
     if fact is not None:
-        others = [
-            known.name for known in catalogue.FORMATS if known.name != source.name and _why_not(source, known) is None
-        ]
-        hint = f"it can be converted to {', '.join(others)}" if others else _AS_IT_IS
+        others = [known for known in catalogue.FORMATS if known.name != source.name]
+        names = [known.name for known in others if _obstacle(source, known) is None]
+        hint = f"it can be converted to {', '.join(names)}" if names else _UNCHANGED
         raise AdapterRefused(fact, kind="layers", hint=hint)
 
 
-def _why_not(source: AdapterFormat, target: AdapterFormat) -> str | None:
+def _obstacle(source: AdapterFormat, target: AdapterFormat) -> str | None:
     if source.name == target.name:
         return None
     if source.is_for_images != target.is_for_images:
-        kinds = ("language models", "image models")
-        return (
-            f"{source.name} is a format of {kinds[source.is_for_images]}, "
-            f"and {target.name} one of {kinds[target.is_for_images]}"
-        )
+        own, other = ("image" if known.is_for_images else "language" for known in (source, target))
+        return f"{source.name} is a format of {own} models, and {target.name} one of {other} models"
     if target.is_for_images and source.name not in _RENAMED.get(target.name, ()):
         return f"diffusers has no converter from {source.name} to {target.name} names"
     return None
@@ -108,40 +98,54 @@ def convert_content(
             may round once more.
 
     Raises:
-        AdapterRefused: There is no way from one format to the other, or none for a part of the adapter.
+        AdapterRefused: The pair of formats, or a part of the adapter, cannot be converted.
         BaseModelNotFound: The configuration of its base model is needed, and is not on this machine.
-        BaseModelUnsuited: Its base model is none whose adapters icm writes for llama.cpp.
+        BaseModelUnsuited: icm cannot write adapters for its base model for llama.cpp.
     """
     check_pair(source.format, target)
+    known, content = source.format, source.content
     with located(source.path):
         if target.is_for_images:
             from icmlora.formats.images.conversion import convert_image
 
-            return convert_image(source.content, source.format, target, metadata=metadata, dtype=dtype)
-        base = _gguf_base(source.find_base) if "gguf" in (source.format.name, target.name) else None
-        adapter = _runnable(source, base)
-        if target.name == "gguf":
-            assert base is not None
-            from icmlora.formats.pairs.gguf_lora import encode_gguf
-
+            return convert_image(content, known, target, metadata=metadata, dtype=dtype)
+        base = _gguf_base(source.find_base) if "gguf" in (known.name, target.name) else None
+        if base is not None:
+            from icmlora.formats.pairs.gguf_lora import encode_gguf, with_base_names
+        if known.name == "gguf" and base is not None:
+            loaded = known.read(content.config, content.weights)
+            if loaded.extras:
+                fact = f"it also has the tensor {next(iter(loaded.extras))}, which only a GGUF adapter has"
+                raise AdapterRefused(fact, kind="extras", hint="use `--format gguf` to write it unchanged")
+            adapter = with_base_names(loaded.adapter, architecture_of(content.weights), base)
+        else:
+            adapter = known.runnable(content.config, content.weights, initial=source.initial)
+        if base is not None and target.name == "gguf":
             # Keys of a GGUF file are words with dots between them.
             dotted = {key.replace("_", ".", 1): text for key, text in metadata.items()}
             return AdapterBytes(encode_gguf(adapter, base, task=source.name, metadata=dotted, dtype=dtype))
         if target.name == "mlx":
-            from icmlora.formats.pairs.mlx import encode_mlx
-
             return encode_mlx(adapter, metadata=metadata, dtype=dtype)
-        if target.name == "peft":
-            return _for_peft(adapter, metadata, source.content.card, dtype)
-        if (other := adapter.beyond_lora()) is not None:
-            fact = f"it also has {other}, which the format {target.name} cannot hold"
-            raise AdapterRefused(fact, kind="extras", hint=_AS_IT_IS)
-        return target.encode(adapter.adapter, card="", metadata=metadata, dtype=dtype)
+        if target.name != "peft":
+            if (other := adapter.beyond_lora()) is not None:
+                fact = f"it also has {other}, which the format {target.name} cannot hold"
+                raise AdapterRefused(fact, kind="extras", hint=_UNCHANGED)
+            return target.encode(adapter.adapter, card="", metadata=metadata, dtype=dtype)
+        from icmlora.formats.peft.tensors import write_fresh
+
+        if (other := replace(adapter, magnitudes={}).beyond_lora()) is not None:
+            fact = f"icm converts LoRA factors and DoRA magnitudes for PEFT, and it also has {other}"
+            raise AdapterRefused(fact, kind="extras", hint=_UNCHANGED)
+        # PEFT has the factors of an embedding under other names, and only the base model tells an embedding.
+        if odd := next((module.name for module in adapter.adapter.modules if "embed" in module.name), None):
+            fact = f"{odd} may be an embedding, which icm does not convert for PEFT"
+            raise AdapterRefused(fact, kind="layers", hint=_UNCHANGED)
+        weights, config = write_fresh(adapter.adapter, dtype, metadata, magnitudes=adapter.magnitudes)
+        return AdapterBytes(weights, config, content.card)
 
 
 def _gguf_base(find: Callable[[], FoundBase]) -> GgufBase:
-    """Find out what a GGUF adapter has to know of its base model; its weights are not read."""
-    from icmlora.base_models.finding.lookup import read_config
+    """Return the facts about a base model that a GGUF adapter needs; its weights are not read."""
     from icmlora.formats.pairs.gguf_lora import GgufBase
 
     try:
@@ -154,35 +158,3 @@ def _gguf_base(find: Callable[[], FoundBase]) -> GgufBase:
         if found.loader is not None:
             raise BaseModelUnsuited(f"llama.cpp does not support base model {found.label!r}, which has its own loader")
         return GgufBase.of_file(found.path) if found.is_gguf else GgufBase.of_config(read_config(found.path))
-
-
-def _runnable(source: SourceAdapter, base: GgufBase | None) -> RunnableAdapter:
-    """Read an adapter under the names that its base model has in transformers."""
-    known, content = source.format, source.content
-    if known.name != "gguf" or base is None:
-        return known.runnable(content.config, content.weights, initial=source.initial)
-    from icmlora.formats.pairs.gguf import architecture_of
-    from icmlora.formats.pairs.gguf_lora import with_base_names
-
-    loaded = known.read(content.config, content.weights)
-    if loaded.extras:
-        fact = f"it also has the tensor {next(iter(loaded.extras))}, which only a GGUF adapter has"
-        raise AdapterRefused(fact, kind="extras", hint="use `--format gguf` to write it unchanged")
-    return with_base_names(loaded.adapter, architecture_of(content.weights), base)
-
-
-def _for_peft(adapter: RunnableAdapter, metadata: Mapping[str, str], card: bytes | None, dtype: str) -> AdapterBytes:
-    from icmlora.formats.peft.tensors import write_fresh
-
-    if (other := replace(adapter, magnitudes={}).beyond_lora()) is not None:
-        fact = f"icm converts LoRA factors and DoRA magnitudes for PEFT, and it also has {other}"
-        raise AdapterRefused(fact, kind="extras", hint=_AS_IT_IS)
-    # PEFT has the factors of an embedding under other names, and only the base model tells an embedding.
-    if odd := next((module.name for module in adapter.adapter.modules if "embed" in module.name), None):
-        fact = f"{odd} may be an embedding, which icm does not convert for PEFT"
-        raise AdapterRefused(fact, kind="layers", hint=_AS_IT_IS)
-    weights, config = write_fresh(adapter.adapter, dtype, metadata, magnitudes=adapter.magnitudes)
-    return AdapterBytes(weights, config, card)
-
-
-_AS_IT_IS = "leave out --format to write it unchanged"

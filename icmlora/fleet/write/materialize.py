@@ -1,41 +1,66 @@
 """Write a task's adapter as a folder or file, or load it: from its original, its code, or its task vectors.
 
-    original   the bytes that were ingested, unchanged
-    code       its code
-    recalled   the code of the task recognized from its vectors
-    network    what the network alone predicts from the task vectors
+    task ──resolve_source──▶ ResolvedSource ──render──▶ AdapterBytes ──▶ folder or file
 
-Codes come from a store or from a bundle alone. torch is imported only to decode, to convert or to load: an original is
-written as it is.
+Codes come from a store or from a bundle. torch is imported only to decode, convert or load: an original is written
+unchanged.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from icmlora.errors import DataError, OptionsConflict
+from icmlora.errors import OptionsConflict
 from icmlora.fleet.context import Context, use_case
-from icmlora.fleet.resources.code_source import AdapterParts, CodeSource, Decoded, OpenCodes, open_store
+from icmlora.fleet.params import DtypeName, Force, NamedTasks, Param, TaskName
+from icmlora.fleet.resources.adapter_row import original_files
+from icmlora.fleet.resources.code_source import Decoded, open_codes
+from icmlora.fleet.write.format_pairs import SourceAdapter, check_pair, convert_content, format_to_write
+from icmlora.fleet.write.sources import ResolvedSource, Source, resolve_source
 from icmlora.formats.catalogue import format_named
-from icmlora.formats.format import AdapterBytes, AdapterFormat, check_target, write_adapter_files
-from registry.manifests import Claim, Code, Task, WithRelativeError
+from icmlora.formats.format import AdapterBytes, check_target, write_adapter_files
+from registry.manifests import Claim, WithRelativeError
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
-    from icmlora.base_models.finding.lookup import FoundBase
-    from icmlora.fleet.write.cards import Provenance
-    from registry.manifests import Adapter as StoredAdapter
-
-# "generate" is what "recalled" was called before.
-Source = Literal["auto", "original", "code", "recalled", "generate", "network"]
 
 _SIDE_BY_SIDE = 32
 """Adapters that `load_many` has in memory at a time."""
+_WITH_BASE = ("gguf", "peft")  # peft for adapters in GGUF files
+
+SourceOf = Annotated[
+    Source,
+    Param(
+        "original: the ingested files. code: the decoded code. recalled: the code of the task recognized from the "
+        "vectors. network: the network's prediction from the vectors. auto: the original if the store has it, else "
+        "the code."
+    ),
+]
+Dtype = Annotated[
+    DtypeName | None,
+    Param("Number format of decoded or converted weights. Default: as in the original, or float32 for converted ones."),
+]
+PadRank = Annotated[
+    int | None,
+    Param(
+        "Pad all modules with zeros to rank N, for engines that need a uniform rank. Default: the original ranks.",
+        "--pad-rank N",
+        min=1,
+    ),
+]
+MaxWrittenError = Annotated[
+    float | None,
+    Param(
+        "Write nothing and exit with code 14 if the relative error ||dW' - dW|| / ||dW|| exceeds X.",
+        "--max-error X",
+        min=0.0,
+    ),
+]
+Seed = Annotated[int | None, Param("Random seed.", "--seed N")]
 
 
 @dataclass(frozen=True)
@@ -49,126 +74,179 @@ class MaterializeReport(WithRelativeError):
     squared_error: float | None  # None if it was not measured
     retained_gain: float | None  # as `icm eval` measured it
     weights: str  # SHA-256 of the written weights
-    recognized: str | None = None  # of `recalled`: the task whose code it is; None for what the network predicts
-    adapter_format: str = "peft"  # of the files
-    converted: bool = False  # from another one
-    left_out: tuple[str, ...] = ()  # files that came with the original and have no place in this format
+    recognized: str | None = None  # of `recalled`: the task with the code; None for the network's prediction
+    adapter_format: str = "peft"
+    converted: bool = False  # from another format
+    left_out: tuple[str, ...] = ()  # files of the original that the format cannot include
     precision: str | None = None  # of the base model that the gain was measured on
-    claim: Claim | None = None  # of the bundle that its code came in
-
-
-class TooLossy(DataError):
-    """The adapter's relative error is above the limit, or was not measured; nothing was written."""
+    claim: Claim | None = None  # of the bundle with the code
 
 
 @use_case
 def materialize(
     context: Context,
-    task: str,
-    directory: str | Path,
+    task: TaskName,
+    directory: Annotated[
+        str | Path,
+        Param(
+            "New or empty folder to write, or a file: NAME.gguf, or NAME.safetensors for image adapters.",
+            "--output -o PATH",
+        ),
+    ],
     *,
-    source: Source = "auto",
-    adapter_format: str | None = None,
-    dtype: str | None = None,
-    pad_rank: int | None = None,
-    seed: int | None = None,
-    max_error: float | None = None,
-    force: bool = False,
+    source: SourceOf = "auto",
+    adapter_format: Annotated[
+        str | None,
+        Param(
+            "peft: a PEFT folder. mlx: a folder for MLX-LM. gguf: a file for llama.cpp. For image adapters: diffusers, "
+            "kohya, comfyui, xlabs or lycoris, one file each. `icm convert --list-formats` lists possible conversions. "
+            "Default: the adapter's own format.",
+            "--format NAME",
+            parse=lambda name: format_to_write(name).name,
+            completes="format",
+        ),
+    ] = None,
+    seed: Seed = None,
+    dtype: Dtype = None,
+    pad_rank: PadRank = None,
+    max_error: MaxWrittenError = None,
+    base_model: Annotated[
+        str | Path | None,
+        Param(
+            "Folder or GGUF file of the base model, for its configuration; with --from and --format gguf.",
+            "--base-model PATH",
+        ),
+    ] = None,
+    force: Force = False,
 ) -> MaterializeReport:
-    """Write a task's adapter as a folder, or as a file for llama.cpp. It appears complete or not at all.
+    """Write the adapter of TASK to a folder or file.
 
-    A decoded adapter has the form of its original: its configuration, names, ranks and number formats. Neither the
-    base model nor a GPU is needed. The same arguments write the same bytes.
+    A decoded adapter has the configuration, tensor names, ranks and number formats of its original. Decoding needs
+    neither the base model nor a GPU, and output is reproducible byte for byte. --seed samples the latent instead of
+    using its mean. --from decodes the adapter from a bundle, after checking every byte, and needs no store.
 
-    Args:
-        context: The store.
-        task: Name of the task, or `NAME@VERSION`.
-        directory: The folder, absent or empty; with a format of single files a file, as `NAME.gguf`.
-        source: `original`, `code`, `recalled` (the code of the task recognized from its vectors) or `network` (what
-            the network alone predicts from them); `auto` takes the original if the store has it, else the code.
-        adapter_format: Name of a format, as `icm convert --list-formats` lists them. Default: its own. An original in
-            another format is converted too, so it does not come back byte for byte. From and to `gguf` that needs
-            the configuration of the base model, for image adapters the extra `diffusion`.
-        dtype: Number format of decoded or converted factors: `bfloat16`, `float16` or `float32`. Default: as in
-            the original, or `float32` if they are converted.
-        pad_rank: Write decoded factors with one rank for all modules, filled with zeros, for engines that need it.
-        seed: Predict the adapter from a latent sampled with this seed; for `network` or `auto`.
-        max_error: Refuse an adapter whose relative error is larger, or was not measured.
-        force: Replace the adapter in a folder that is not empty.
+    Converting to or from gguf reads the base model's configuration from its folder or GGUF file.
+
+    Example:
+      icm materialize dog-detection -o adapter/
+      icm materialize "$(icm recognize -q --samples queries.jsonl)" -o adapter/
 
     Raises:
-        DataError: The store does not have this source.
-        OptionsConflict: A seed, and a source that samples nothing.
-        TooLossy: The error is above `max_error`.
+        DataError: The task does not have this source.
+        OptionsConflict: The options contradict each other.
+        TooLossy: The error is above `max_error`. With a bundle, the error that it claims counts.
         OutputExists: The folder is not empty, or the file exists, and `force` is not given.
-        AdapterRefused: The format has no place for a part of the adapter, such as a head.
+        AdapterRefused: The format cannot represent a part of the adapter, such as a head.
         BaseModelNotFound: From and to `gguf`: it is not on this machine.
-        BaseModelUnsuited: From and to `gguf`: its architecture is none that icm writes adapters for.
+        BaseModelUnsuited: From and to `gguf`: icm cannot write adapters for its architecture.
+        BundleError: The bundle is damaged, or the file was replaced.
     """
-    return write_adapter(
-        partial(open_store, context),
-        task,
-        Path(directory),
-        source=source,
-        adapter_format=adapter_format,
-        dtype=dtype,
-        pad_rank=pad_rank,
-        seed=seed,
-        max_error=max_error,
-        force=force,
+    if not task:  # `icm recognize -q` found none
+        raise OptionsConflict("no task was given", hint="pass a task name from `icm ls`")
+    if context.bundle is not None and (seed is not None or source not in ("auto", "code")):
+        hint = "use --from without --seed and with --source auto or code"
+        raise OptionsConflict("a bundle contains only codes", hint=hint)
+    if base_model is not None and (context.bundle is None or adapter_format not in _WITH_BASE):
+        hint = "for tasks in a store, set the path of the base model with `icm base add NAME PATH`"
+        raise OptionsConflict("--base-model needs --from and --format gguf or peft", hint=hint)
+    output, target = Path(directory), None if adapter_format is None else format_to_write(adapter_format)
+    check_target(output, target, as_file=True, force=force)
+    with open_codes(context, base_model=base_model) as codes:
+        stored = codes.get(task)
+        name, own = stored.name, format_named(stored.final.format)
+        target = target or own
+        is_converted = target.name != own.name
+        if is_converted:
+            check_pair(own, target)
+        found = resolve_source(codes, stored, source, seed)
+        found.check_error(max_error)
+        content = made = render(found, dtype=None if is_converted else dtype, pad_rank=pad_rank)
+        if is_converted:
+            # The rounded factors of the own format are converted.
+            initial = stored.final.initial if found.source == "original" else None
+            adapter = SourceAdapter(
+                name,
+                own,
+                made,
+                lambda: codes.locate(stored.base_model),
+                path=output,
+                initial=None if initial is None else codes.read(initial),
+            )
+            content = convert_content(adapter, target, metadata=found.metadata, dtype=dtype or "float32")
+    write_adapter_files(output, target, content, name, force=force)
+    report = MaterializeReport(
+        task=name,
+        directory=output,
+        source=found.source,
+        generator=found.generator,
+        squared_error=found.squared_error,
+        retained_gain=found.retained_gain,
+        weights=hashlib.sha256(content.weights).hexdigest(),
+        recognized=found.recognized,
+        adapter_format=target.name,
+        converted=is_converted,
+        left_out=tuple(file for file in made.companions if file not in content.companions),
+        precision=None if found.measured is None else found.measured.precision,
+        claim=found.claim,
     )
+    if found.source == "original" and is_converted and dtype not in (None, "float32"):
+        return replace(report, squared_error=None, retained_gain=None)  # the rounding error was not measured
+    return report
 
 
 @use_case
 def read_files(
     context: Context,
-    task: str,
+    task: TaskName,
     *,
-    source: Source = "auto",
-    dtype: str | None = None,
-    pad_rank: int | None = None,
-    seed: int | None = None,
-    max_error: float | None = None,
+    source: SourceOf = "auto",
+    dtype: Dtype = None,
+    pad_rank: PadRank = None,
+    seed: Seed = None,
+    max_error: MaxWrittenError = None,
 ) -> dict[str, bytes]:
-    """Return name -> content of the files that `materialize` writes.
-
-    `task`, `source`, `dtype`, `pad_rank`, `seed`, `max_error` and the errors are as in `materialize`.
-    """
-    with open_store(context) as codes:
-        chosen = choose(codes, codes.get(task), source, seed)
-        return chosen.files(dtype=dtype, pad_rank=pad_rank, max_error=max_error).by_name
+    """Return name -> content of the files that `materialize` writes; its arguments and errors apply."""
+    with open_codes(context) as codes:
+        found = resolve_source(codes, codes.get(task), source, seed)
+        found.check_error(max_error)
+        return found.format.lay_out(render(found, dtype=dtype, pad_rank=pad_rank), found.task.name)
 
 
 @use_case
 def load(
-    context: Context, task: str, *, source: Source = "auto", seed: int | None = None, max_error: float | None = None
+    context: Context,
+    task: TaskName,
+    *,
+    source: SourceOf = "auto",
+    seed: Seed = None,
+    max_error: MaxWrittenError = None,
 ) -> Adapter:
     """Load a task's adapter into memory: float32 tensors, with the scale folded into B.
 
         for module in fleet.load("dog-detection").modules:
             delta = module.b @ module.a  # (out, in)
 
-    `task`, `source`, `seed`, `max_error` and the errors are as in `materialize`.
+    The arguments and errors are those of `materialize`.
     """
-    with open_store(context) as codes:
-        return choose(codes, codes.get(task), source, seed).reader(max_error)()
+    with open_codes(context) as codes:
+        found = resolve_source(codes, codes.get(task), source, seed)
+        found.check_error(max_error)
+        return found.reader()()
 
 
 @use_case
 def load_many(
-    context: Context, tasks: Sequence[str], *, source: Source = "auto", device: str = "cpu"
+    context: Context,
+    tasks: NamedTasks,
+    *,
+    source: SourceOf = "auto",
+    device: Annotated[str, Param("Device for the factors.")] = "cpu",
 ) -> Iterator[tuple[str, Adapter]]:
     """Load the adapters of many tasks, as `load` does: (name, adapter) in the order of `tasks`.
 
-    The generator is opened once, and several codes are decoded side by side, on the CPU, whose results do not depend
-    on the machine; then the factors go to the device. At most 32 adapters are in memory besides those that the caller
-    keeps, and the store is not held while the caller works.
-
-    Args:
-        context: The store.
-        tasks: Names of tasks.
-        source: As for `materialize`.
-        device: Where the factors are put.
+    The generator is opened once, and several codes are decoded side by side, on the CPU, so that the results do not
+    depend on the machine; then the factors go to the device. At most 32 adapters are in memory besides those that the
+    caller keeps, and the store is not held while the caller works.
     """
     from icmlora.io.devices import resolve_device
     from icmlora.io.threads import side_by_side
@@ -176,271 +254,31 @@ def load_many(
     place = resolve_device(device)
     with side_by_side() as each:
         for first in range(0, len(tasks), _SIDE_BY_SIDE):
-            names = tasks[first : first + _SIDE_BY_SIDE]
-            with open_store(context) as codes:  # released before the caller continues
-                readers = [choose(codes, codes.get(name), source).reader() for name in names]
+            names: Sequence[str] = tasks[first : first + _SIDE_BY_SIDE]
+            with open_codes(context) as codes:  # released before the caller continues
+                readers = [resolve_source(codes, codes.get(name), source).reader() for name in names]
             adapters = each(lambda read: read().to(place), readers)
             yield from zip(names, adapters, strict=True)
 
 
-@dataclass(frozen=True, eq=False)
-class MadeFiles:
-    """An adapter as the files of its format, in memory."""
-
-    task: str
-    format: AdapterFormat
-    content: AdapterBytes
-    provenance: Provenance | None  # None for an original
-    initial: bytes | None = None  # of an original: what its training took out of the base model
-
-    @property
-    def by_name(self) -> dict[str, bytes]:
-        """File name -> content; the file that makes the adapter valid comes last."""
-        return self.format.lay_out(self.content, self.task)
-
-    def write(self, output: Path, *, force: bool) -> MaterializeReport:
-        """Write the files as a folder, or as a single file where the format has those; completely, or not at all."""
-        write_adapter_files(output, self.format, self.content, self.task, force=force)
-        return self._report(output, self.content.weights, (0.0, 1.0))
-
-    def convert(
-        self, output: Path, target: AdapterFormat, find_base: Callable[[], FoundBase], *, dtype: str | None, force: bool
-    ) -> MaterializeReport:
-        """Write the adapter in another format than its own; `find_base` is called if its base model is needed."""
-        from icmlora.fleet.write.format_pairs import SourceAdapter, convert_content
-
-        own = {"icm_task": self.task, "icm_rung": "original"}
-        metadata = own if self.provenance is None else self.provenance.metadata()
-        # The adapter that `write` would write is converted, with its rounded factors.
-        source = SourceAdapter(self.task, self.format, self.content, find_base, path=output, initial=self.initial)
-        content = convert_content(source, target, metadata=metadata, dtype=dtype or "float32")
-        write_adapter_files(output, target, content, self.task, force=force)
-        is_rounded = dtype not in (None, "float32")  # by an error that is not measured
-        report = self._report(output, content.weights, (None, None) if is_rounded else (0.0, 1.0))
-        left_out = tuple(name for name in self.content.companions if name not in content.companions)
-        return replace(report, adapter_format=target.name, converted=True, left_out=left_out)
-
-    def _report(
-        self, output: Path, weights: bytes, of_original: tuple[float | None, float | None]
-    ) -> MaterializeReport:
-        digest, own, p = hashlib.sha256(weights).hexdigest(), self.format.name, self.provenance
-        if p is None:
-            return MaterializeReport(self.task, output, "original", None, *of_original, digest, None, own)
-        figures = p.squared_error, p.retained_gain, digest, p.recognized, own
-        made = MaterializeReport(self.task, output, p.source, str(p.generator), *figures)
-        return replace(made, precision=p.precision, claim=p.claim)
-
-
-def write_adapter(
-    open_codes: OpenCodes,
-    name: str,
-    output: Path,
-    *,
-    source: Source = "auto",
-    adapter_format: str | None = None,
-    dtype: str | None = None,
-    pad_rank: int | None = None,
-    seed: int | None = None,
-    max_error: float | None = None,
-    force: bool = False,
-) -> MaterializeReport:
-    """Write an adapter from a store or a bundle; `materialize` explains the arguments."""
-    target = None
-    if adapter_format is not None:  # most adapters keep theirs
-        from icmlora.fleet.write.format_pairs import check_pair, format_to_write
-
-        target = format_to_write(adapter_format)
-    check_target(output, target, as_file=True, force=force)
-    with open_codes() as codes:
-        task = codes.get(name)
-        own = format_named(task.final.format)
-        other = None if target is None or target.name == own.name else target
-        if other is not None:
-            check_pair(own, other)
-        written = dtype if other is None else None
-        made = choose(codes, task, source, seed).files(dtype=written, pad_rank=pad_rank, max_error=max_error)
-    if other is None:
-        return made.write(output, force=force)
-
-    def find_base() -> FoundBase:
-        with open_codes() as codes:
-            return codes.locate(task.base_model)
-
-    return made.convert(output, other, find_base, dtype=dtype, force=force)
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What the adapter of a task is made from."""
-
-    codes: AdapterParts  # of the store or the bundle
-    task: Task
-    source: Literal["original"] | Decoded  # where the adapter comes from
-    generator: str | None = None  # digest of the network that decodes it; None for an original
-    code: Code | None = None  # to decode; None for an original, and for a prediction of the network
-    recognized: str | None = None  # of `recalled`: the task whose code it is
-    seed: int | None = None  # of a sampled latent; None for the mean
-
-    def reader(self, max_error: float | None = None) -> Callable[[], Adapter]:
-        """Read what the adapter is made from, and return what makes it, on any thread.
-
-        Raises:
-            TooLossy: The error is above `max_error`.
-        """
-        if self.source != "original":
-            if max_error is not None:
-                self._provenance(max_error)  # it holds the error against the limit
-            return self._decoder()
-        final, read = self.task.final, self.codes.read
-        known = format_named(final.format)
-        initial = None if final.initial is None else read(final.initial)
-        config, weights = read(final.config), read(final.weights)
-        return lambda: known.read(config, weights, initial=initial).adapter
-
-    def files(
-        self, *, dtype: str | None = None, pad_rank: int | None = None, max_error: float | None = None
-    ) -> MadeFiles:
-        """Make the files of the adapter in memory, a decoded one with its model card. Equal arguments give equal bytes.
-
-        Raises:
-            TooLossy: The error is above `max_error`.
-        """
-        if self.source == "original":
-            return self._original_files()
+def render(found: ResolvedSource, *, dtype: str | None = None, pad_rank: int | None = None) -> AdapterBytes:
+    """Return the files of an adapter in its own format, with a model card. Equal arguments give equal bytes."""
+    codes, task = found.codes, found.task
+    if found.source != "original":
         from icmlora.fleet.write.cards import card_text
 
-        provenance, form = self._provenance(max_error), self.codes.form(self.task)
-        files = form.format.encode(
-            self._decoder()(),
-            card=card_text(provenance, form.files),
-            metadata=provenance.metadata(),
-            like=form.template,
+        form = codes.form(task)
+        return form.write(
+            found.reader()(),
+            card=card_text(found, form.files),
+            metadata=found.metadata,
             dtype=dtype,
             pad_rank=pad_rank,
-            extras=form.tensors,
         )
-        return MadeFiles(provenance.task, form.format, replace(files, companions=form.files), provenance)
+    if task.final.card is not None:
+        card = codes.read(task.final.card)
+    else:
+        from icmlora.fleet.write.cards import original_card
 
-    def _original_files(self) -> MadeFiles:
-        codes, task, final = self.codes, self.task, self.task.final
-        if final.card is None:
-            from icmlora.fleet.write.cards import original_card
-
-            card = original_card(task.name, task.base_model, final.weights).encode()
-        else:
-            card = codes.read(final.card)
-        content = replace(original_files(codes, final), card=card)
-        initial = None if final.initial is None else codes.read(final.initial)
-        return MadeFiles(task.name, format_named(final.format), content, None, initial)
-
-    def _decoder(self) -> Callable[[], Adapter]:
-        codes = self.codes
-        assert self.generator is not None
-        if self.code is None:
-            predicted = codes.predict(self.task, self.seed)
-            return lambda: predicted
-        from icmlora.fleet.resources.decoding import code_reader
-
-        return code_reader(codes.read, codes.generator_file(self.generator), self.code)
-
-    def _provenance(self, max_error: float | None) -> Provenance:
-        """Return the provenance of an adapter before it is decoded, and check its error against a limit."""
-        from icmlora.fleet.write.cards import Provenance
-
-        task, source, generator, code, codes = self.task, self.source, self.generator, self.code, self.codes
-        assert source != "original"
-        assert generator is not None
-        error = gain = precision = None
-        if self.seed is None:  # nothing was measured of a sampled adapter
-            measured = task.latest(source, generator)
-            if measured is not None:
-                error, gain, precision = measured.squared_error, measured.retained_gain, measured.precision
-        if code is not None and self.recognized in (None, task.name):
-            error = code.squared_error
-        claim = code.claim if code is not None and source == "code" else None
-        found = Provenance(
-            task=task.name,
-            base_model=task.base_model,
-            source=source,
-            generator=generator,
-            version=codes.version_of(generator, task.base_model),
-            squared_error=error,
-            retained_gain=gain,
-            seed=self.seed,
-            is_generated=task.final.is_generated,
-            recognized=self.recognized,
-            precision=precision,
-            claim=claim,
-        )
-        claimed = None if claim is None else claim.relative_error
-        said = claimed if codes.takes_claims else found.relative_error
-        if max_error is not None and (said is None or said > max_error):
-            fact = "was not measured" if said is None else f"is {said:.4f}"
-            if said is None and claimed is not None:
-                fact = f"was not measured here (its bundle claims {claimed:.4f})"
-            fact = f"the relative error of {task.name!r} {fact}, but the limit is {max_error}"
-            raise TooLossy(fact, hint=codes.better)
-        return found
-
-
-def choose(codes: CodeSource, task: Task, source: Source = "auto", seed: int | None = None) -> Chosen:
-    """Return what an adapter is made from, without reading blobs unless its vectors are looked at.
-
-    Raises:
-        DataError: There is no such source, or the task does not have it.
-    """
-    if source not in get_args(Source):
-        names = [name for name in get_args(Source) if name != "generate"]
-        raise DataError(f"unknown source {source!r}", hint=f"choose one of {', '.join(names)}")
-    if seed is not None and source not in ("auto", "network"):
-        raise OptionsConflict("--seed needs --source network or auto")
-    if source == "original" or (source == "auto" and seed is None and not task.final.is_evicted):
-        _check_original(task)
-        return Chosen(codes, task, "original")
-    if task.not_encodable is not None:
-        fact = f"task {task.name!r} has only its original: {task.not_encodable}"
-        raise DataError(fact, hint="use `--source original`")
-    if source == "auto":
-        source = "code" if seed is None else "network"
-    code = task.code
-    if source == "code" and code is not None:
-        return Chosen(codes, task, source, code.generator, code)
-    current = codes.current(task.base_model)
-    if source == "code":
-        train = "icm train" if current is None else "icm train --update"
-        raise DataError(f"task {task.name!r} has no code", hint=f"run `{train}` to make one")
-    if current is None:
-        raise DataError(f"there is no generator for task {task.name!r}", hint="run `icm train` to make one")
-    if source == "network":
-        return Chosen(codes, task, source, current.blob, seed=seed)
-    known = codes.recalled(task)
-    if known is None or known.code is None:
-        return Chosen(codes, task, "recalled", current.blob)
-    return Chosen(codes, task, "recalled", known.code.generator, known.code, known.name)
-
-
-def _check_original(task: Task) -> None:
-    final = task.final
-    if not final.is_evicted:
-        return
-    fact = f"the original of task {task.name!r} was evicted at {final.evicted_at}"
-    way = "restore it with `icm ingest --restore PATH`"
-    if final.is_generated:
-        fact = f"task {task.name!r} was generated, so the store has a code but no original"
-        way = "ingest the folder that `icm generate` wrote with `icm ingest --restore PATH`"
-    elif final.was_never_here:
-        fact = f"the original of task {task.name!r} was never in this store: its code was imported from a bundle"
-        way = "add it with `icm ingest PATH`"
-    raise DataError(fact, hint=f"use `--source code` to decode the stored code, or {way}")
-
-
-def original_files(codes: AdapterParts, row: StoredAdapter, weights: bytes | None = None) -> AdapterBytes:
-    """Read the files of an original as they were ingested, without the card; given weights are not read again."""
-    companions: dict[str, bytes] = {}
-    if row.extras:
-        from icmlora.fleet.resources.decoding import read_companions
-
-        companions = read_companions(codes.read, row)
-    return AdapterBytes(
-        codes.read(row.weights) if weights is None else weights, codes.read(row.config), None, companions
-    )
+        card = original_card(task).encode()
+    return replace(original_files(codes.read, task.final), card=card)

@@ -10,16 +10,16 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from icmlora.adapter.merge import METHODS, WITH_DENSITY, MergeMethod, merged
-from icmlora.adapter.model import Adapter
+from icmlora.adapter.merge_methods import METHODS, WITH_DENSITY, MergeMethod
 from icmlora.errors import AdapterRefused, DataError, OptionsConflict
 from icmlora.fleet.context import Context, use_case
+from icmlora.fleet.params import DtypeName, Force, NamedTasks, Param
 from icmlora.fleet.resources.adapter_row import new_adapter
 from icmlora.fleet.resources.code_source import StoreCodes
-from icmlora.fleet.write.cards import MergedCard, MergedPart
-from icmlora.fleet.write.materialize import Source, choose
-from icmlora.formats.format import AdapterBytes, write_adapter_files
+from icmlora.fleet.write.sources import resolve_source
+from icmlora.formats.format import write_adapter_files
 from icmlora.formats.peft.peft import PEFT
 from icmlora.formats.tensor_hash import tensors_key
 from icmlora.io.staging import check_free
@@ -27,7 +27,10 @@ from icmlora.io.text import counted
 from registry.errors import TaskConflict
 from registry.manifests import File, Task
 from registry.names import check_name, split_label
-from registry.store import Store
+
+if TYPE_CHECKING:
+    from icmlora.adapter.model import Adapter
+    from icmlora.fleet.write.cards import MergedPart
 
 
 @dataclass(frozen=True)
@@ -40,44 +43,68 @@ class Merged:
     method: MergeMethod
     parts: tuple[MergedPart, ...]
     rank: int  # the largest of a module
-    density: float | None  # None where the method has none
+    density: float | None  # None if the method has none
     size: int  # bytes of its weights
     weights: str  # SHA-256 of them
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise OptionsConflict(f"--weights {text!r} is not a list of numbers", hint="write it as 0.7,0.3") from None
 
 
 @use_case
 def merge(
     context: Context,
-    tasks: Sequence[str],
-    directory: str | Path | None = None,
+    tasks: NamedTasks,
+    directory: Annotated[
+        str | Path | None, Param("Folder to write. Must be absent or empty.", "--output -o DIR")
+    ] = None,
     *,
-    name: str | None = None,
-    method: MergeMethod = "svd",
-    weights: Sequence[float] | None = None,
-    rank: int | None = None,
-    density: float = 0.5,
-    seed: int = 0,
-    source: Source = "auto",
-    dtype: str = "bfloat16",
-    force: bool = False,
+    name: Annotated[
+        str | None, Param("Store the merged adapter as a new task. Can be combined with --output.", "--as NAME")
+    ] = None,
+    method: Annotated[
+        MergeMethod,
+        Param(
+            "PEFT merge method. cat: the exact weighted sum; ranks add up. svd: the sum, reduced to --rank. linear, "
+            "ties, dare_linear, dare_ties, magnitude_prune: merge A and B separately; all adapters need the same rank. "
+            "Other methods ending in _svd: merge the full dW and reduce it to --rank; slow."
+        ),
+    ] = "svd",
+    weights: Annotated[
+        Sequence[float] | None,
+        Param(
+            "Weight of each adapter, as 0.7,0.3. Default: equal weights that sum to 1.",
+            "--weights W,W,...",
+            parse=_numbers,
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, Param("Rank for svd methods. Default: the largest rank of the adapters.", "--rank R", min=1)
+    ] = None,
+    density: Annotated[
+        float,
+        Param("Fraction of values that ties, dare and magnitude_prune keep.", "--density X", min=0.0, max=1.0),
+    ] = 0.5,
+    seed: Annotated[int, Param("Random seed for dare methods.", "--seed N")] = 0,
+    source: Annotated[
+        Literal["auto", "original", "code"],
+        Param("Merge originals or decoded codes. auto: the original if the store has it."),
+    ] = "auto",
+    dtype: Annotated[DtypeName, Param("Number format of the weights.")] = "bfloat16",
+    force: Force = False,
 ) -> Merged:
-    """Make one adapter of several by PEFT's `add_weighted_adapter`. Needs no base model.
+    """Merge the adapters of several tasks into one.
 
-    All of them are in memory at the same time. The same arguments give the same bytes.
+    Uses PEFT's merge methods. The base model is not needed, but all adapters must fit in memory together. Store the
+    result with --as, then check its quality with `icm eval NAME --data FILE`.
 
-    Args:
-        context: The store.
-        tasks: Names of tasks of one base model.
-        directory: Folder to write, absent or empty.
-        name: Also, or only, store it as this new task.
-        method: One of `icmlora.adapter.merge.METHODS`: `svd`, `cat`, `linear`, `ties`, `dare_linear` and the others.
-        weights: What each adapter is multiplied with; by default equal parts that add up to 1.
-        rank: Largest rank, for methods that end in `svd`; by default the largest of the adapters.
-        density: Share of values that `ties`, `dare` and `magnitude_prune` keep.
-        seed: Of the values that `dare` drops.
-        source: What each adapter is made from, as for `materialize`.
-        dtype: Number format of the weights: `bfloat16`, `float16` or `float32`.
-        force: Replace the adapter in a folder that is not empty.
+    Example:
+      icm merge cats dogs -o pets/
+      icm merge cats dogs --method ties_svd --weights 0.7,0.3 --density 0.2 --as pets
 
     Raises:
         OptionsConflict: Neither a folder nor a name is given, the method sets the rank itself, or not every task has a
@@ -86,41 +113,74 @@ def merge(
         OutputExists: The folder is not empty, and `force` is not given.
         TaskConflict: The name is taken.
     """
-    shares = _shares(tasks, method, weights, has_rank=rank is not None)
+    if method not in METHODS:
+        raise DataError(f"there is no method {method!r}", hint=f"choose one of {', '.join(METHODS)}")
+    if rank is not None and not method.endswith("svd"):
+        raise OptionsConflict(f"{method} sets the rank itself", hint="leave out --rank, or choose a method with svd")
+    if len(set(tasks)) < 2:
+        raise DataError("a merge needs at least two tasks", hint="specify two or more different tasks")
+    if len(set(tasks)) < len(tasks):
+        twice = next(task for task in tasks if list(tasks).count(task) > 1)
+        raise DataError(f"{twice} is named twice", hint="specify it once, and set its weight with --weights")
+    shares = [1 / len(tasks)] * len(tasks) if weights is None else weights
+    if len(shares) != len(tasks):
+        fact = f"there are {counted(len(shares), 'weight')} for {counted(len(tasks), 'task')}"
+        raise OptionsConflict(fact, hint="specify one weight for each task, in the same order")
     if directory is None and name is None:
         hint = "use -o DIR to write a folder, or --as NAME to store a task"
         raise OptionsConflict("no destination for the merged adapter was specified", hint=hint)
-    if directory is not None:
-        check_free(Path(directory), force=force)
+    output = None if directory is None else Path(directory)
+    if output is not None:
+        check_free(output, force=force)
     if name is not None:
         check_name(name)
+    from icmlora.adapter.merge import merged
+    from icmlora.fleet.write.cards import MergedPart, merged_card
+
     with context.open(read_only=name is None) as store:
         if name is not None and (taken := store.find(name)) is not None:
             raise TaskConflict(taken.name, choices=None)
-        codes = StoreCodes(store, context)
-        found = [store.task(task) for task in tasks]
-        base_model = _one_base(found)
-        adapters, parts = list[Adapter](), list[MergedPart]()
-        for done, (task, share) in enumerate(zip(found, shares, strict=True)):
-            context.progress(done, len(found), task.name)
-            adapter, part = _read(codes, task, source, share)
-            adapters.append(adapter)
-            parts.append(part)
+        codes, found = StoreCodes(store, context), [store.task(task) for task in tasks]
+        first, parts = found[0], list[MergedPart]()
+        adapters: list[Adapter] = []
+        for task in found:
+            _check_mergeable(task, first)
+        for task, share in zip(found, shares, strict=True):
+            context.progress(len(parts), len(found), task.name)
+            resolved = resolve_source(codes, task, source)
+            adapters.append(resolved.reader()())
+            parts.append(MergedPart(task.name, share, resolved.source, str(task.final.weights)))
         context.progress(len(found), len(found), "merging")
         made = merged(adapters, shares, method, rank=rank, density=density, seed=seed)
         how = f"{method}, density {density:g}" if method in WITH_DENSITY else method
-        label, revision = split_label(base_model)
-        made = replace(made, base_model=label, revision=revision)
-        card = MergedCard(name or "merged", base_model, how, tuple(parts))
-        content = PEFT.encode(made, dtype=dtype, card=card.text(), metadata=card.metadata())
-        if directory is not None:
-            write_adapter_files(Path(directory), PEFT, content, "", force=force)
+        label, revision = split_label(first.base_model)
+        origin = f"merged {', '.join(f'{part.weight:.3g} {part.task}' for part in parts)} ({how})"
+        content = PEFT.encode(
+            replace(made, base_model=label, revision=revision),
+            dtype=dtype,
+            card=merged_card(name or "merged", first.base_model, how, parts),
+            metadata={"icm_task": name or "merged", "icm_rung": "merged", "icm_source": origin},
+        )
+        if output is not None:
+            write_adapter_files(output, PEFT, content, "", force=force)
         if name is not None:
-            _publish(store, name, base_model, content, card.source)
+
+            def put(data: bytes) -> File:
+                return File(store.blobs.put(data), len(data))
+
+            final = new_adapter(
+                PEFT.inspect(content.config, content.weights),
+                weights=put(content.weights),
+                config=put(content.config),
+                card=None if content.card is None else put(content.card),
+                source=origin,
+            )
+            final = replace(final, tensors_key=tensors_key(content.weights))
+            store.publish([Task(name=name, base_model=first.base_model, final=final)])
     return Merged(
-        directory=None if directory is None else Path(directory),
+        directory=output,
         task=name,
-        base_model=base_model,
+        base_model=first.base_model,
         method=method,
         parts=tuple(parts),
         rank=max(shape.rank for shape in made.layout),
@@ -130,39 +190,11 @@ def merge(
     )
 
 
-def _shares(
-    tasks: Sequence[str], method: MergeMethod, weights: Sequence[float] | None, *, has_rank: bool
-) -> Sequence[float]:
-    """Return what each adapter is multiplied with."""
-    if method not in METHODS:
-        raise DataError(f"there is no method {method!r}", hint=f"choose one of {', '.join(METHODS)}")
-    if has_rank and not method.endswith("svd"):
-        raise OptionsConflict(f"{method} sets the rank itself", hint="leave out --rank, or choose a method with svd")
-    if len(set(tasks)) < 2:
-        raise DataError("a merge needs at least two tasks", hint="specify two or more different tasks")
-    if len(set(tasks)) < len(tasks):
-        twice = next(task for task in tasks if list(tasks).count(task) > 1)
-        raise DataError(f"{twice} is named twice", hint="specify it once, and set its weight with --weights")
-    if weights is None:
-        return [1 / len(tasks)] * len(tasks)
-    if len(weights) != len(tasks):
-        fact = f"there are {counted(len(weights), 'weight')} for {counted(len(tasks), 'task')}"
-        raise OptionsConflict(fact, hint="specify one weight for each task, in the same order")
-    return weights
-
-
-def _one_base(tasks: Sequence[Task]) -> str:
-    first = tasks[0]
-    for task in tasks:
-        if task.base_model != first.base_model:
-            fact = f"{first.name} is for {first.base_model}, and {task.name} is for {task.base_model}"
-            raise DataError(fact, hint="merge only tasks of one base model")
-    return first.base_model
-
-
-def _read(codes: StoreCodes, task: Task, source: Source, weight: float) -> tuple[Adapter, MergedPart]:
-    """Read the adapter of a task, which must be a plain LoRA."""
-    chosen = choose(codes, task, source)
+def _check_mergeable(task: Task, first: Task) -> None:
+    """Raise an error unless a task has the base model of the first one, and a plain LoRA."""
+    if task.base_model != first.base_model:
+        fact = f"{first.name} is for {first.base_model}, and {task.name} is for {task.base_model}"
+        raise DataError(fact, hint="merge only tasks of one base model")
     if task.not_encodable is not None:
         raise AdapterRefused(f"{task.name} cannot be merged: {task.not_encodable}", kind="original-only")
     if any(extra.file is None for extra in task.final.extras):
@@ -170,21 +202,3 @@ def _read(codes: StoreCodes, task: Task, source: Source, weight: float) -> tuple
         raise AdapterRefused(
             fact, kind="extras", hint="run `icm show --json` to list them, and merge only tasks without such tensors"
         )
-    return chosen.reader()(), MergedPart(task.name, weight, chosen.source, str(task.final.weights))
-
-
-def _publish(store: Store, name: str, base_model: str, content: AdapterBytes, source: str) -> None:
-    """Publish a merged adapter as if it had been ingested."""
-
-    def put(data: bytes) -> File:
-        return File(store.blobs.put(data), len(data))
-
-    final = new_adapter(
-        PEFT.inspect(content.config, content.weights),
-        weights=put(content.weights),
-        config=put(content.config),
-        card=None if content.card is None else put(content.card),
-        source=source,
-    )
-    final = replace(final, tensors_key=tensors_key(content.weights))
-    store.publish([Task(name=name, base_model=base_model, final=final)])

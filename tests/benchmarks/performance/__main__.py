@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from icmlora.fleet.write.materialize import Source
+from icmlora.fleet.write.sources import Source
 from tests.benchmarks.performance.commands import icm, measure_materialize, measure_short_commands, process
 from tests.benchmarks.performance.figures import Figure, table
 from tests.benchmarks.performance.ingest import measure_ingest

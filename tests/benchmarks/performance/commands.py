@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from icmlora import Fleet
-from icmlora.fleet.write.materialize import Source
+from icmlora.fleet.write.sources import Source
 from tests.benchmarks.performance.figures import Figure, seconds
 from tests.benchmarks.performance.machine import weight_files
 from tests.benchmarks.performance.runs import alternate, ratio, walls

@@ -198,7 +198,8 @@ class TestTellingTasksApart:
 
     def test_their_adapter_is_written(self, card: Icm, subjects: Path, tmp_path: Path) -> None:
         samples = write_samples(tmp_path / "ships.jsonl", SUBJECTS["ships"])
-        card("materialize", "--samples", samples, "-o", tmp_path / "out")
+        task = card("recognize", "--samples", samples, "-q").out.strip()
+        card("materialize", task, "-o", tmp_path / "out")
         same = load_adapter(tmp_path / "out"), Fleet(subjects).load("ships")
         assert squared_error(*same) == 0
 

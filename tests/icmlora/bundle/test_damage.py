@@ -14,7 +14,7 @@ from icmlora.adapter.model import Adapter
 from icmlora.bundle.file import open_bundle, write_bundle
 from icmlora.errors import BundleError, DataError, IcmLoraError
 from icmlora.fleet.bundles.bundles import Bundle
-from icmlora.fleet.write.materialize import TooLossy
+from icmlora.fleet.write.sources import TooLossy
 from icmlora.generator.codec.encoding import encode_adapter
 from registry.manifests import Claim, Code, File, Task
 from tests.icmlora import bundles

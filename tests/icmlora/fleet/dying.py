@@ -9,7 +9,7 @@ from typing import Any
 
 from icmlora.fleet.encode.encode import TaskEncoded
 from icmlora.fleet.encode.tasks import PendingCode, encode_tasks
-from icmlora.fleet.resources.loading import Models
+from icmlora.fleet.resources.loading import ModelCache
 from icmlora.fleet.resources.workers import Tell
 from registry.manifests import Task
 from tests.shared import paths_of
@@ -17,7 +17,7 @@ from tests.shared import paths_of
 Results = Iterator[tuple[Task, TaskEncoded | PendingCode]]
 
 
-def dies_once(models: Models, tasks: Sequence[Task], tell: Tell, *limits: Any, **options: Any) -> Results:
+def dies_once(models: ModelCache, tasks: Sequence[Task], tell: Tell, *limits: Any, **options: Any) -> Results:
     """Its process dies with `poems` the first time, and leaves a file that says so."""
     died = paths_of(models.store).root.parent / "died"
     if tasks[0].name == "poems" and not died.exists():
@@ -26,7 +26,7 @@ def dies_once(models: Models, tasks: Sequence[Task], tell: Tell, *limits: Any, *
     return encode_tasks(models, tasks, tell, *limits, **options)
 
 
-def dies_always(models: Models, tasks: Sequence[Task], tell: Tell, *limits: Any, **options: Any) -> Results:
+def dies_always(models: ModelCache, tasks: Sequence[Task], tell: Tell, *limits: Any, **options: Any) -> Results:
     """Its process dies with `poems` every time."""
     if tasks[0].name == "poems":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -20,8 +20,8 @@ from icmlora import (
     UnsafeInput,
     load_adapter,
 )
-from icmlora.fleet.resources.code_source import CodeSource, open_store
-from icmlora.fleet.write.materialize import TooLossy, choose
+from icmlora.fleet.resources.code_source import CodeSource, open_codes
+from icmlora.fleet.write.sources import TooLossy, resolve_source
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, damage, equal, files_of, is_sound, stop_after
 from tests.icmlora.tiny_base import LABEL
@@ -205,7 +205,7 @@ def test_a_folder_is_unsafe_input(tmp_path: Path) -> None:
 
 def test_an_imported_task_is_an_evicted_one_with_the_same_code(fleet: Fleet, file: Path, other: Fleet) -> None:
     report = other.import_bundle(file)
-    assert [(task.name, task.status) for task in report.tasks] == [(name, "added") for name in TASKS]
+    assert report.tasks == dict.fromkeys(TASKS, "added")
     assert code_blobs(other) == code_blobs(fleet)
     assert all(row.evicted_at is not None for row in other.tasks())
     assert is_sound(other)
@@ -222,24 +222,24 @@ def test_an_imported_task_is_materialized_from_its_code(fleet: Fleet, file: Path
 def test_importing_again_changes_no_byte(file: Path, other: Fleet) -> None:
     other.import_bundle(file)
     before = files_of(other.path)
-    assert {task.status for task in other.import_bundle(file).tasks} == {"known"}
+    assert set(other.import_bundle(file).tasks.values()) == {"known"}
     assert files_of(other.path) == before
 
 
 def test_only_named_tasks_are_imported(file: Path, other: Fleet) -> None:
-    assert [task.name for task in other.import_bundle(file, ["SILENT"]).tasks] == ["silent"]
+    assert list(other.import_bundle(file, ["SILENT"]).tasks) == ["silent"]
     assert names(other) == ["silent"]
     with pytest.raises(DataError, match="has no task named 'poem'"):
         other.import_bundle(file, ["poem"])
 
 
 def test_a_dry_run_makes_no_store_and_changes_none(file: Path, other: Fleet) -> None:
-    assert {task.status for task in other.import_bundle(file, dry_run=True).tasks} == {"added"}
+    assert set(other.import_bundle(file, dry_run=True).tasks.values()) == {"added"}
     assert not other.path.exists()
     other.import_bundle(file, ["silent"])
     before = files_of(other.path)
     planned = other.import_bundle(file, dry_run=True).tasks
-    assert [task.status for task in planned] == ["added", "added", "known"]
+    assert list(planned.values()) == ["added", "added", "known"]
     assert files_of(other.path) == before
 
 
@@ -251,7 +251,7 @@ def test_an_original_that_is_imported_later_can_be_restored(file: Path, other: F
 
 def test_a_task_that_is_there_gets_its_code(file: Path, other: Fleet, loras: Path) -> None:
     other.ingest([loras])
-    assert {task.status for task in other.import_bundle(file).tasks} == {"encoded"}
+    assert set(other.import_bundle(file).tasks.values()) == {"encoded"}
     assert not any(row.evicted_at is not None for row in other.tasks())
 
 
@@ -262,7 +262,7 @@ def test_another_adapter_of_the_same_name_is_a_conflict(file: Path, other: Fleet
         other.import_bundle(file)
     assert names(other) == ["poems"]
     report = other.import_bundle(file, on_conflict="skip")
-    assert [task.status for task in report.tasks] == ["skipped", "added", "added"]
+    assert list(report.tasks.values()) == ["skipped", "added", "added"]
     assert not other.show("poems").task.final.is_evicted
 
 
@@ -271,7 +271,7 @@ def test_a_task_with_another_code_keeps_it(file: Path, fleet: Fleet) -> None:
     before = code_blobs(fleet)
     with pytest.raises(TaskConflict):
         fleet.import_bundle(file)
-    assert {task.status for task in fleet.import_bundle(file, on_conflict="skip").tasks} == {"skipped"}
+    assert set(fleet.import_bundle(file, on_conflict="skip").tasks.values()) == {"skipped"}
     assert code_blobs(fleet) == before
 
 
@@ -297,7 +297,7 @@ def test_what_was_measured_elsewhere_travels_along_as_a_claim(learned: Fleet, ot
 
 def test_a_bundle_answers_with_the_tasks_of_a_store_that_imported_it(file: Path, other: Fleet) -> None:
     other.import_bundle(file)
-    with Bundle(file).open() as bundled, open_store(other.context) as stored:
+    with open_codes(Bundle(file).context) as bundled, open_codes(other.context) as stored:
         sources: tuple[CodeSource, CodeSource] = (bundled, stored)
         assert bundled.names() == stored.names() == list(TASKS)
         for name in TASKS:
@@ -305,5 +305,5 @@ def test_a_bundle_answers_with_the_tasks_of_a_store_that_imported_it(file: Path,
             moments = {"created_at": "", "evicted_at": ""}
             assert replace(one.final, **moments) == replace(two.final, **moments)
             assert (one.base_model, one.code) == (two.base_model, two.code)
-            made = [choose(codes, codes.get(name)) for codes in sources]
+            made = [resolve_source(codes, codes.get(name)) for codes in sources]
             assert (made[0].source, made[0].code) == (made[1].source, made[1].code)

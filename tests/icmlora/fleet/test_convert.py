@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from icmlora import AdapterRefused, BaseModelNotFound, Cancelled, DataError, Event, OutputExists, convert, load_adapter
 from icmlora.adapter.metrics import squared_error
 from icmlora.fleet.context import Progress
-from icmlora.fleet.convert.convert import AdapterConverted, ConvertReport
+from icmlora.fleet.convert.convert import AdapterConverted
+from icmlora.fleet.results import Report
 from icmlora.formats import catalogue
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.kept_tasks import write_loha
@@ -52,8 +53,8 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> ToyFormat:
     return known
 
 
-def only(report: ConvertReport) -> AdapterConverted:
-    (one,) = report.adapters
+def only(report: Report[AdapterConverted]) -> AdapterConverted:
+    (one,) = report.done
     assert report.failed == []
     return one
 
@@ -316,7 +317,7 @@ def loras(tmp_path: Path) -> Path:
 
 def test_one_bad_adapter_never_stops_the_others(loras: Path, tmp_path: Path) -> None:
     report = convert(loras, tmp_path / "out", rank=1)
-    assert [done.name for done in report.adapters] == ["ants", "cats"]
+    assert [done.name for done in report.done] == ["ants", "cats"]
     assert [failed.task for failed in report.failed] == ["bees", "hare"]
     assert set(ranks_of(tmp_path / "out" / "cats")) == {1}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["ants", "cats"]
@@ -332,8 +333,8 @@ def test_it_tells_how_far_it_is_and_stops_when_asked_to(loras: Path, tmp_path: P
 
     with pytest.raises(Cancelled) as stop:
         convert(loras, tmp_path / "out", rank=1, on_event=listen)
-    assert isinstance(stop.value.report, ConvertReport)
-    assert [done.name for done in stop.value.report.adapters] == ["ants"]
+    assert isinstance(stop.value.report, Report)
+    assert [done.name for done in stop.value.report.done] == ["ants"]
     assert Progress(0, 4, "ants") in told
 
 

@@ -54,7 +54,7 @@ BOTH |= {f"{name} for kohya": (*pair, "kohya") for name, pair in TO_KOHYA.items(
 
 def converted(source: Path, folder: Path, **options: Any) -> tuple[Path, AdapterConverted]:
     out = folder / "converted.safetensors"
-    (done,) = convert(source, out, **options).adapters
+    (done,) = convert(source, out, **options).done
     return out, done
 
 

@@ -182,7 +182,7 @@ def test_training_leaves_out_what_has_no_code_and_says_why(fleet: Fleet) -> None
 
 
 @pytest.mark.parametrize("task", WITHOUT_CODE)
-@pytest.mark.parametrize("source", ["code", "generate"])
+@pytest.mark.parametrize("source", ["code", "recalled"])
 def test_what_has_no_code_is_written_from_its_original_only(fleet: Fleet, out: Path, task: str, source: str) -> None:
     with pytest.raises(DataError, match="only its original") as caught:
         fleet.materialize(task, out, source=source)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from icmlora import Adapter, DamagedStore, DataError, Fleet, OutputExists, StoreNotFound, TaskNotFound, load_adapter
-from icmlora.fleet.write.materialize import Source, TooLossy
+from icmlora.fleet.write.sources import Source, TooLossy
 from tests.icmlora.fleet.stores import blob_of, code_blobs, damage, equal, files_of
 
 WEIGHTS = "adapter_model.safetensors"
@@ -105,10 +105,6 @@ def test_a_seed_for_what_is_not_sampled_is_refused(fleet: Fleet, out: Path, sour
     with pytest.raises(DataError, match="--seed needs --source network or auto"):
         fleet.materialize("rules", out, source=source, seed=1)
     assert not out.exists()
-
-
-def test_a_source_may_be_named_as_before(fleet: Fleet) -> None:
-    assert fleet.read_files("poems", source="generate") == fleet.read_files("poems", source="recalled")
 
 
 def test_an_unknown_source_is_refused(fleet: Fleet, out: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from icmlora import Bundle, DataError, Fleet
 from icmlora.base_models.finding.locations import Location
 from icmlora.errors import BaseModelUnsuited
-from icmlora.fleet.resources.loading import Models
+from icmlora.fleet.resources.loading import ModelCache
 from icmlora.fleet.resources.stored_vectors import comparable_vectors
 from registry.store import Store
 from tests.cli.tiny_fleet import SUBJECTS, write_subject
@@ -130,14 +130,14 @@ def test_a_bundle_is_asked_in_the_precision_of_its_vectors(
     subjects.add_base_model(LABEL, base, load_in="nf4")
     here = subjects.recognize(samples, **CPU)
     subjects.export_bundle(tmp_path / "fleet.icm")
-    there = Bundle(tmp_path / "fleet.icm").recognize(samples, base_model=base, cache=tmp_path / "cache", **CPU)
+    there = Bundle(tmp_path / "fleet.icm", cache=tmp_path / "cache").recognize(samples, base_model=base, **CPU)
     assert there.candidates == here.candidates
 
 
 def test_one_copy_serves_for_everything(learned: Fleet, base: Path, tmp_path: Path) -> None:
     learned.add_base_model(LABEL, base, load_in="nf4")
     with Store.open(learned.path) as store:
-        models = Models(store, torch.device("cpu"), tmp_path)
+        models = ModelCache(store, torch.device("cpu"), tmp_path)
         assert models.base(LABEL) is models.base(LABEL, torch.bfloat16)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from icmlora import BaseModelNotFound, Cancelled, DataError, Fleet, OutputExists, Progress, StoreNotFound, TaskNotFound
-from icmlora.fleet.report import report as use_case
+from icmlora.fleet.report import content as use_case
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.report.made_up import Read
 from tests.icmlora.fleet.stores import blob_of, damage, files_of, stop_after

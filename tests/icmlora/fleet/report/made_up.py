@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from icmlora.adapter.metrics import GroupError
-from icmlora.fleet.map.map import MapReport
+from icmlora.fleet.map.task_map import MapReport
+from icmlora.fleet.report.content import assembled
 from icmlora.fleet.report.outputs import Answer, Answers, TaskOutputs, differing
 from icmlora.fleet.report.page import Page, render
 from icmlora.fleet.report.pictures import Distances, Drawn, Row, TaskPictures, data_uri
-from icmlora.fleet.report.report import assembled
 from icmlora.fleet.resources.stored_vectors import LeftOut
 from icmlora.fleet.stats.bill import BaseModelBill, Bill, TaskBill
 from icmlora.task_vectors.map import map_tasks
