@@ -80,7 +80,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.tasks.copies import CopyReport
     from icmlora.fleet.tasks.described import DescribedTask
     from icmlora.fleet.tasks.doctor import Check
-    from icmlora.fleet.tasks.duplicates import DuplicatesReport
+    from icmlora.fleet.tasks.duplicate_pairs import DuplicatesReport
     from icmlora.fleet.tasks.generators import GeneratorVersion, RolledBack
     from icmlora.fleet.tasks.init import InitReport
     from icmlora.fleet.tasks.tasks import EditReport, Removal, RemoveReport, TaskDetails
@@ -199,7 +199,7 @@ _HOMES = {
     "CustomModel": "icmlora.base_models.kinds.custom_model",
     "DatabaseUrl": "registry.names",
     "DescribedTask": "icmlora.fleet.tasks.described",
-    "DuplicatesReport": "icmlora.fleet.tasks.duplicates",
+    "DuplicatesReport": "icmlora.fleet.tasks.duplicate_pairs",
     "EditReport": "icmlora.fleet.tasks.tasks",
     "EncodeReport": "icmlora.fleet.encode.encode",
     "EvaluateReport": "icmlora.fleet.measure.evaluate",

@@ -29,7 +29,7 @@ from icmlora.fleet.resources.adapter_source import refuse_large
 from icmlora.fleet.resources.decoding import code_reader
 from icmlora.fleet.resources.loading import original_reader
 from icmlora.fleet.resources.stored_vectors import LeftOut
-from icmlora.fleet.tasks.duplicates import DuplicateGroup, DuplicatePair, DuplicatesReport
+from icmlora.fleet.tasks.duplicate_pairs import DuplicateGroup, DuplicatePair, DuplicatesReport
 from icmlora.formats.tensor_hash import plain_config, tensors_digest
 from icmlora.io.second_process import in_two_processes
 from icmlora.io.threads import side_by_side
@@ -45,7 +45,7 @@ _IN_MEMORY = 4  # adapters of the pairs that are compared; one may have hundreds
 
 
 def across_bases(store: Store) -> Iterator[DuplicatePair]:
-    """Yield the tasks with the tensors of an older one of another base model; few files have to be read for that."""
+    """Yield the tasks with the tensors of an older task of another base model, reading few files."""
     by_key: defaultdict[str | None, dict[str, str]] = defaultdict(dict)
     for row in store.rows():
         by_key[row.tensors_key][row.name] = row.base
