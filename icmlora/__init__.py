@@ -93,10 +93,10 @@ if TYPE_CHECKING:
     from icmlora.fleet.write.sources import TooLossy
     from icmlora.formats.discovery.folder import load_adapter, save_adapter
     from icmlora.serving.attach import attach
+    from registry.findings import Finding, Rebuilt
     from registry.manifests import Generator, Task
     from registry.names import DatabaseUrl
     from registry.reachability import PruneReport
-    from registry.verify import Finding, Rebuilt
 
 __all__ = [
     "Adapter",
@@ -206,7 +206,7 @@ _HOMES = {
     "Event": "icmlora.fleet.context",
     "EvictReport": "icmlora.fleet.evict.types",
     "ExportReport": "icmlora.fleet.bundles.export",
-    "Finding": "registry.verify",
+    "Finding": "registry.findings",
     "Fleet": "icmlora.fleet.api",
     "Generated": "icmlora.fleet.few_shot.generate",
     "Generator": "registry.manifests",
@@ -227,7 +227,7 @@ _HOMES = {
     "Metric": "icmlora.base_models.modality",
     "Progress": "icmlora.fleet.context",
     "PruneReport": "registry.reachability",
-    "Rebuilt": "registry.verify",
+    "Rebuilt": "registry.findings",
     "RecognizeReport": "icmlora.fleet.vectors.recognize",
     "Removal": "icmlora.fleet.tasks.tasks",
     "RemoveReport": "icmlora.fleet.tasks.tasks",
