@@ -47,7 +47,7 @@ def find_duplicates(
     if not 0.0 <= max_distance <= MAX_DISTANCE:
         fact = f"a distance of {max_distance:g} is not between 0 and {MAX_DISTANCE:g}"
         raise DataError(fact, hint="use less than 0.01 for rounded copies; unrelated adapters are at about 1")
-    from icmlora.fleet.tasks.comparison import Comparison, Steps, across_bases, age  # imports torch
+    from icmlora.fleet.tasks.comparison import Comparison, ReadCounter, across_bases, age  # imports torch
 
     report = DuplicatesReport(max_distance)
     with context.open(read_only=True) as store:
@@ -55,7 +55,7 @@ def find_duplicates(
         base_model = base_name(store, base_model)
         check_base_model(base_model, counts)
         chosen = sorted(base for base in set(wanted.values()) or counts if base_model in (None, base))
-        steps = Steps(context, sum(counts[base] for base in chosen))
+        steps = ReadCounter(context, sum(counts[base] for base in chosen))
         for base in chosen:
             found = sorted(store.tasks(Selection(base_model=base)), key=age)
             if found:
