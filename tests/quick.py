@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 
-from icmlora.fleet.encode import tasks as encode
+from icmlora.fleet.encode import search
 from icmlora.fleet.few_shot import generate
 from icmlora.fleet.resources import adapter_source, loading
 from icmlora.generator.initial_a.search import SeedSearch
@@ -23,8 +23,8 @@ _SEEDS = SeedSearch()
 def quick_codes() -> Iterator[None]:
     """Refine codes on few and short texts, generated ones in few steps, and draw what a seed gives once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "REFINE_STEPS", 40)
-        patch.setattr(encode, "FOR_SHARE", replace(FOR_SHARE, samples=8, tokens=24))
+        patch.setattr(search, "REFINE_STEPS", 40)
+        patch.setattr(search, "FOR_SHARE", replace(FOR_SHARE, samples=8, tokens=24))
         patch.setattr(generate, "RefineConfig", partial(RefineConfig, steps=12, samples=8, tokens=24))
         for searching in (adapter_source, loading):
             patch.setattr(searching, "SeedSearch", lambda: _SEEDS)

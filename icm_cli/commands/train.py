@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, cast
 
 import typer
 
-from icm_cli import encode_report, eval_report
+from icm_cli import eval_report
 from icm_cli.command import Call, command
-from icm_cli.encode_report import print_replaced
+from icm_cli.commands.encode import print_codes, print_encoded, print_evict_hint, print_replaced
 from icm_cli.errors import ExitCode, Interrupted, UsageProblem
 from icm_cli.output import Output
 from icm_cli.session import Session
@@ -100,6 +100,7 @@ class _Printed:
             if event.label == "encode" and self.is_refining and not self.encoded:
                 out.note("refining codes; the store is already complete, so Ctrl-C is safe")
         _print_step(self.session, event)
+        print_encoded(self.session, event, "refined" if self.is_refining else "task")
         eval_report.print_measured(self.session, event)
 
     def catch_up(self, report: TrainReport) -> None:
@@ -112,9 +113,9 @@ class _Printed:
             for updated in report.updated:
                 _sum_up_update(self.session, updated)
         for encoded in report.encoded[self.encoded :]:
-            encode_report.sum_up(self.session, encoded, brief=self.is_refining)
+            print_codes(self.session, encoded, brief=self.is_refining)
             if not self.is_refining and not report.stopped:
-                encode_report.print_evict_hint(self.session, encoded, self.max_error)
+                print_evict_hint(self.session, encoded, self.max_error)
         self.encoded = len(report.encoded)
         if report.measurable is not None and not self.is_explained:
             self.is_explained = True

@@ -30,7 +30,7 @@ from unittest.mock import patch
 from icmlora import Fleet
 from icmlora.fleet.encode import tasks as encoding
 from icmlora.fleet.encode.encode import TaskEncoded
-from icmlora.fleet.encode.tasks import PendingCode, encode_tasks
+from icmlora.fleet.encode.search import encode_tasks
 from icmlora.fleet.resources.loading import ModelCache
 from icmlora.fleet.resources.workers import Tell, _cluster
 from icmlora.generator.codec.limits import Limits
@@ -45,7 +45,7 @@ _NOTE = "refining, step "
 
 def killed_once(
     models: ModelCache, tasks: Sequence[Task], tell: Tell, limits: Limits, **options: Any
-) -> Iterator[tuple[Task, TaskEncoded | PendingCode]]:
+) -> Iterator[tuple[Task, TaskEncoded]]:
     """Encode as usual; the process is killed in the middle of the first task that is refined, once in each store."""
     killed, half = paths_of(models.store).root.parent / "killed", (limits.refine or 40) // 2
 

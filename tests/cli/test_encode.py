@@ -11,9 +11,9 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from icmlora.adapter.metrics import squared_error
-from icmlora.fleet.encode.refiner import Finished
 from icmlora.fleet.encode.search import CodeSearch
 from icmlora.formats.discovery.folder import load_adapter
+from icmlora.generator.codec.encoding import Encoded
 from icmlora.generator.config import keep_of
 from icmlora.io.text import human_size
 from registry.store import Store
@@ -26,7 +26,7 @@ Icm = Callable[..., Ran]
 def stop_after_one(patch: pytest.MonkeyPatch) -> None:
     """Press Ctrl-C once the first code is made."""
 
-    def best(self: CodeSearch) -> Finished:
+    def best(self: CodeSearch) -> tuple[Encoded, float | None, bool]:
         found = real(self)
         os.kill(os.getpid(), signal.SIGINT)
         return found
@@ -120,6 +120,14 @@ def test_a_stopped_run_does_only_what_is_left(icm: Icm, trained: Path, monkeypat
     told = tasks_of(icm("encode", "--max-error", "0.14", "--json"))
     assert {name for name, event in told.items() if event["status"] == "known"} == done
     assert set(told) > done
+
+
+def test_if_no_code_meets_the_error_the_earlier_one_stays_as_the_help_says(icm: Icm, trained: Path) -> None:
+    before = codes(trained)
+    ran = icm("encode", "poems", "--max-error", "0.000001")
+    assert (ran.code, codes(trained)) == (ExitCode.PARTLY, before)
+    assert "poems: no code has a relative error of 1e-06 or less" in ran.out
+    assert "with --max-error alone the task keeps its earlier code" in " ".join(icm("encode", "--help").out.split())
 
 
 def test_only_the_named_tasks_are_encoded(icm: Icm, trained: Path) -> None:

@@ -13,7 +13,6 @@ from icmlora.adapter.metrics import squared_error
 from icmlora.base_models.examples.examples import parse_examples
 from icmlora.base_models.kinds.likelihood import nll
 from icmlora.base_models.running.attach import adapted
-from icmlora.fleet.encode.refiner import Refiner
 from icmlora.fleet.few_shot import generate as generating
 from icmlora.formats.discovery.folder import load_adapter
 from registry.errors import TaskConflict
@@ -297,7 +296,7 @@ class TestFailures:
     def test_where_it_cannot_be_encoded_the_store_is_as_it_was(
         self, icm: Icm, register: Register, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(Refiner, "refine", raising(MemoryError()))
+        monkeypatch.setattr(generating, "refine_all", raising(MemoryError()))
         assert register().code != 0
         assert "geese" not in names(icm)
         assert icm("verify", "-v", "--json").document["findings"] == []

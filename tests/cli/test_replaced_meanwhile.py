@@ -15,7 +15,7 @@ import pytest
 from icm_cli.errors import ExitCode
 from icmlora.base_models.kinds import likelihood
 from icmlora.fleet.bundles import export as exporting
-from icmlora.fleet.encode import tasks as encoding
+from icmlora.fleet.encode import search
 from icmlora.fleet.evict.evictor import Evictor
 from icmlora.fleet.evict.types import TaskEvicted
 from icmlora.fleet.measure.measure import TaskLosses
@@ -175,7 +175,7 @@ class TestEncode:
     def test_a_task_whose_adapter_was_replaced_is_left_out_and_named(
         self, icm: Icm, trained: Path, other: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        before(monkeypatch, encoding, "read_original", lambda: replace_adapter(trained, other))
+        before(monkeypatch, search, "read_original", lambda: replace_adapter(trained, other))
         ran = icm("encode", "poems", "rules", "--max-error", "0.1")
         assert (ran.code, "poems: its adapter changed during encoding" in ran.out) == (ExitCode.PARTLY, True)
         assert set(codes(trained)) == {"rules", "silent"}
@@ -183,7 +183,7 @@ class TestEncode:
     def test_a_task_that_was_removed_is_left_out_and_named(
         self, icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        before(monkeypatch, encoding, "read_original", lambda: remove(trained, "poems"))
+        before(monkeypatch, search, "read_original", lambda: remove(trained, "poems"))
         ran = icm("encode", "poems", "rules", "--max-error", "0.1", "--json")
         assert {name: event["status"] for name, event in tasks_of(ran).items()} == {
             "poems": "changed", "rules": "encoded",

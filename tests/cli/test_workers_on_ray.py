@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 
-from icm_cli import command
+from icm_cli.commands import encode as command
 from icm_cli.errors import ExitCode
-from icm_cli.session import Session
 from icmlora import Fleet
-from icmlora.fleet.context import Context, Event
+from icmlora.fleet.context import Context
 from icmlora.fleet.encode import tasks as encoding
-from icmlora.fleet.encode.encode import TaskEncoded
-from icmlora.fleet.encode.tasks import encode_tasks
+from icmlora.fleet.encode.search import encode_tasks
 from icmlora.fleet.resources.workers import _cluster, _Worker
 from icmlora.generator.codec.limits import Limits
 from registry.errors import StoreNotFound
@@ -122,13 +120,12 @@ def facts(fleet: Fleet) -> list[object]:
 def test_ctrl_c_ends_the_workers_and_keeps_what_is_recorded(
     icm: Icm, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def tell(session: Session, event: Event) -> None:
-        if isinstance(event, TaskEncoded):
-            os.kill(os.getpid(), signal.SIGINT)
-        real(session, event)
+    def tell(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        real(*arguments)
 
-    real, before = command.print_event, code_blobs(fleet)
-    monkeypatch.setattr(command, "print_event", tell)
+    real, before = command.print_encoded, code_blobs(fleet)
+    monkeypatch.setattr(command, "print_encoded", tell)
     ran = icm("encode", "--max-error", "0.22", "--workers", "2", "--json")
     assert (ran.code, ran.error["message"]) == (ExitCode.INTERRUPTED, "interrupted; encoded 1 task")
     after = code_blobs(fleet)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise, product
 from typing import Any
@@ -75,13 +75,9 @@ class Refiner:
         """Return the share of the adapter's effect that the bytes of a code lose, as `Effect.lost`."""
         return self.effect.lost(factors_of(codec.decode(data)), of_few=of_few)
 
-    def refine(self, codec: Codec, adapter: Adapter, encoded: Encoded, tell: Tell) -> Encoded:
-        """Return a code whose adapter acts more like the original on the samples."""
-        return refine_all([Coarse(self, codec, adapter, encoded)], tell)[0].encoded
-
 
 @dataclass(frozen=True)
-class ForShare:
+class Share:
     """The share of the effect that a code must keep, and the other codes that it may become."""
 
     keep: float
@@ -102,46 +98,28 @@ class ForShare:
 
 
 @dataclass(frozen=True)
-class Coarse:
-    """A code that is to be refined."""
+class TrialCode:
+    """A code of one adapter, before or after refinement."""
 
     refiner: Refiner
     codec: Codec
     original: Adapter
     encoded: Encoded
-    share: ForShare | None = None  # None for the code of a generated adapter
+    share: Share | None = None  # None for the code of a generated adapter
+    lost: Lost | None = None  # of the adapter's effect; None if not measured
+
+    @property
+    def misses_limit(self) -> bool:
+        """Whether it loses more of the effect than is allowed."""
+        return self.share is not None and self.lost is not None and self.lost.counted > self.share.most
+
+    def measured(self) -> TrialCode:
+        """Return it with its loss, if it has to keep a share."""
+        return self if self.share is None else replace(self, lost=self.refiner.lost(self.codec, self.encoded.data))
 
     def relaxed(self, data: bytes) -> RelaxedCode:
         """Return its adapter's code of these bytes, to be changed."""
         return RelaxedCode(self.codec, self.original, data, self.refiner.base.device)
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A code that was refined, or left as it was, and its loss of the adapter's effect."""
-
-    encoded: Encoded
-    lost: Lost | None  # None without a share to keep
-    misses_limit: bool
-
-    @property
-    def effect(self) -> float | None:
-        """The share of the adapter's effect that it keeps; None if not measured."""
-        return None if self.lost is None else 1 - self.lost.counted
-
-    @classmethod
-    def of(cls, code: Coarse, encoded: Encoded) -> Finished:
-        """Measure a code that was refined."""
-        if code.share is None:
-            return cls(encoded, None, misses_limit=False)
-        lost = code.refiner.lost(code.codec, encoded.data)
-        return cls(encoded, lost, misses_limit=lost.counted > code.share.most)
-
-    def better(self, other: Finished) -> Finished:
-        """Return the code that loses less."""
-        assert self.lost is not None
-        assert other.lost is not None
-        return other if other.lost.counted < self.lost.counted else self
 
 
 def lost_before(keep: float, beyond: float) -> float:
@@ -150,7 +128,7 @@ def lost_before(keep: float, beyond: float) -> float:
     return share * math.sqrt(beyond)  # the form of answers, which counts little, comes back in few steps
 
 
-def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, original: Adapter, steps: Steps) -> Coarse:
+def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, original: Adapter, steps: Steps) -> TrialCode:
     """Return the plain code that loses about a share of its adapter's effect, to be refined until it keeps another.
 
     Of codes with and without faint slots, of either strengths, it would be the smallest if all had the same loss.
@@ -169,7 +147,7 @@ def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, origina
     slots = min(choices, key=cost)
     step, found = near(lost, partial(lost_by, slots=slots), step)
     encoded = measured(codec, original, code(step, slots))
-    return Coarse(refiner, codec, original, encoded, ForShare(keep, steps, found, slots))
+    return TrialCode(refiner, codec, original, encoded, Share(keep, steps, found, slots))
 
 
 def near(share: float, lost: Callable[[int], float], first: int) -> tuple[int, float]:
@@ -193,17 +171,17 @@ def near(share: float, lost: Callable[[int], float], first: int) -> tuple[int, f
     return best, 2 ** found[best]
 
 
-def refine_all(codes: Sequence[Coarse], tell: Tell) -> list[Finished]:
+def refine_all(codes: Sequence[TrialCode], tell: Tell) -> list[TrialCode]:
     """Refine codes side by side: all on the same base model, and for the same number of steps.
 
     A code that misses its share repeats its last steps at a finer quantisation step; the better one is taken.
     """
     base, config = codes[0].refiner.base, codes[0].refiner.config
-    running = list(map(_Running.of, codes))
+    running = list(map(_Refinement, codes))
     looks = _LOOKS if any(code.share is not None for code in codes) else ()
     note = "refining"
 
-    def go(which: Sequence[_Running], first: float, last: float) -> None:
+    def go(which: Sequence[_Refinement], first: float, last: float) -> None:
         nonlocal note
         steps = range(round(first * config.steps), round(last * config.steps))
         for step in refine([one.work for one in which], base, config, steps):
@@ -216,40 +194,42 @@ def refine_all(codes: Sequence[Coarse], tell: Tell) -> list[Finished]:
             if last < 1:
                 for one in running:
                     one.predict_final_loss(number)
-        finished = [one.finished() for one in running]
-        short = [number for number, made in enumerate(finished) if made.misses_limit]
+        refined = [one.code_now() for one in running]
+        short = [number for number, code in enumerate(refined) if code.misses_limit]
         for number in short:
-            running[number].retry_finer(finished[number])
+            running[number].retry_finer(refined[number])
         go([running[number] for number in short], _LOOKS[-1], 1.0)
         for number in short:
-            finished[number] = finished[number].better(running[number].finished())
-    return finished
+            refined[number] = min(refined[number], running[number].code_now(), key=_counted)
+    return refined
 
 
-@dataclass(frozen=True)
-class _Running:
-    """A code that is being refined."""
+def _counted(code: TrialCode) -> float:
+    assert code.lost is not None
+    return code.lost.counted
 
-    code: Coarse
-    work: Refinable
 
-    @classmethod
-    def of(cls, code: Coarse) -> _Running:
-        """Return a code before its first step."""
-        aim = None if code.share is None else code.share.aim
-        relaxed, refiner = code.relaxed(code.encoded.data), code.refiner
-        return cls(code, Refinable(relaxed, code.encoded.weighted_error, refiner.teacher, refiner.effect, aim))
+class _Refinement:
+    """The refinement of one code."""
 
-    def finished(self) -> Finished:
-        """Return the code as it is now."""
-        return Finished.of(self.code, measured(self.code.codec, self.code.original, self.work.relaxed.to_code()))
+    def __init__(self, code: TrialCode) -> None:
+        refiner, aim = code.refiner, None if code.share is None else code.share.aim
+        relaxed = code.relaxed(code.encoded.data)
+        self._code = code
+        self.work = Refinable(relaxed, code.encoded.weighted_error, refiner.teacher, refiner.effect, aim)
+        self._has_short_answers = has_short_answers(refiner.teacher, refiner.config)
+
+    def code_now(self) -> TrialCode:
+        """Return the code as it is now, with its loss."""
+        code = self._code
+        return replace(code, encoded=measured(code.codec, code.original, self.work.relaxed.to_code())).measured()
 
     def predict_final_loss(self, number: int) -> None:
         """Re-quantise at the step from which the remaining steps are predicted to end at the aim."""
-        share = self.code.share
+        share = self._code.share
         if share is None:
             return
-        found = self.code.refiner.lost(self.code.codec, self.work.relaxed.to_code())
+        found = self._lost(self.work.relaxed)
         self.work.compare(found.worst)
         lost = _octaves(found.of_most)
         is_first, later = number == 0, _LATER[number]
@@ -261,14 +241,14 @@ class _Running:
             later += max(math.log2(share.lost) - lost - _USUAL, 0.0)
         self._move(share, lost - later, coarser=is_first)
 
-    def retry_finer(self, made: Finished) -> None:
+    def retry_finer(self, missed: TrialCode) -> None:
         """Re-quantise at a finer step after the share was missed."""
-        assert self.code.share is not None
-        assert made.lost is not None
-        self.work.compare(made.lost.worst)
-        self._move(self.code.share, _octaves(made.lost.worst), coarser=False)
+        assert missed.share is not None
+        assert missed.lost is not None
+        self.work.compare(missed.lost.worst)
+        self._move(missed.share, _octaves(missed.lost.worst), coarser=False)
 
-    def _move(self, share: ForShare, end: float, *, coarser: bool) -> None:
+    def _move(self, share: Share, end: float, *, coarser: bool) -> None:
         """Re-quantise at the step predicted to reach the aim, if the loss at the present one ends at 2^end."""
         assert self.work.wanted is not None
         move = _eighths(math.log2(self.work.wanted) - end, _REFINED_POWER, _MAX_MOVED)
@@ -277,20 +257,17 @@ class _Running:
         elif coarser:
             most = _MAX_WORSE * max(share.lost, self.work.wanted)
             tried = (self._moved(share, by) for by in range(move, _MIN_COARSER - 1, -1))
-            self.work.relaxed = next((one for one in tried if self._lost_of_few(one) <= most), self.work.relaxed)
+            fine_enough = (one for one in tried if self._lost(one, of_few=True).of_most <= most)
+            self.work.relaxed = next(fine_enough, self.work.relaxed)
 
-    def _moved(self, share: ForShare, move: int) -> RelaxedCode:
-        moved = self.code.relaxed(share.steps.with_slots(self.work.relaxed.step + move, share.slots))
+    def _moved(self, share: Share, move: int) -> RelaxedCode:
+        moved = self._code.relaxed(share.steps.with_slots(self.work.relaxed.step + move, share.slots))
         # Codes of text keep no more of the gain so (docs/results/LOG.md, 2026-12-02).
         moved.go_on_from(self.work.relaxed, anew=move < 0 and self._has_short_answers)
         return moved
 
-    @property
-    def _has_short_answers(self) -> bool:
-        return has_short_answers(self.work.teacher, self.code.refiner.config)
-
-    def _lost_of_few(self, relaxed: RelaxedCode) -> float:
-        return self.code.refiner.lost(self.code.codec, relaxed.to_code(), of_few=True).of_most
+    def _lost(self, relaxed: RelaxedCode, *, of_few: bool = False) -> Lost:
+        return self._code.refiner.lost(self._code.codec, relaxed.to_code(), of_few=of_few)
 
 
 def _octaves(share: float) -> float:

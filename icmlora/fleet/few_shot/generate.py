@@ -29,7 +29,7 @@ from icmlora.fewshot.context_choice import MOST_TOKENS
 from icmlora.fewshot.guard import Guard
 from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.context import Context, base_name, has_loaders, use_case
-from icmlora.fleet.encode.refiner import Refiner
+from icmlora.fleet.encode.refiner import Refiner, TrialCode, refine_all
 from icmlora.fleet.few_shot.from_samples import Recipe, Source, make_from
 from icmlora.fleet.few_shot.start import read_few_shot_start
 from icmlora.fleet.few_shot.task_context import kept_files
@@ -293,7 +293,8 @@ def _encode(
     codec = file.codec_for(adapter.layout)
     coarse = encode_adapter(codec, adapter, {"context": _mean(vectors)}, limits=Limits(tolerance=_CODE_TOLERANCE))
     refiner = Refiner.of(base, adapter, examples, RefineConfig())
-    return refiner.refine(codec, adapter, coarse, lambda note: context.progress(0, None, note))
+    code = TrialCode(refiner, codec, adapter, coarse)
+    return refine_all([code], lambda note: context.progress(0, None, note))[0].encoded
 
 
 def _generated_task(

@@ -24,7 +24,7 @@ import socket
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -166,6 +166,11 @@ class _Worker:
             raise StoreUnavailable(f"a worker on {socket.gethostname()}: {error}", path=error.path, hint=hint) from None
         return result, list(self._facts)
 
+    def close(self) -> None:
+        """Close the store and forget its models until the next task."""
+        if "_models" in self.__dict__:
+            self.__dict__.pop("_models").store.close()
+
 
 class _Pool:
     """Actors of a Ray cluster; a dead one is replaced."""
@@ -208,6 +213,9 @@ class _Pool:
                         one.record(self._store)
                 self._hand_out(waiting, call)  # before the caller records this one
                 yield task, result
+        # The caller may wait for a lock now, while no process of its own may hold the store.
+        with suppress(self._ray.exceptions.RayError):
+            self._ray.get([worker.close.remote() for worker in self._idle])
 
     def _hand_out(self, waiting: deque[Task], call: Any) -> None:
         while waiting and self._idle:

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from icmlora.fleet.encode.encode import TaskEncoded
-from icmlora.fleet.encode.tasks import PendingCode, encode_tasks
+from icmlora.fleet.encode.search import encode_tasks
 from icmlora.fleet.resources.loading import ModelCache
 from icmlora.fleet.resources.workers import Tell
 from registry.manifests import Task
 from tests.shared import paths_of
 
-Results = Iterator[tuple[Task, TaskEncoded | PendingCode]]
+Results = Iterator[tuple[Task, TaskEncoded]]
 
 
 def dies_once(models: ModelCache, tasks: Sequence[Task], tell: Tell, *limits: Any, **options: Any) -> Results:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from icmlora import Cancelled, DataError, Fleet, Progress, StoreLocked, TaskNotFound
+from icmlora import Cancelled, DataError, Fleet, OptionsConflict, Progress, StoreLocked, TaskNotFound
 from icmlora.fleet.context import Event
 from icmlora.fleet.encode.encode import EncodeReport, TaskEncoded
 from icmlora.training.effect import Effect, Lost
@@ -74,6 +74,12 @@ def test_a_limit_that_no_code_meets_leaves_the_present_code_and_says_so(fleet: F
     (task,) = report.done
     assert (task.status, report.short, code_blobs(fleet)) == ("below", [task], before)
     assert "relative error of 1e-06 or less" in str(task.reason)
+
+
+@pytest.mark.parametrize("options", [{"quality": 0}, {"quality": 9}, {"max_error": 1e-7}, {"keep": 1.0}])
+def test_a_limit_out_of_range_is_refused_before_any_work(fleet: Fleet, options: dict[str, float]) -> None:
+    with pytest.raises(OptionsConflict, match="must be between"):
+        fleet.encode(["silent"], **options)  # type: ignore[arg-type]
 
 
 def test_the_code_of_an_evicted_task_stays(fleet: Fleet) -> None:

@@ -14,7 +14,7 @@ from icmlora.adapter.model import Adapter
 from icmlora.base_models.examples.examples import Example, plain
 from icmlora.base_models.modality import BaseModel
 from icmlora.fleet.encode import refiner
-from icmlora.fleet.encode.refiner import Coarse, Refiner, coarse_for, near, refine_all
+from icmlora.fleet.encode.refiner import Refiner, TrialCode, coarse_for, near, refine_all
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.codec.encoding import Steps
@@ -41,7 +41,7 @@ def codec(adapter: Adapter) -> Codec:
     return untrained_codec(adapter)
 
 
-def coarse(base: BaseModel, adapter: Adapter, codec: Codec, keep: float, lost: float) -> Coarse:
+def coarse(base: BaseModel, adapter: Adapter, codec: Codec, keep: float, lost: float) -> TrialCode:
     found = Refiner.of(base, adapter, TEXTS, FOR_SHARE)
     return coarse_for(keep, lost, found, codec, adapter, Steps(codec, adapter, {}, None))
 
@@ -154,7 +154,7 @@ def test_a_code_that_loses_right_answers_at_the_end_goes_on_with_a_finer_step(
 
 def test_a_code_that_is_for_no_share_keeps_its_step(base: BaseModel, adapter: Adapter, codec: Codec) -> None:
     begun = coarse(base, adapter, codec, keep=0.9, lost=0.2)
-    (made,) = refine_all([Coarse(begun.refiner, codec, adapter, begun.encoded)], lambda _: None)
+    (made,) = refine_all([TrialCode(begun.refiner, codec, adapter, begun.encoded)], lambda _: None)
     assert codec.open(made.encoded.data).head.step == codec.open(begun.encoded.data).head.step
 
 
@@ -174,7 +174,7 @@ def test_the_steps_of_a_code_are_as_many_as_were_asked_for(
     base: BaseModel, adapter: Adapter, codec: Codec, done: list[int]
 ) -> None:
     begun = coarse(base, adapter, codec, keep=0.9, lost=0.2)
-    refine_all([Coarse(begun.refiner, codec, adapter, begun.encoded)], lambda _: None)
+    refine_all([TrialCode(begun.refiner, codec, adapter, begun.encoded)], lambda _: None)
     assert done == list(range(1, FOR_SHARE.steps + 1))
 
 
