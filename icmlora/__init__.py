@@ -80,7 +80,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.tasks.copies import CopyReport
     from icmlora.fleet.tasks.described import DescribedTask
     from icmlora.fleet.tasks.doctor import Check
-    from icmlora.fleet.tasks.duplicates import DuplicatesReport
+    from icmlora.fleet.tasks.duplicate_pairs import DuplicatesReport
     from icmlora.fleet.tasks.generators import GeneratorVersion, RolledBack
     from icmlora.fleet.tasks.init import InitReport
     from icmlora.fleet.tasks.tasks import EditReport, Removal, RemoveReport, TaskDetails
@@ -93,10 +93,10 @@ if TYPE_CHECKING:
     from icmlora.fleet.write.sources import TooLossy
     from icmlora.formats.discovery.folder import load_adapter, save_adapter
     from icmlora.serving.attach import attach
+    from registry.findings import Finding, Rebuilt
     from registry.manifests import Generator, Task
     from registry.names import DatabaseUrl
     from registry.reachability import PruneReport
-    from registry.verify import Finding, Rebuilt
 
 __all__ = [
     "Adapter",
@@ -199,14 +199,14 @@ _HOMES = {
     "CustomModel": "icmlora.base_models.kinds.custom_model",
     "DatabaseUrl": "registry.names",
     "DescribedTask": "icmlora.fleet.tasks.described",
-    "DuplicatesReport": "icmlora.fleet.tasks.duplicates",
+    "DuplicatesReport": "icmlora.fleet.tasks.duplicate_pairs",
     "EditReport": "icmlora.fleet.tasks.tasks",
     "EncodeReport": "icmlora.fleet.encode.encode",
     "EvaluateReport": "icmlora.fleet.measure.evaluate",
     "Event": "icmlora.fleet.context",
     "EvictReport": "icmlora.fleet.evict.types",
     "ExportReport": "icmlora.fleet.bundles.export",
-    "Finding": "registry.verify",
+    "Finding": "registry.findings",
     "Fleet": "icmlora.fleet.api",
     "Generated": "icmlora.fleet.few_shot.generate",
     "Generator": "registry.manifests",
@@ -227,7 +227,7 @@ _HOMES = {
     "Metric": "icmlora.base_models.modality",
     "Progress": "icmlora.fleet.context",
     "PruneReport": "registry.reachability",
-    "Rebuilt": "registry.verify",
+    "Rebuilt": "registry.findings",
     "RecognizeReport": "icmlora.fleet.vectors.recognize",
     "Removal": "icmlora.fleet.tasks.tasks",
     "RemoveReport": "icmlora.fleet.tasks.tasks",

@@ -22,10 +22,10 @@ from registry.storage.locks import Patience
 from registry.storage.open import open_parts
 
 if TYPE_CHECKING:
+    from registry.findings import Finding, Rebuilt
     from registry.reachability import PruneReport
     from registry.storage.blobs.backend import BlobBackend
     from registry.usage import Usage
-    from registry.verify import Finding, Rebuilt
 
 
 class Store(StateStore):

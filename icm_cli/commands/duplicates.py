@@ -6,7 +6,8 @@ from icm_cli.command import Call, command
 from icm_cli.output import Field
 from icm_cli.session import Session
 from icm_cli.text import as_fields, figure
-from icmlora.fleet.tasks.duplicates import DuplicatePair, DuplicatesReport, find_duplicates
+from icmlora.fleet.tasks.duplicate_pairs import DuplicatePair, DuplicatesReport
+from icmlora.fleet.tasks.duplicates import find_duplicates
 from icmlora.io.text import counted, some
 
 _FIELDS: tuple[Field[DuplicatePair], ...] = (

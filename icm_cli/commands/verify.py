@@ -18,7 +18,7 @@ from icmlora.io.text import counted, some
 
 if TYPE_CHECKING:
     from icmlora.fleet.context import Event
-    from registry.verify import Finding
+    from registry.findings import Finding
 
 RepairOpt = Annotated[
     bool,

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from registry.errors import RegistryError
+from registry.findings import OF_FILES
 from registry.manifests import Run, Task
 from registry.storage.folder import FORMAT_TEXT
 from registry.store import Store
-from registry.verify import OF_FILES
 from tests.registry.examples import BASE, evict, ingest, new_store, put, task, train, vector
 
 pytestmark = pytest.mark.kept_in("sqlite", "folder", reason="the files of a store folder")

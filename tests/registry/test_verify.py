@@ -11,10 +11,11 @@ import pytest
 
 from registry.encoding import encode
 from registry.errors import DamagedStore, RegistryError, StoreTooNew, TaskNotFound
+from registry.findings import Finding
 from registry.manifests import Removed, Run, Task
 from registry.storage.blobs.content import Blobs
 from registry.store import Store
-from registry.verify import MAX_REPAIRED_BYTES, Finding, corrected
+from registry.verify import MAX_REPAIRED_BYTES, corrected
 from tests.registry.examples import BASE, ingest, new_store, put, task, train, vector
 from tests.registry.pairs import damage, lose, overwrite
 from tests.shared import paths_of

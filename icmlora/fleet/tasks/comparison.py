@@ -29,7 +29,7 @@ from icmlora.fleet.resources.adapter_source import refuse_large
 from icmlora.fleet.resources.decoding import code_reader
 from icmlora.fleet.resources.loading import original_reader
 from icmlora.fleet.resources.stored_vectors import LeftOut
-from icmlora.fleet.tasks.duplicates import DuplicateGroup, DuplicatePair, DuplicatesReport
+from icmlora.fleet.tasks.duplicate_pairs import DuplicateGroup, DuplicatePair, DuplicatesReport
 from icmlora.formats.tensor_hash import plain_config, tensors_digest
 from icmlora.io.second_process import in_two_processes
 from icmlora.io.threads import side_by_side
@@ -45,7 +45,7 @@ _IN_MEMORY = 4  # adapters of the pairs that are compared; one may have hundreds
 
 
 def across_bases(store: Store) -> Iterator[DuplicatePair]:
-    """Yield the tasks with the tensors of an older one of another base model; few files have to be read for that."""
+    """Yield the tasks with the tensors of an older task of another base model, reading few files."""
     by_key: defaultdict[str | None, dict[str, str]] = defaultdict(dict)
     for row in store.rows():
         by_key[row.tensors_key][row.name] = row.base
@@ -71,7 +71,7 @@ def age(task: Task) -> tuple[str, int, str]:
     return task.created_at, task.seq, task.name
 
 
-class Steps:
+class ReadCounter:
     """Counts the adapters that are read: each once, then again if its pair may be near."""
 
     def __init__(self, context: Context, total: int) -> None:
@@ -88,7 +88,7 @@ class Steps:
 class Comparison:
     """Compares the tasks of one base model, oldest first."""
 
-    def __init__(self, store: Store, tasks: Sequence[Task], report: DuplicatesReport, steps: Steps) -> None:
+    def __init__(self, store: Store, tasks: Sequence[Task], report: DuplicatesReport, steps: ReadCounter) -> None:
         self._store, self._tasks, self._report, self._steps = store, tasks, report, steps
         self._opened = GeneratorCache()
         self._adapter = lru_cache(_IN_MEMORY)(lambda place: self._reader(place)())
@@ -147,7 +147,7 @@ class Comparison:
             self._steps.step(tasks[place].name)
         return places, sketches[: len(places)], np.array(norms)
 
-    def _each(self, places: Sequence[int]) -> Iterator[_Read]:
+    def _each(self, places: Sequence[int]) -> Iterator[_Sketched]:
         """Read adapters; as many are in memory as there are processor cores."""
         are_small = sum(self._tasks[place].final.weights.size for place in places) < _SMALL * len(places)
         if are_small and not self._store.blobs.is_remote:
@@ -157,7 +157,7 @@ class Comparison:
             with side_by_side() as each:
                 yield from each(self._read, places)
 
-    def _read(self, place: int) -> _Read:
+    def _read(self, place: int) -> _Sketched:
         """Read an adapter and make its sketch."""
         final = self._tasks[place].final
         # Tensors that no other adapter can have need not be hashed. A file without a key may have any.
@@ -166,11 +166,11 @@ class Comparison:
             adapter = None if final.original_only is not None else self._reader(place)()
             identity = None if final.is_evicted or is_unique else self._identity(final, adapter)
             if adapter is None:
-                return _Read(identity=identity)
+                return _Sketched(identity=identity)
             norm = refuse_large(adapter)  # squares of its sketch would exceed float32
-            return _Read(sketch(adapter), norm, identity)
+            return _Sketched(sketch(adapter), norm, identity)
         except FAILURES as error:
-            return _Read(error=as_error(error).message)
+            return _Sketched(error=as_error(error).message)
 
     def _identity(self, final: StoredAdapter, adapter: Adapter | None) -> str:
         # The scale is part of B, from weights or configuration.
@@ -232,7 +232,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class _Read:
+class _Sketched:
     """The facts of an adapter that stay in memory."""
 
     sketch: npt.NDArray[np.float32] | None = None

@@ -12,12 +12,12 @@ from icmlora.errors import BaseModelMismatch, BaseModelNotFound, DataError
 from icmlora.fleet.context import Context, Event, locate_base, use_case
 from icmlora.fleet.params import DryRun, Param, Tasks, age
 from registry.errors import DamagedStore
+from registry.findings import Finding, Rebuilt
 from registry.manifests import Code, Task
 
 if TYPE_CHECKING:
     from registry.reachability import PruneReport as PruneReport
     from registry.store import Store
-    from registry.verify import Finding, Rebuilt
 
 _SAME = 1e-3
 """How much two measurements of a relative error may differ, on other processors and with other versions of torch."""
@@ -85,8 +85,6 @@ def _findings(store: Store, tasks: Sequence[str], *, read_data: bool, decode: bo
 
 
 def _finding(kind: Literal["remark", "code"], task: Task, text: str, digest: str | None = None) -> Finding:
-    from registry.verify import Finding  # imports SQLAlchemy
-
     return Finding(kind, text, digest or "", digest, (task.name,))
 
 
