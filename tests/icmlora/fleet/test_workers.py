@@ -45,7 +45,7 @@ class FakeRay:
         return references[:1], references[1:]
 
     def get(self, reference: Any) -> Any:
-        return reference()
+        return None if isinstance(reference, list) else reference()
 
     def put(self, value: object) -> object:
         return value
@@ -54,11 +54,21 @@ class FakeRay:
         self.killed.append(worker)
 
 
+class Closing:
+    """The method that closes a worker's store."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def remote(self) -> None:
+        self.calls += 1
+
+
 class FakeActor:
     """A worker; `work` raises what Ray would."""
 
     def __init__(self, work: Work) -> None:
-        self.run, self.work = self, work
+        self.run, self.work, self.close = self, work, Closing()
 
     def remote(self, task: Task, call: object) -> Callable[[], tuple[str, list[object]]]:
         return lambda: (self.work(task.name), [])
@@ -73,6 +83,14 @@ def store(ingested: Fleet) -> Iterator[Store]:
 def unused(models: Models, tasks: Sequence[Task], tell: Tell) -> Iterator[tuple[Task, str]]:
     """Stand for what a worker calls."""
     raise AssertionError
+
+
+def test_idle_workers_close_the_store_when_all_tasks_are_done(store: Store) -> None:
+    actors = [FakeActor(str.upper) for _ in range(2)]
+    waiting = iter(actors)
+    pool = _Pool(FakeRay(), lambda: next(waiting), 2, store)
+    assert len(list(pool.each(unused, list(store.tasks()), lambda note: None))) == len(TASKS)
+    assert [actor.close.calls for actor in actors] == [1, 1]
 
 
 def results(store: Store, work: Work, ray: FakeRay | None = None, workers: int = 1) -> list[tuple[str, object]]:
