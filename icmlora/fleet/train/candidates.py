@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +23,6 @@ from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource, layout_of
 from icmlora.fleet.train.run import TrainingRun, TrainOptions, measured_sensitivity, schedule_of, train_network
 from icmlora.generator.codec.code import generator_of
-from icmlora.generator.codec.codec import Codec
 from icmlora.generator.codec.encoding import Encoded, encode_adapter
 from icmlora.generator.codec.generator_file import GeneratorFile
 from icmlora.generator.codec.limits import Limits
@@ -142,24 +140,20 @@ class UpdateCandidates:
         state = self._train(source, new_state(network.to(self._device), options))
         return self._with_last_version(append_version(data, generator_to_bytes(state.net), None), source, is_kept=True)
 
-    def _train(self, source: StoreAdapterSource, begun: TrainState) -> TrainState:
-        assert self._run is not None
-        state = self._resumed(self._run, begun)
-        train_network(self._context, source, state, partial(self._run.save, state))
+    def _train(self, source: StoreAdapterSource, state: TrainState) -> TrainState:
+        """Train to the last step, from the checkpoint of an interrupted training if it was this one."""
+        run = self._run
+        assert run is not None
+        saved = None
+        with suppress(*FAILURES):  # the checkpoint is damaged
+            saved = run.state(self._device)
+        if saved is not None and (saved.config, saved.net.config) == (state.config, state.net.config):
+            for parameter, first in zip(saved.net.parameters(), state.net.parameters(), strict=True):
+                parameter.requires_grad_(first.requires_grad)
+            state = saved
+        train_network(self._context, source, state, run)
         self.steps += state.step
         return state
-
-    def _resumed(self, run: TrainingRun, begun: TrainState) -> TrainState:
-        """Return the checkpoint of an interrupted training, if it was this one."""
-        try:
-            saved = run.state(self._device)
-        except FAILURES:  # it is damaged
-            return begun
-        if saved is None or (saved.config, saved.net.config) != (begun.config, begun.net.config):
-            return begun
-        for parameter, first in zip(saved.net.parameters(), begun.net.parameters(), strict=True):
-            parameter.requires_grad_(first.requires_grad)
-        return saved
 
     def _with_last_version(self, data: bytes, source: StoreAdapterSource, *, is_kept: bool) -> Candidate:
         return self._encoded(data, source, lambda file, task: [len(file.digests) - 1], is_kept=is_kept)
@@ -184,23 +178,23 @@ class UpdateCandidates:
                 found = None if run is None else run.get(task)
                 code = None if found is None else found[0]
                 if code is None:
-                    made = [self._encode(file.codec(version), source, number) for version in versions(file, number)]
-                    code = reduce(_smaller, filter(None, made)) if any(made) else None
+                    for version in versions(file, number):
+                        codec = file.codec(version)
+                        try:
+                            vectors, initial = source.mean_vectors(number), source.initial(number)
+                            limits = Limits(tolerance=self._tolerance)
+                            adapter = source.load(number, None)
+                            made = encode_adapter(codec, adapter, vectors, initial, limits)
+                        except FAILURES as error:
+                            self.left_out[name] = as_error(error).message
+                        else:
+                            code = made if code is None else _smaller(code, made)
                     if code is not None and run is not None:
                         run.add(task, code, seed_is_known=False)
                 if code is not None:
                     codes[name] = code
                 self._context.progress(number + 1, source.tasks(), f"encoding {name}")
         return Candidate(data, codes)
-
-    def _encode(self, codec: Codec, source: StoreAdapterSource, task: int) -> Encoded | None:
-        """Return the code of a task; note the reason and return None if it cannot be encoded."""
-        try:
-            vectors, initial = source.mean_vectors(task), source.initial(task)
-            return encode_adapter(codec, source.load(task, None), vectors, initial, Limits(tolerance=self._tolerance))
-        except FAILURES as error:
-            self.left_out[source.task(task).name] = as_error(error).message
-            return None
 
 
 def _smaller(earlier: Encoded, later: Encoded) -> Encoded:

@@ -13,7 +13,6 @@ import json
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,23 +26,24 @@ from icmlora.fleet.train.report import CodeMade, Continued, Resumed, Trained, Tr
 from icmlora.fleet.train.run import (
     TrainingRun,
     TrainOptions,
-    open_run,
+    measured_sensitivity,
     run_metrics,
     schedule_of,
-    share_state,
     train_network,
     usable_source,
-    wanted_config,
 )
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.codec.encoding import Encoded, encode_adapter
 from icmlora.generator.codec.generator_file import GeneratorFile
+from icmlora.generator.config import config_for
 from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.training.config import DEFAULT_QUALITY
+from icmlora.training.initialisation import fresh_network, grown_network
 from icmlora.training.ranks import Ranks
+from icmlora.training.state import TrainState, new_state
 from registry.manifests import CodeLimits, Generator
 
 if TYPE_CHECKING:
-    from icmlora.training.state import TrainState
     from registry.store import Store
 
 
@@ -57,20 +57,16 @@ def train_base(
     previous: Generator | None,
     options: TrainOptions,
 ) -> Trained:
-    """Train the generator of one base model, and publish it with its codes."""
+    """Train the generator of one base model, and publish it with its codes. Call it inside the job lock.
+
+    Raises:
+        DataError: There is nothing to train on, or the current generator has another width.
+        GeneratorError: The training diverged, or no task can be encoded.
+    """
     source = usable_source(context, store, label)
     _refuse_none(label, source.names, source.left_out)
     started = time.monotonic()
-    # The first version was trained on a whole fleet; later ones are for the tasks that they were added for.
-    network = before = parent = None
-    if previous is not None:
-        before, parent = float(str(previous.config["tolerance"])), str(previous.blob)
-        network = GeneratorFile(store.blobs.read(parent)).codec(0).generator.net
-    config = wanted_config(source, network, before, quality=options.quality, width=options.width)
-    schedule = schedule_of(source, device, options)
-    run, state = open_run(
-        context, store, source, device, network, config, schedule, parent=parent, resume=options.resume
-    )
+    run, state = _begin(context, store, source, device, previous, options)
     first = state.step
     try:
         if first:
@@ -78,22 +74,69 @@ def train_base(
         elif previous is not None:
             new = sum(source.task(number).code is None for number in range(source.tasks()))
             context.on_event(Continued(label, previous.version, new))
-        share_state(state, source, ranks)
-        fitted = train_network(context, source, state, partial(run.save, state), ranks)
-        metrics: dict[str, object] = {
-            "bits_per_parameter": None if fitted is None else fitted.after,
-            "bits_per_parameter_before": None if fitted is None else fitted.before,
-            "measured_adapters": 0 if fitted is None else fitted.adapters,
+        if ranks.count > 1:  # the others train the same state on the same fleet
+            fleet = label.encode(), source.digest().encode()
+            ranks.share([*fleet, state.network_bytes(), state.optimizer_bytes()])
+        metrics = {
+            **train_network(context, source, state, run, ranks),
             "steps": state.step,
             "resumed_from": first,
             "processes": ranks.count,
             "fit_seconds": round(time.monotonic() - started, 3),
             **run_metrics(device),
         }
-        return _publish(context, store, source, run, state, parent, metrics)
+        return _publish(context, store, source, run, state, previous, metrics)
     except Cancelled:
         report.stopped_at = state.step
         raise
+
+
+def _begin(
+    context: Context,
+    store: Store,
+    source: StoreAdapterSource,
+    device: torch.device,
+    previous: Generator | None,
+    options: TrainOptions,
+) -> tuple[TrainingRun, TrainState]:
+    """Resume the interrupted run if it is the same one, else start a new one from the current generator, if any."""
+    network = tolerance = None
+    if previous is not None:
+        # The first version was trained on a whole fleet; later ones are for the tasks that they were added for.
+        network = GeneratorFile(store.blobs.read(previous.blob)).codec(0).generator.net
+        tolerance, width = network.config.tolerance, network.config.width
+        if options.width not in (None, width):
+            fact = f"the current generator has width {width}, and training from it cannot change the width"
+            raise DataError(fact, hint="run `icm train --fresh` to train from scratch with any width")
+    config = config_for(
+        source.base_model,
+        source.layouts(),
+        tasks=source.tasks(),
+        condition_size=source.condition_size(),
+        quality=DEFAULT_QUALITY if options.quality is None else options.quality,
+        tolerance=tolerance if options.quality is None else None,
+        width=options.width,
+        previous=None if network is None else network.config,
+    )
+    schedule = schedule_of(source, device, options)
+    identity: dict[str, object] = {
+        "generator": json.loads(config.to_json()),
+        "train": json.loads(schedule.to_json()),
+        "fleet": source.digest(),
+        "parent": None if previous is None else str(previous.blob),
+    }
+    run = TrainingRun.open(store, source.base_model, identity, resume=options.resume)
+    state = run.state(device)
+    if state is not None:
+        return run, state
+    sensitivity = None
+    if network is None or (network.config.kinds, network.config.layers) != (config.kinds, config.layers):
+        sensitivity = measured_sensitivity(context, store, source, config, device)
+    if network is None:
+        network = fresh_network(config, source, options.seed, sensitivity)
+    else:
+        network = grown_network(config, network, source, options.seed, sensitivity)
+    return run, new_state(network.to(device), schedule)
 
 
 def _refuse_none(label: str, encodable: Collection[str], left_out: Mapping[str, str]) -> None:
@@ -114,44 +157,16 @@ def _publish(
     source: StoreAdapterSource,
     run: TrainingRun,
     state: TrainState,
-    parent: str | None,
-    metrics: Mapping[str, object],
+    previous: Generator | None,
+    metrics: dict[str, object],
 ) -> Trained:
-    """Write the generator, encode every task with the file as it is read back, and publish both."""
+    """Write the generator, encode every task with the file as it is read back, and publish both.
+
+    Codes that this run made before an interruption are taken as they are.
+    """
     started = time.monotonic()
     label, data = source.base_model, generator_to_bytes(state.net)
     codec = Codec(generator_from_bytes(data))
-    codes, left_out, known_seeds = _encode_all(context, source, run, codec)
-    _refuse_none(label, codes, left_out)
-    seconds = round(time.monotonic() - started, 3)
-    metrics = {**metrics, "encode_seconds": seconds, "initial_a_known": known_seeds}
-    config = json.loads(state.net.config.to_json()) | {"train": asdict(state.config)}
-    (blob,) = put_files(store, [data])
-    generator = Generator(base_model=label, blob=blob, config=config, metrics=metrics, trained_from=parent)
-    published = publish(store, source, generator, codes, CodeLimits(tolerance=codec.config.tolerance))
-    return Trained(
-        base_model=label,
-        version=published.generator.version,
-        generator=str(blob),
-        generator_size=blob.size,
-        tasks=len(published.codes),
-        codes_size=sum(len(code.data) for code in published.codes.values()),
-        metrics=metrics,
-        start_dropped=published.before is not None and published.before.start is not None,
-        left_out=left_out | published.left_out,
-        earlier_codes=sum(task.code is not None for task in source.others),
-        replaced_bytes=published.replaced_bytes,
-    )
-
-
-def _encode_all(
-    context: Context, source: StoreAdapterSource, run: TrainingRun, codec: Codec
-) -> tuple[dict[str, Encoded], dict[str, str], int]:
-    """Encode every task; codes that this run made before an interruption are taken as they are.
-
-    Returns:
-        The codes by task, the tasks without one with the reasons, and the number of adapters with a known seed.
-    """
     codes, left_out, known_seeds = dict[str, Encoded](), dict(source.left_out), 0
     with run.codes(codec.generator.digest) as saved:
         for number, name in enumerate(source.names):
@@ -170,4 +185,24 @@ def _encode_all(
             codes[name] = found[0]
             known_seeds += found[1]
             context.progress(number + 1, source.tasks(), f"encoding {name}")
-    return codes, left_out, known_seeds
+    _refuse_none(label, codes, left_out)
+    seconds = round(time.monotonic() - started, 3)
+    metrics = {**metrics, "encode_seconds": seconds, "initial_a_known": known_seeds}
+    config = json.loads(state.net.config.to_json()) | {"train": asdict(state.config)}
+    (blob,) = put_files(store, [data])
+    parent = None if previous is None else str(previous.blob)
+    generator = Generator(base_model=label, blob=blob, config=config, metrics=metrics, trained_from=parent)
+    published = publish(store, source, generator, codes, CodeLimits(tolerance=codec.config.tolerance))
+    return Trained(
+        base_model=label,
+        version=published.generator.version,
+        generator=str(blob),
+        generator_size=blob.size,
+        tasks=len(published.codes),
+        codes_size=sum(len(code.data) for code in published.codes.values()),
+        metrics=metrics,
+        start_dropped=published.before is not None and published.before.start is not None,
+        left_out=left_out | published.left_out,
+        earlier_codes=sum(task.code is not None for task in source.others),
+        replaced_bytes=published.replaced_bytes,
+    )

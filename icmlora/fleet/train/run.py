@@ -8,19 +8,17 @@ nothing ────────────────────────
 from __future__ import annotations
 
 import base64
-import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.channel_statistics import channel_statistics
 from icmlora.errors import Cancelled, DataError, GeneratorError, OtherProcessFailed
 from icmlora.fleet.context import Context, check_base_model
@@ -31,21 +29,19 @@ from icmlora.fleet.resources.texts import read_samples
 from icmlora.fleet.train.publish import put_files
 from icmlora.fleet.train.report import StepDone
 from icmlora.generator.codec.encoding import Encoded
-from icmlora.generator.config import GeneratorConfig, config_for
+from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.sensitivity import Sensitivity, sensitivity_of
 from icmlora.io.devices import gradient_dtype
-from icmlora.training.config import DEFAULT_QUALITY, TrainConfig
-from icmlora.training.initialisation import fresh_network, grown_network
+from icmlora.training.config import TrainConfig
 from icmlora.training.loop import Probe, draws_of, fit
 from icmlora.training.ranks import ALONE, Ranks
-from icmlora.training.state import TrainState, new_state, state_from_bytes
+from icmlora.training.state import TrainState, state_from_bytes
 from registry.encoding import packed, unpacked
 from registry.errors import DamagedStore
 from registry.filters import Selection, parse_filter
 from registry.manifests import Run, Task
 
 if TYPE_CHECKING:
-    from icmlora.generator.network.cvae import CVAE
     from registry.store import Store
 
 _BATCH_SECONDS = 5.0  # between two batches of codes: storing each code alone would wait for the disk
@@ -149,49 +145,6 @@ def _key(task: Task) -> _Key:
     return task.name, task.final.weights, task.final.config
 
 
-def open_run(
-    context: Context,
-    store: Store,
-    source: StoreAdapterSource,
-    device: torch.device,
-    network: CVAE | None,
-    config: GeneratorConfig,
-    options: TrainConfig,
-    *,
-    parent: str | None,
-    resume: bool,
-) -> tuple[TrainingRun, TrainState]:
-    """Resume the interrupted run if it is the same one, else start a new one. Call it inside the job lock.
-
-    `network` is the current one to start from, None to start from scratch, and `parent` the digest of its file.
-    """
-    identity: dict[str, object] = {
-        "generator": json.loads(config.to_json()),
-        "train": json.loads(options.to_json()),
-        "fleet": source.digest(),
-        "parent": parent,
-    }
-    run = TrainingRun.open(store, source.base_model, identity, resume=resume)
-    state = run.state(device)
-    if state is not None:
-        return run, state
-    sensitivity = None
-    if network is None or (network.config.kinds, network.config.layers) != (config.kinds, config.layers):
-        sensitivity = measured_sensitivity(context, store, source, config, device)
-    if network is None:
-        network = fresh_network(config, source, options.seed, sensitivity)
-    else:
-        network = grown_network(config, network, source, options.seed, sensitivity)
-    return run, new_state(network.to(device), options)
-
-
-def share_state(state: TrainState, source: StoreAdapterSource, ranks: Ranks) -> None:
-    """Send the other ranks the fleet and the state to train. Call it on rank 0."""
-    if ranks.count > 1:
-        fleet = source.base_model.encode(), source.digest().encode()
-        ranks.share([*fleet, state.network_bytes(), state.optimizer_bytes()])
-
-
 def help_train(context: Context, ranks: Ranks, device: torch.device) -> None:
     """Join the runs of rank 0 until there are no more. Call it on the other ranks; nothing is written.
 
@@ -249,28 +202,20 @@ def schedule_of(source: StoreAdapterSource, device: torch.device, options: Train
     )
 
 
-class Fitted(NamedTuple):
-    """Mean code length of the same adapters before and after a training, in bits per parameter."""
-
-    before: float
-    after: float
-    adapters: int
-
-
 def train_network(
-    context: Context,
-    source: StoreAdapterSource,
-    state: TrainState,
-    save: Callable[[], None] | None = None,
-    ranks: Ranks = ALONE,
-) -> Fitted | None:
-    """Train to the last step; return None if no step was left.
+    context: Context, source: StoreAdapterSource, state: TrainState, run: TrainingRun, ranks: Ranks = ALONE
+) -> dict[str, object]:
+    """Train to the last step.
+
+    Returns:
+        The mean code length of a few adapters before and after, in bits per parameter, for the metrics of a generator.
 
     Raises:
         GeneratorError: The training diverged.
     """
+    bits: dict[str, object] = {"bits_per_parameter": None, "bits_per_parameter_before": None, "measured_adapters": 0}
     if state.step == state.config.steps:
-        return None
+        return bits
     probe = Probe(state, source)
     saved, before = time.monotonic(), probe.bits()
     after, measured = before, state.step
@@ -282,16 +227,18 @@ def train_network(
                 after, measured = probe.bits(), at.step
             context.on_event(StepDone(source.base_model, source.task(at.task).name, after, at))
             context.progress(at.step, at.steps, f"{after:.3f} bits per parameter")
-            if save is not None and time.monotonic() - saved > _CHECKPOINT_SECONDS:
-                save()
+            if time.monotonic() - saved > _CHECKPOINT_SECONDS:
+                run.save(state)
                 saved = time.monotonic()
     except (Cancelled, OtherProcessFailed):  # both come between two steps, so the state is whole
-        if save is not None:
-            save()
+        run.save(state)
         raise
-    if save is not None:
-        save()
-    return Fitted(before, after, probe.count)
+    run.save(state)
+    return {
+        "bits_per_parameter": after,
+        "bits_per_parameter_before": before,
+        "measured_adapters": probe.count,
+    }
 
 
 def base_models_with_tasks(store: Store, base_model: str | None) -> list[str]:
@@ -310,20 +257,16 @@ def base_models_with_tasks(store: Store, base_model: str | None) -> list[str]:
 
 def run_metrics(device: torch.device) -> dict[str, object]:
     """Return where a run took place, and its peak memory in bytes: of the process and, on CUDA, of the device."""
-    peak = _peak_memory()
+    found: dict[str, object] = {"device": str(device)}
+    if sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+        found["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     if device.type == "cuda":
-        peak["peak_device_memory"] = torch.cuda.max_memory_allocated(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    return {"device": name, **peak, "torch": torch.__version__}
-
-
-def _peak_memory() -> dict[str, int]:
-    if sys.platform == "win32":
-        return {}
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return {"peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+        found["device"] = torch.cuda.get_device_name(device)
+        found["peak_device_memory"] = torch.cuda.max_memory_allocated(device)
+    return {**found, "torch": torch.__version__}
 
 
 def measured_sensitivity(
@@ -331,58 +274,23 @@ def measured_sensitivity(
 ) -> Sensitivity | None:
     """Measure how strongly the base model reacts to each channel, or return None if it cannot be run for that here.
 
-    `icm eval` says why it cannot be run.
+    It reads the first samples of each task in turn, or neutral ones if no task has any. `icm eval` says why a base
+    model cannot be run.
     """
     try:
         base = open_base(store, source.base_model, device, gradient_dtype(device), cache=context.cache)
+        firsts: list[Sequence[Any]] = []
+        for number in range(min(source.tasks(), _STATISTICS_TASKS)):
+            with suppress(*FAILURES):  # its chats do not go with the chat template, or its samples are damaged
+                samples = read_samples(store, source.task(number), base)
+                firsts.append(() if samples is None else samples.items[:_STATISTICS_SAMPLES])
+        examples = [one for row in zip_longest(*firsts) for one in row if one is not None]
         # Kinds of different widths share names, and a name without a layer number means every layer.
         modules = dict.fromkeys(kind.module(layer) for kind in config.kinds for layer in range(config.layers))
-        statistics = channel_statistics(base, _examples(store, source, base), modules, max_tokens=_STATISTICS_TOKENS)
+        examples = examples or list(base.modality.probes)
+        statistics = channel_statistics(base, examples, modules, max_tokens=_STATISTICS_TOKENS)
     except Cancelled:
         raise
     except FAILURES:
         return None
     return sensitivity_of(config, statistics)
-
-
-def _examples(store: Store, source: StoreAdapterSource, base: BaseModel) -> list[Any]:
-    """Return the first samples of each task in turn, or neutral ones if no task has any."""
-    firsts: list[Sequence[Any]] = []
-    for number in range(min(source.tasks(), _STATISTICS_TASKS)):
-        with suppress(*FAILURES):  # its chats do not go with the chat template, or its samples are damaged
-            samples = read_samples(store, source.task(number), base)
-            firsts.append(() if samples is None else samples.items[:_STATISTICS_SAMPLES])
-    return [one for row in zip_longest(*firsts) for one in row if one is not None] or list(base.modality.probes)
-
-
-def wanted_config(
-    source: StoreAdapterSource,
-    network: CVAE | None,
-    tolerance_before: float | None,
-    *,
-    quality: int | None,
-    width: int | None,
-) -> GeneratorConfig:
-    """Choose the network of a generator; None means the value of the current one, or the default.
-
-    `network` is the current one if training starts from it, `tolerance_before` the tolerance it was trained with.
-
-    Raises:
-        DataError: The current one has another width.
-    """
-    previous = None if network is None else network.config
-    if previous is not None:
-        if width not in (None, previous.width):
-            fact = f"the current generator has width {previous.width}, and training from it cannot change the width"
-            raise DataError(fact, hint="run `icm train --fresh` to train from scratch with any width")
-        tolerance_before = previous.tolerance
-    return config_for(
-        source.base_model,
-        source.layouts(),
-        tasks=source.tasks(),
-        condition_size=source.condition_size(),
-        quality=DEFAULT_QUALITY if quality is None else quality,
-        tolerance=tolerance_before if quality is None else None,
-        width=width,
-        previous=previous,
-    )
