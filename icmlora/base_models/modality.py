@@ -6,7 +6,7 @@
     examples --measure--> Score; `metric` defines whether higher is better
 
 All of them run `base.model` in its current state, including any attached adapter.
-To add a modality, write a module with a class that has these members and list it in `catalogue.py`.
+To add a modality, write a module with a class that has these members and list it in `kinds/modalities.py`.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from icmlora.base_models.catalogue import MODALITIES
 from icmlora.base_models.finding.lookup import FoundBase
+from icmlora.base_models.kinds.causal_lm import CausalLM
 from icmlora.base_models.load import quiet_loading
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import BaseModelNotFound
@@ -22,7 +22,7 @@ def load_skeleton(found: FoundBase) -> BaseModel:
     with quiet_loading(found), torch.device("meta"):
         config = AutoConfig.from_pretrained(found.path, local_files_only=True, trust_remote_code=False)
         model = _network_class(config)(config)
-    return BaseModel(found.label, model, None, "", MODALITIES[-1], 0, 0)
+    return BaseModel(found.label, model, None, "", CausalLM(), 0, 0)
 
 
 def _network_class(config: Any) -> Any:

@@ -48,7 +48,6 @@ class Example:
 
     @property
     def text(self) -> str:
-        """Prompt and completion, concatenated."""
         return self.prompt + self.completion
 
 
@@ -107,7 +106,7 @@ def parse_examples(
     """Read the usable rows of a file, by default as text; raise `DataError` if there are none or too many."""
     if len(data) > MAX_BYTES:
         raise DataError(f"more than {MAX_BYTES} bytes of text", path=path, hint="keep a sample of the task's text")
-    kept, skipped, reason = [], 0, None
+    kept, skipped, reason, read = [], 0, None, example or text_example
     media: Resolver | None = None
     with located(path):
         if is_archive(data):
@@ -115,7 +114,11 @@ def parse_examples(
         rows = read_rows(data)
         for number, row in rows.values:
             try:
-                kept.append(_example(row, example or text_example, media))
+                if isinstance(row, BadRow):
+                    raise DataError(row.reason)
+                if not isinstance(row, dict):
+                    raise DataError("is not a JSON object")
+                kept.append(read(with_media(row, media)))
             except DataError as error:
                 skipped += 1
                 reason = reason or f"{rows.unit} {number} {error.message}"
@@ -128,18 +131,15 @@ def parse_examples(
 
 def text_example(row: Mapping[str, Any]) -> Example | Chat:
     """Convert a row to text or a chat; raise `DataError`, with a fact about the row, if it is neither."""
-    example: Example | Chat | None
     match row:
         case {"text": str(text)}:
             example = Example("", text)
         case {"prompt": str(prompt), "completion": str(completion)}:
             example = Example(prompt, completion)
         case _:
-            example = chat_of(row)
-    if example is None:
-        raise DataError("has no text")
-    if isinstance(example, Chat):
-        return example
+            if (chat := chat_of(row)) is None:
+                raise DataError("has no text")
+            return chat
     if not example.completion.strip():
         raise DataError("is empty text")
     try:
@@ -147,14 +147,6 @@ def text_example(row: Mapping[str, Any]) -> Example | Chat:
     except UnicodeEncodeError:
         raise DataError("contains a lone surrogate, which is not valid text") from None
     return example
-
-
-def _example(row: Any, example: Callable[[Mapping[str, Any]], Any], media: Resolver | None) -> Any:
-    if isinstance(row, BadRow):
-        raise DataError(row.reason)
-    if not isinstance(row, dict):
-        raise DataError("is not a JSON object")
-    return example(with_media(row, media))
 
 
 def nothing_usable(skipped: int, reason: str | None) -> DataError:

@@ -81,9 +81,9 @@ def _spelled(tokenizer: Any, ids: Sequence[int]) -> str:
 
 def sampled(base: BaseModel, starts: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
     """Sample from the model's unmodified distribution, without temperature or cut-offs, up to each end token."""
-    length = len(starts[0])
+    length, end = len(starts[0]), base.tokenizer.eos_token_id
     rows = _generated(base, starts, limit - length, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-    return [_until(base.tokenizer.eos_token_id, row, length) for row in rows]
+    return [row[: row.index(end, length) + 1] if end in row[length:] else row for row in rows]
 
 
 def _generated(base: BaseModel, starts: Sequence[Sequence[int]], most: int, **how: Any) -> list[list[int]]:
@@ -100,12 +100,6 @@ def _generated(base: BaseModel, starts: Sequence[Sequence[int]], most: int, **ho
     )
     rows: list[list[int]] = written.tolist()
     return rows
-
-
-def _until(end: int | None, ids: list[int], start: int) -> list[int]:
-    """Truncate a text after its first end token at or after `start`."""
-    places = [place for place, token in enumerate(ids) if token == end and place >= start]
-    return ids[: places[0] + 1] if places else ids
 
 
 def _start_token(base: BaseModel) -> int:
