@@ -39,25 +39,21 @@ def check_load_in(found: FoundBase) -> None:
         return
     if found.load_in not in LOAD_IN:
         raise DataError(f"a base model cannot be loaded in {found.load_in!r}", hint="use nf4 or int8")
-    if (odd := _oddity(found)) is not None:
+    odd = None
+    if found.loader is not None:
+        odd = "its own loader decides how it is loaded"
+    elif found.is_pipeline:
+        odd = "it is a diffusers pipeline"
+    elif found.is_gguf:
+        odd = "the weights in a GGUF file are already quantised, and quantising them again would change them"
+    elif "quantization_config" in read_config(found.path):
+        odd = "its files are already quantised"
+    if odd is not None:
         fact = f"base model {found.label!r} cannot be loaded in {found.load_in}: {odd}"
         raise BaseModelUnsuited(fact, hint="leave out --load-in, or use a safetensors folder in full precision")
     if missing := [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]:
         fact = f"loading {found.label!r} in {found.load_in} needs {missing[0]}, which is not installed"
         raise BaseModelNotFound(fact, hint="install the extra: pip install 'icm-lora[quantized]'")
-
-
-def _oddity(found: FoundBase) -> str | None:
-    """Return why a base model cannot be quantised, or None."""
-    if found.loader is not None:
-        return "its own loader decides how it is loaded"
-    if found.is_pipeline:
-        return "it is a diffusers pipeline"
-    if found.is_gguf:
-        return "the weights in a GGUF file are already quantised, and quantising them again would change them"
-    if "quantization_config" in read_config(found.path):
-        return "its files are already quantised"
-    return None
 
 
 def kept(outline: nn.Module) -> list[str]:
@@ -68,7 +64,6 @@ def kept(outline: nn.Module) -> list[str]:
 
 
 def packed(outline: nn.Module) -> set[str]:
-    """Return the names of a network's modules to quantise."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.quantizers_utils import should_convert_module
@@ -79,7 +74,6 @@ def packed(outline: nn.Module) -> set[str]:
 
 
 def quantization_config(load_in: str, outline: nn.Module) -> Any:
-    """Return the transformers configuration for loading a quantised network."""
     import torch
     from transformers import BitsAndBytesConfig
 

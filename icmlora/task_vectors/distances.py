@@ -57,12 +57,10 @@ class MeanVectors:
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
-        """Combine the statistics of several groups of tasks, in order."""
         squares, freedom = sum(part.squares for part in parts), sum(part.freedom for part in parts)
         return cls(np.concatenate([part.means for part in parts]), np.asarray(squares), freedom)
 
     def ordered(self, places: Sequence[int]) -> MeanVectors:
-        """Reorder the tasks; `places` lists their current indices."""
         return MeanVectors(self.means[list(places)], self.squares, self.freedom)
 
 
@@ -109,17 +107,14 @@ class Familiarity:
 
     @property
     def distance(self) -> float:
-        """Distance to the nearest known task."""
         return self.neighbours[0].distance
 
     @property
     def farther_than(self) -> float:
-        """Share of the known tasks that have a nearer neighbour than this task has, 0 to 1."""
         return sum(distance < self.distance for distance in self.usual) / len(self.usual)
 
     @property
     def is_outside(self) -> bool:
-        """Whether the task is outside the known ones."""
         # The rank of a new task of the same kind among the n known ones is about uniform (as in conformal prediction,
         # Vovk et al. 2005). So it counts as outside once in about 1 / (1 - OUTSIDE) cases, or once in n + 1 if n is
         # small.

@@ -35,21 +35,13 @@ _FIXED_DATE = "{%- macro strftime_now(format) -%}" + _DATE + "{%- endmacro -%}"
 
 @dataclass(frozen=True)
 class Rendered:
-    """A chat as the model reads it.
+    """A chat as the model reads it."""
 
-    Attributes:
-        text: All of it, with its special tokens spelled out.
-        scored: Character spans of the text that count towards the loss, as (start, end).
-        start: Start of the first message's content.
-        stop: End of the last scored turn's content.
-        context: Number of leading characters that precede the chat itself.
-    """
-
-    text: str
-    scored: tuple[tuple[int, int], ...]
-    start: int
-    stop: int
-    context: int = 0
+    text: str  # all of it, with its special tokens spelled out
+    scored: tuple[tuple[int, int], ...]  # character spans of the text that count towards the loss, as (start, end)
+    start: int  # start of the first message's content
+    stop: int  # end of the last scored turn's content
+    context: int = 0  # number of leading characters that precede the chat itself
 
 
 class ChatTemplate:

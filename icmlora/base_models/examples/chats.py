@@ -39,22 +39,16 @@ _ALPACA = (
 
 @dataclass(frozen=True)
 class Chat:
-    """One conversation.
+    """One conversation."""
 
-    Attributes:
-        messages: Role and content of each; content is always text.
-        scored: Indices of the messages that count towards the loss: the messages that the adapter learned to write.
-        tools: JSON schemas of the available tools.
-        plain: Prompt, completion and optional context for a base model without a chat template; None if the format
-            has no plain form.
-        context: Number of leading messages that precede the chat itself; see `context.py`.
-    """
-
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...]  # role and content of each; content is always text
+    # Indices of the messages that count towards the loss: the messages that the adapter learned to write.
     scored: tuple[int, ...]
-    tools: tuple[dict[str, Any], ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()  # JSON schemas of the available tools
+    # Prompt, completion and optional context for a base model without a chat template; None if the format has no plain
+    # form.
     plain: tuple[str, ...] | None = None
-    context: int = 0
+    context: int = 0  # number of leading messages that precede the chat itself; see `context.py`
 
 
 def chat_of(row: Mapping[str, Any]) -> Chat | None:
@@ -77,7 +71,6 @@ def chat_of(row: Mapping[str, Any]) -> Chat | None:
 
 
 def _chat(row: Mapping[str, Any], prompt: Sequence[Any], answer: Sequence[Any]) -> Chat:
-    """Build a chat that scores the assistant's turns in `answer`."""
     turns = [*prompt, *answer]
     messages = [message_of(turn) for turn in turns]
     if messages and isinstance(system := row.get("system"), str) and system.strip() and messages[0]["role"] != "system":

@@ -25,14 +25,10 @@ _SYSTEM = ("system", "developer")
 
 @dataclass(frozen=True)
 class TaskContext:
-    """Samples prepended to a request.
+    """Samples prepended to a request."""
 
-    Attributes:
-        text: Prepended to plain text; includes the trailing separator. Empty: none.
-        messages: Prepended to a chat's messages, with any system message first. Empty: `text` is the system message.
-    """
-
-    text: str
+    text: str  # Prepended to plain text; includes the trailing separator. Empty: none.
+    # Prepended to a chat's messages, with any system message first. Empty: `text` is the system message.
     messages: tuple[Message, ...] = ()
 
     @classmethod
@@ -126,7 +122,6 @@ class TaskContext:
 
 
 def _is_led(messages: Sequence[Message]) -> bool:
-    """Return whether the first message is a system message."""
     return bool(messages) and messages[0].get("role") in _SYSTEM
 
 

@@ -34,17 +34,11 @@ _HINT = (
 
 @dataclass(frozen=True)
 class Example:
-    """One piece of text of a task.
+    """One piece of text of a task."""
 
-    Attributes:
-        prompt: Text that is read but not scored; empty for plain text.
-        completion: Text that is scored.
-        context: Text before both, not counted towards the token limit; see `context.py`.
-    """
-
-    prompt: str
-    completion: str
-    context: str = ""
+    prompt: str  # text that is read but not scored; empty for plain text
+    completion: str  # text that is scored
+    context: str = ""  # text before both, not counted towards the token limit; see `context.py`
 
     @property
     def text(self) -> str:
@@ -58,23 +52,14 @@ def plain(texts: Iterable[str]) -> tuple[Example, ...]:
 
 @dataclass(frozen=True)
 class Examples(Sequence[Any]):
-    """The usable examples of a file, as a sequence.
+    """The usable examples of a file, as a sequence."""
 
-    Attributes:
-        items: The examples, in file order.
-        skipped: Number of skipped rows.
-        reason: Why the first row was skipped: "line 3 is not JSON: ...".
-        template: Digest of the chat template used for rendering; None if there were no chats to render.
-        note: Note for the user about how the examples are read, or None.
-        rows: Number of rows in the file, if only some of its examples were chosen.
-    """
-
-    items: tuple[Any, ...]
-    skipped: int = 0
-    reason: str | None = None
-    template: str | None = None
-    note: str | None = None
-    rows: int | None = None
+    items: tuple[Any, ...]  # the examples, in file order
+    skipped: int = 0  # number of skipped rows
+    reason: str | None = None  # why the first row was skipped: "line 3 is not JSON: ..."
+    template: str | None = None  # digest of the chat template used for rendering; None if there were no chats to render
+    note: str | None = None  # note for the user about how the examples are read, or None
+    rows: int | None = None  # number of rows in the file, if only some of its examples were chosen
 
     def __len__(self) -> int:
         return len(self.items)

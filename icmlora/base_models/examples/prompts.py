@@ -28,17 +28,11 @@ _SHOWN = 400  # characters of the expected continuation
 
 @dataclass(frozen=True)
 class Prompt:
-    """Text for a model to continue.
+    """Text for a model to continue."""
 
-    Attributes:
-        text: The prompt as the model reads it.
-        expected: The continuation in the source text; empty if unknown.
-        is_rendered: Whether it comes from a chat template and so already contains the special tokens.
-    """
-
-    text: str
-    expected: str = ""
-    is_rendered: bool = False
+    text: str  # the prompt as the model reads it
+    expected: str = ""  # the continuation in the source text; empty if unknown
+    is_rendered: bool = False  # whether it comes from a chat template and so already contains the special tokens
 
 
 def prompts_of(examples: Sequence[Any], most: int) -> list[Prompt]:

@@ -38,15 +38,10 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a file.
+    """The rows of a file."""
 
-    Attributes:
-        unit: The word for a row in messages: "line" or "row".
-        values: (number from 1, value) for each row; can be iterated only once.
-    """
-
-    unit: str
-    values: Iterator[tuple[int, Any]]
+    unit: str  # the word for a row in messages: "line" or "row"
+    values: Iterator[tuple[int, Any]]  # (number from 1, value) for each row; can be iterated only once
 
 
 def read_rows(data: bytes) -> Rows:

@@ -36,19 +36,13 @@ from icmlora.io.devices import inference_dtype
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """An example as the model reads it.
+    """An example as the model reads it."""
 
-    Attributes:
-        tensors: Arguments of the model's `forward`, with a batch of one as their first dimension.
-        targets: The target class of each prediction; `IGNORED` if it is not scored.
-        text: The scored text; empty if there is none.
-        size: Number of tokens read; 1 for inputs that are never truncated.
-    """
-
+    # Arguments of the model's `forward`, with a batch of one as their first dimension.
     tensors: Mapping[str, torch.Tensor]
-    targets: tuple[int, ...]
-    text: str = ""
-    size: int = 1
+    targets: tuple[int, ...]  # the target class of each prediction; `IGNORED` if it is not scored
+    text: str = ""  # the scored text; empty if there is none
+    size: int = 1  # number of tokens read; 1 for inputs that are never truncated
 
     @property
     def count(self) -> int:

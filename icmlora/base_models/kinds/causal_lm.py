@@ -155,7 +155,6 @@ class CausalLM(AutoLoaded):
         return _last_layer(base, ids, torch.ones_like(ids))[0].float().mean(dim=0)
 
     def logits(self, base: BaseModel, items: Sequence[Scored], *, from_leaf: bool = False) -> list[torch.Tensor]:
-        """Return next-token logits at every token, (T, vocabulary) per text."""
         return likelihood.next_token_logits(base, items, from_leaf=from_leaf)
 
     def wanted(self, item: Scored) -> list[int]:
@@ -175,7 +174,6 @@ class CausalLM(AutoLoaded):
         return likelihood.padded([item.ids for item in items], base.device)[1].bool()
 
     def measure(self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int) -> Score:
-        """Return the loss in nats per token."""
         return likelihood.nll(
             base.model,
             base.tokenizer,

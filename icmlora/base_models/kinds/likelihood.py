@@ -37,23 +37,15 @@ _CACHES = ("cache", "past_key_values")  # names of the KV cache argument; transf
 
 @dataclass(frozen=True)
 class Scored:
-    """Token ids of one example, and which of them are scored.
+    """Token ids of one example, and which of them are scored."""
 
-    Attributes:
-        ids: The tokens.
-        first: Index of the first scored token, at least 1.
-        unscored: Later indices that are not scored: the user's turns of a longer chat.
-        answers: Indices of the answer tokens, for an example with a prompt that is scored as a whole.
-        context: Number of leading tokens that belong to the prepended context.
-        is_chat: Whether it was rendered by a chat template.
-    """
-
-    ids: list[int]
-    first: int
-    unscored: frozenset[int] = frozenset()
+    ids: list[int]  # the tokens
+    first: int  # index of the first scored token, at least 1
+    unscored: frozenset[int] = frozenset()  # later indices that are not scored: the user's turns of a longer chat
+    # Indices of the answer tokens, for an example with a prompt that is scored as a whole.
     answers: frozenset[int] = frozenset()
-    context: int = 0
-    is_chat: bool = False
+    context: int = 0  # number of leading tokens that belong to the prepended context
+    is_chat: bool = False  # whether it was rendered by a chat template
 
     @property
     def count(self) -> int:

@@ -90,7 +90,6 @@ class ImageTextToText(WithDecoder):
 
 
 def _continued(base: BaseModel, prompt: dict[str, torch.Tensor], text: str, limit: int) -> Inputs:
-    """Build inputs with image, prompt and answer in sequence."""
     tokenizer = base.processor.tokenizer
     options = {"add_special_tokens": False, "truncation": True, "max_length": limit, "return_tensors": "pt"}
     answer = tokenizer(text, **options)["input_ids"]

@@ -19,17 +19,12 @@ from icmlora.base_models.modality import BaseModel, Metric, Score
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Detection(Inputs):
-    """A scene as the model reads it.
+    """A scene as the model reads it."""
 
-    Attributes:
-        wanted: `class_labels` (boxes,) and `boxes` (boxes, 4): centre and size as shares of the image.
-        height: Image height in pixels.
-        width: Image width in pixels.
-    """
-
+    # `class_labels` (boxes,) and `boxes` (boxes, 4): centre and size as shares of the image.
     wanted: Mapping[str, torch.Tensor]
-    height: int
-    width: int
+    height: int  # image height in pixels
+    width: int  # image width in pixels
 
     @property
     def count(self) -> int:
@@ -83,7 +78,6 @@ class ObjectDetection(AutoModality):
         """Return None: the loss needs boxes too."""
 
     def measure(self, base: BaseModel, examples: Sequence[Scene], limit: int) -> Score:
-        """Return mAP50, and mAP75 as an additional figure."""
         labels, found = [], []
         for example in examples:
             item = self.inputs(base, example, limit)

@@ -71,21 +71,17 @@ def _attach(base: BaseModel, folder: Path) -> PeftModel:
             return PeftModel.from_pretrained(base.model, folder, local_files_only=True).eval()
     except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         # The library may have inserted its layers before it failed.
-        _take_out(base)
+        for name, module in list(base.model.named_modules()):
+            inner = module
+            while hasattr(inner, "base_layer"):  # two parameters of one module are wrapped twice
+                inner = inner.base_layer
+            if inner is not module and ".base_layer" not in name:
+                parent, _, child = name.rpartition(".")
+                setattr(base.model.get_submodule(parent), child, inner)
+        if hasattr(base.model, "peft_config"):
+            del base.model.peft_config
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise BaseModelMismatch(f"the adapter cannot be applied to base model {base.label!r}: {reason}") from error
-
-
-def _take_out(base: BaseModel) -> None:
-    for name, module in list(base.model.named_modules()):
-        inner = module
-        while hasattr(inner, "base_layer"):  # two parameters of one module are wrapped twice
-            inner = inner.base_layer
-        if inner is not module and ".base_layer" not in name:
-            parent, _, child = name.rpartition(".")
-            setattr(base.model.get_submodule(parent), child, inner)
-    if hasattr(base.model, "peft_config"):
-        del base.model.peft_config
 
 
 def _check_every_tensor_landed(model: PeftModel, base: BaseModel, folder: Path) -> None:
@@ -126,6 +122,10 @@ def _restored_attention(base: BaseModel, adapter: RunnableAdapter) -> Iterator[N
 def _replaced(base: BaseModel, adapter: RunnableAdapter) -> Iterator[None]:
     """Replace the base model's tensors with the adapter's own inside the block."""
     before: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    ends = []  # input and output embeddings, whose row count depends on the vocabulary; some models have none
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(NotImplementedError, AttributeError):
+            ends.append(getattr(base.model, name)())
     try:
         for name, value in adapter.values.items():
             owner, child, old = _tensor(base, name)
@@ -133,19 +133,16 @@ def _replaced(base: BaseModel, adapter: RunnableAdapter) -> Iterator[None]:
                 fact = f"the adapter replaces {name}, which base model {base.label!r} loads in {base.load_in}"
                 hint = "run `icm base add NAME PATH` without --load-in to load it in full precision"
                 raise BaseModelMismatch(fact, hint=hint)
-            is_larger = any(end is owner for end in _ends(base)) and old.shape[1:] == value.shape[1:]
+            is_larger = any(end is owner for end in ends) and old.shape[1:] == value.shape[1:]
             if not (old.shape == value.shape or is_larger or name in base.made_up):
                 fact = f"{name} has the shape {list(value.shape)}, in base model {base.label!r} it is {list(old.shape)}"
                 raise BaseModelMismatch(
                     fact, hint="use the base model with the head and vocabulary that the adapter was trained for"
                 )
+            home: dict[str, Any] = owner._buffers if child in owner._buffers else owner._parameters
+            before.append((home, child, old))
             new = value.to(old)
-            if child in owner._buffers:
-                before.append((owner._buffers, child, old))
-                owner._buffers[child] = new
-            else:
-                before.append((owner._parameters, child, old))
-                owner._parameters[child] = nn.Parameter(new, requires_grad=False)
+            home[child] = new if home is owner._buffers else nn.Parameter(new, requires_grad=False)
         for module, (numbers, rows) in adapter.rows.items():
             _, _, old = _tensor(base, f"{module}.weight")
             if max(numbers, default=0) >= len(old) or rows.shape[1:] != old.shape[1:]:
@@ -166,7 +163,6 @@ def _replaced(base: BaseModel, adapter: RunnableAdapter) -> Iterator[None]:
 
 
 def _tensor(base: BaseModel, name: str) -> tuple[nn.Module, str, torch.Tensor]:
-    """Return the module, local name and value of a parameter or buffer."""
     place, _, child = name.rpartition(".")
     try:
         owner = base.model.get_submodule(place)
@@ -176,12 +172,3 @@ def _tensor(base: BaseModel, name: str) -> tuple[nn.Module, str, torch.Tensor]:
     if owner is None or tensors.get(child) is None:
         raise BaseModelMismatch(f"base model {base.label!r} has no {name}, which the adapter replaces")
     return owner, child, tensors[child]
-
-
-def _ends(base: BaseModel) -> list[nn.Module]:
-    """Return the input and output embeddings, whose row count depends on the vocabulary; some models have none."""
-    found = []
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        with suppress(NotImplementedError, AttributeError):
-            found.append(getattr(base.model, name)())
-    return found

@@ -40,15 +40,14 @@ def added(model: nn.Module, factors: Mapping[str, tuple[torch.Tensor, torch.Tens
 
         return hook
 
-    # Move factors to the modules' devices once, not in every pass: text generation takes one pass per token.
-    with _hooked(model, {name: adder(*_moved(model, name, pair)) for name, pair in factors.items()}):
+    hooks = {}
+    for name, (a, b) in factors.items():
+        # Move factors to the modules' devices once, not in every pass: text generation takes one pass per token.
+        # If accelerate has offloaded a module's weights, leave its factors where they are.
+        device = next(model.get_submodule(name).parameters()).device
+        hooks[name] = adder(a, b) if device.type == "meta" else adder(a.to(device), b.to(device))
+    with _hooked(model, hooks):
         yield
-
-
-def _moved(model: nn.Module, name: str, pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move factors to their module's device; if accelerate has offloaded its weights, leave them where they are."""
-    device = next(model.get_submodule(name).parameters()).device
-    return pair if device.type == "meta" else (pair[0].to(device), pair[1].to(device))
 
 
 @contextmanager

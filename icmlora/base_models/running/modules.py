@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import torch
+from torch import nn
 
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import BaseModelMismatch
 from registry.names import escape
-
-if TYPE_CHECKING:
-    from torch import nn
 
 _WRAPPED = ".base_layer"  # part of PEFT's name for a module inside a wrapped one, such as an attention
 
@@ -58,9 +58,24 @@ def places_of(base: BaseModel, names: Sequence[str]) -> dict[str, str]:
     places |= {name: parameter.module for name in names if (parameter := parameter_of(modules, name)) is not None}
     places |= {name: group.module for name in names if (group := group_of(modules, name)) is not None}
     missing = [name for name in names if name not in places]
-    if missing:
-        renamed = _renamed(base.model, missing)
-        places |= {name: new for name, new in renamed.items() if new in modules}
+    if not missing:
+        return places
+    # PEFT's tables for adapters of earlier transformers versions rename tensors. Each tensor contains its own number,
+    # to identify it under its new name, alone or stacked with others.
+    prefix, suffix = "base_model.model.", ".lora_A.weight"
+    tensors = {f"{prefix}{name}{suffix}": torch.tensor([[float(number)]]) for number, name in enumerate(missing)}
+    import icmlora.io.quiet_bitsandbytes  # noqa: F401  # isort: skip
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    try:
+        found = convert_peft_adapter_state_dict_for_transformers(base.model, LoraConfig(), tensors)
+    except (RuntimeError, ValueError, KeyError):  # experts of a module are missing
+        return places
+    for key, numbers in found.items():
+        place = key.removeprefix(prefix).removesuffix(suffix).replace(_WRAPPED, "")
+        if place in modules:
+            places |= {missing[int(number)]: place for number in numbers.flatten().tolist()}
     return places
 
 
@@ -158,8 +173,13 @@ def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
 
 def matrix_shape(module: nn.Module | None) -> tuple[int, int] | None:
     """Return (out, in) of a linear layer, or of a plain convolution over patches; None for any other module."""
-    shape = linear_shape(module)
-    return layer_shape(module) if shape is None and _is_plain_convolution(module) else shape
+    kernel = kernel_shape(module)
+    if module is None or kernel is None:
+        return linear_shape(module)
+    # 2D, without groups, and with explicit zero padding
+    is_padded = getattr(module, "padding_mode", "") == "zeros" and isinstance(module.padding, tuple)
+    is_plain = len(kernel) == 2 and is_padded and module.groups == 1 and not getattr(module, "transposed", True)
+    return layer_shape(module) if is_plain else None
 
 
 def not_matrix(base: BaseModel, layout: Iterable[tuple[str, int, int, int]]) -> str | None:
@@ -168,34 +188,3 @@ def not_matrix(base: BaseModel, layout: Iterable[tuple[str, int, int, int]]) -> 
     modules = dict(base.model.named_modules())
     fit = ((name, matrix_shape(modules.get(name)) == (outputs, inputs)) for name, _, inputs, outputs in layout)
     return next((name for name, is_matrix in fit if not is_matrix), None)
-
-
-def _is_plain_convolution(module: nn.Module | None) -> bool:
-    """Return whether a module is a 2D convolution without groups and with explicit zero padding."""
-    kernel = kernel_shape(module)
-    if module is None or kernel is None or len(kernel) != 2:
-        return False
-    padded = getattr(module, "padding_mode", "") == "zeros" and isinstance(module.padding, tuple)
-    return padded and bool(module.groups == 1) and not getattr(module, "transposed", True)
-
-
-def _renamed(model: nn.Module, names: Sequence[str]) -> Mapping[str, str]:
-    """Rename modules with PEFT's tables for adapters of earlier transformers versions."""
-    import torch
-
-    import icmlora.io.quiet_bitsandbytes  # noqa: F401  # isort: skip
-    from peft import LoraConfig
-    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
-
-    prefix, suffix = "base_model.model.", ".lora_A.weight"
-    # Each tensor contains its own number, to identify it under its new name, alone or stacked with others.
-    tensors = {f"{prefix}{name}{suffix}": torch.tensor([[float(number)]]) for number, name in enumerate(names)}
-    try:
-        found = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), tensors)
-    except (RuntimeError, ValueError, KeyError):  # experts of a module are missing
-        return {}
-    places: dict[str, str] = {}
-    for key, numbers in found.items():
-        place = key.removeprefix(prefix).removesuffix(suffix).replace(_WRAPPED, "")
-        places |= {names[int(number)]: place for number in numbers.flatten().tolist()}
-    return places

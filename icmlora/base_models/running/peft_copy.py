@@ -11,10 +11,9 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -71,12 +70,16 @@ def write_running_copy(base: BaseModel, runnable: RunnableAdapter, folder: Path)
         if runnable.biases:
             bias = runnable.biases.get(module.name)
             tensors[f"{_PREFIX}{name}.lora_B.bias"] = torch.zeros(len(b)) if bias is None else bias
+    names: list[str] | str = sorted(targets)
+    endings = tuple(f".{name}" for name in targets)
+    if any(name.endswith(endings) for name in modules if name not in targets):  # a list would match these too
+        names = "|".join(map(re.escape, names))
     config = {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": rank,
         **({"rank_pattern": ranks, "alpha_pattern": ranks} if ranks else {}),
-        "target_modules": _targets(targets, modules),
+        "target_modules": names,
         **({"target_parameters": target_parameters} if target_parameters else {}),
         "use_dora": bool(runnable.magnitudes),
         "lora_bias": bool(runnable.biases),
@@ -140,11 +143,3 @@ def _halves(module: nn.Module, a: torch.Tensor, b: torch.Tensor) -> Mapping[str,
         a = a.reshape(len(a), -1, *kernel)
         b = b.reshape(*b.shape, *[1] * len(kernel))
     return {"lora_A.weight": a, "lora_B.weight": b}
-
-
-def _targets(targets: Collection[str], modules: Mapping[str, Any]) -> list[str] | str:
-    """Return the names as a list, or as a regular expression if a list would match other modules too."""
-    endings = tuple(f".{name}" for name in targets)
-    if any(name.endswith(endings) for name in modules if name not in targets):
-        return "|".join(re.escape(name) for name in sorted(targets))
-    return sorted(targets)
