@@ -27,7 +27,7 @@ SupportSetVectors = Mapping[str, NDArray[np.floating]]
 # value in all but one of 10,000 cases.
 _DECIMALS = 9
 _CHUNK = 256  # tasks placed at once: for more, allocating memory pages takes longer than the computation
-FEWEST = 3  # minimum number of tasks: two are always opposite around their own mean
+MIN_TASKS = 3  # minimum number of tasks: two are always opposite around their own mean
 OUTSIDE = 0.95  # a task is outside the known ones if this share of them has a nearer neighbour than it has
 
 
@@ -129,9 +129,9 @@ def nearest(vector: NDArray[np.floating], others: SupportSetVectors) -> tuple[Ne
 
 
 def familiarity(vector: NDArray[np.floating], others: SupportSetVectors) -> Familiarity:
-    """Compare a vector (d,) with the known tasks; raise `ValueError` if there are fewer than `FEWEST`."""
-    if len(others) < FEWEST:
-        raise ValueError(f"familiarity needs {FEWEST} tasks or more")
+    """Compare a vector (d,) with the known tasks; raise `ValueError` if there are fewer than `MIN_TASKS`."""
+    if len(others) < MIN_TASKS:
+        raise ValueError(f"familiarity needs {MIN_TASKS} tasks or more")
     placed = VectorSpace.of(others).place(mean_vectors(others))
     usual = sorted(float(distance) for distance in _left_out(placed).min(axis=1))
     return Familiarity(nearest(vector, others), tuple(usual))

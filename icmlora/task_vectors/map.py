@@ -17,7 +17,7 @@ import numpy as np
 
 from icmlora.task_vectors.clusters import Labels, cluster, silhouettes
 from icmlora.task_vectors.distances import (
-    FEWEST,
+    MIN_TASKS,
     Floats,
     Neighbour,
     SupportSetVectors,
@@ -84,9 +84,9 @@ class TaskMap:
 
 
 def map_tasks(tasks: SupportSetVectors, clusters: int | None = None) -> TaskMap:
-    """Return the map of tasks with vectors (sets, d) each; raise `ValueError` for fewer than `FEWEST` tasks."""
-    if len(tasks) < FEWEST:
-        raise ValueError(f"a map has {FEWEST} tasks or more")
+    """Return the map of tasks with vectors (sets, d) each; raise `ValueError` for fewer than `MIN_TASKS` tasks."""
+    if len(tasks) < MIN_TASKS:
+        raise ValueError(f"a map has {MIN_TASKS} tasks or more")
     names, means, space = list(tasks), mean_vectors(tasks), VectorSpace.of(tasks)
     placed = space.place(means)
     distances = cosine_distances(placed, placed)  # (n, n)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from icmlora.base_models.examples.examples import spread
 from icmlora.task_vectors.distances import (
-    FEWEST,
+    MIN_TASKS,
     Floats,
     SupportSetVectors,
     VectorSpace,
@@ -166,8 +166,8 @@ class Recognizer:
 
     def __init__(self, known: SupportSetVectors) -> None:
         several = {name: vectors for name, vectors in known.items() if len(vectors) > 1}
-        if len(known) < FEWEST or len(several) < 2:
-            raise TooFewVectors(f"{FEWEST} tasks, and two support sets for two of them")
+        if len(known) < MIN_TASKS or len(several) < 2:
+            raise TooFewVectors(f"{MIN_TASKS} tasks, and two support sets for two of them")
         self._names = list(known)
         means = mean_vectors(known)  # (n, d)
         measured = {name: several[name] for name in spread(list(several), _MAX_TASKS)}

@@ -15,11 +15,12 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from icmlora.errors import BaseModelNotFound, BaseModelUnsuited
-from registry.names import LoadIn, split_label
+from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
+from registry.names import LOAD_IN, LoadIn, split_label
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -123,6 +124,35 @@ def inspect_base(label: str, path: Path, loader: str | None = None) -> FoundBase
         return FoundBase(label, path, (path,))
     fact = "is neither a folder nor a .gguf file" if path.exists() else "does not exist"
     raise BaseModelNotFound(f"base model {label!r}: {fact}", path=path, hint=hint)
+
+
+def check_load_in(found: FoundBase) -> None:
+    """Check, from its files and the installed packages, that a base model can be quantised.
+
+    Raises:
+        DataError: The format is unknown.
+        BaseModelUnsuited: Models of its kind cannot be quantised.
+        BaseModelNotFound: bitsandbytes or accelerate is not installed.
+    """
+    if found.load_in is None:
+        return
+    if found.load_in not in LOAD_IN:
+        raise DataError(f"a base model cannot be loaded in {found.load_in!r}", hint="use nf4 or int8")
+    odd = None
+    if found.loader is not None:
+        odd = "its own loader decides how it is loaded"
+    elif found.is_pipeline:
+        odd = "it is a diffusers pipeline"
+    elif found.is_gguf:
+        odd = "the weights in a GGUF file are already quantised, and quantising them again would change them"
+    elif "quantization_config" in read_config(found.path):
+        odd = "its files are already quantised"
+    if odd is not None:
+        fact = f"base model {found.label!r} cannot be loaded in {found.load_in}: {odd}"
+        raise BaseModelUnsuited(fact, hint="leave out --load-in, or use a safetensors folder in full precision")
+    if missing := [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]:
+        fact = f"loading {found.label!r} in {found.load_in} needs {missing[0]}, which is not installed"
+        raise BaseModelNotFound(fact, hint="install the extra: pip install 'icm-lora[quantized]'")
 
 
 def read_config(path: Path) -> dict[str, object]:
