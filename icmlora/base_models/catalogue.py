@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from icmlora.base_models.examples.examples import Examples, parse_examples
+from icmlora.base_models.examples.examples import Examples, nothing_usable, parse_examples, parse_for
 from icmlora.base_models.examples.forms import READERS
 from icmlora.base_models.finding.lookup import FoundBase
 from icmlora.base_models.kinds.custom_model import CustomModality
 from icmlora.base_models.modality import Modality
-from icmlora.errors import BaseModelUnsuited, DataError
+from icmlora.errors import BaseModelUnsuited, located
 
 
 def modality_of(found: FoundBase) -> Modality[Any, Any]:
@@ -36,19 +35,13 @@ def check_examples(data: bytes, *, path: str | Path | None = None, any_row: bool
     Raises:
         DataError: No kind can read any of the rows.
     """
-    found: list[Examples] = []
-    *special, general = READERS
-    for read in special:
-        with suppress(DataError):
-            found.append(parse_examples(data, read, path=path))
-    if any(not examples.skipped for examples in found):
-        return max(found, key=len)
-    # The message of the most general reader is the most helpful.
-    try:
-        found.append(parse_examples(data, general, path=path))
-    except DataError:
-        if any_row:
-            return parse_examples(data, dict, path=path)
-        if not found:
-            raise
-    return max(found, key=len)
+    *special, general = parse_for(READERS, data, path=path)
+    usable = [examples for examples in special if examples.items]
+    if any(not examples.skipped for examples in usable):
+        return max(usable, key=len)
+    if not general.items and any_row:
+        return parse_examples(data, dict, path=path)
+    if not general.items and not usable:
+        with located(path):
+            raise nothing_usable(general)  # the message of the most general reader is the most helpful
+    return max([*usable, general], key=len)

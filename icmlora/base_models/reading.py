@@ -74,7 +74,7 @@ def examples_for(
         if readable.skipped and len(chosen) < len(found):
             readable = base.modality.readable(base, found.items, template)
         if not readable.items:
-            raise nothing_usable(readable.skipped, readable.reason)
+            raise nothing_usable(readable)
     items = readable.items if most is None else tuple(spread(readable.items, most))
     return Examples(
         items,

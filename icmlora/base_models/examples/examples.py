@@ -89,29 +89,39 @@ def parse_examples(
     path: str | Path | None = None,
 ) -> Examples:
     """Read the usable rows of a file, by default as text; raise `DataError` if there are none or too many."""
+    (found,) = parse_for([example or text_example], data, path=path)
+    if not found.items:
+        with located(path):
+            raise nothing_usable(found)
+    return found
+
+
+def parse_for(
+    readers: Sequence[Callable[[Mapping[str, Any]], Any]], data: bytes, *, path: str | Path | None = None
+) -> list[Examples]:
+    """Read a file once; return the rows that each reader can use. Raise `DataError` if the file exceeds a limit."""
     if len(data) > MAX_BYTES:
         raise DataError(f"more than {MAX_BYTES} bytes of text", path=path, hint="keep a sample of the task's text")
-    kept, skipped, reason, read = [], 0, None, example or text_example
+    kept, reasons, count = [list[Any]() for _ in readers], dict[int, str](), 0
     media: Resolver | None = None
     with located(path):
         if is_archive(data):
             data, media = open_archive(data)
         rows = read_rows(data)
         for number, row in rows.values:
-            try:
-                if isinstance(row, BadRow):
-                    raise DataError(row.reason)
-                if not isinstance(row, dict):
-                    raise DataError("is not a JSON object")
-                kept.append(read(with_media(row, media)))
-            except DataError as error:
-                skipped += 1
-                reason = reason or f"{rows.unit} {number} {error.message}"
-            if len(kept) + skipped > MAX_EXAMPLES:
+            count += 1
+            if count > MAX_EXAMPLES:
                 raise DataError(f"more than {MAX_EXAMPLES} examples", hint="keep a sample of the task's text")
-        if not kept:
-            raise nothing_usable(skipped, reason)
-    return Examples(tuple(kept), skipped, reason)
+            for place, read in enumerate(readers):
+                try:
+                    if isinstance(row, BadRow):
+                        raise DataError(row.reason)
+                    if not isinstance(row, dict):
+                        raise DataError("is not a JSON object")
+                    kept[place].append(read(with_media(row, media)))
+                except DataError as error:
+                    reasons.setdefault(place, f"{rows.unit} {number} {error.message}")
+    return [Examples(tuple(items), count - len(items), reasons.get(place)) for place, items in enumerate(kept)]
 
 
 def text_example(row: Mapping[str, Any]) -> Example | Chat:
@@ -134,9 +144,9 @@ def text_example(row: Mapping[str, Any]) -> Example | Chat:
     return example
 
 
-def nothing_usable(skipped: int, reason: str | None) -> DataError:
-    """Return the error for a file without a usable row; `reason` is why the first row was skipped."""
-    if reason is None:
+def nothing_usable(found: Examples) -> DataError:
+    """Return the error for a file without a usable row."""
+    if found.reason is None:
         return DataError("the file holds no example", hint=_HINT)
-    fact = reason if skipped == 1 else f"none of its {skipped} rows is usable; the first: {reason}"
-    return DataError(fact, hint=_HINT)
+    several = f"none of its {found.skipped} rows is usable; the first: {found.reason}"
+    return DataError(found.reason if found.skipped == 1 else several, hint=_HINT)

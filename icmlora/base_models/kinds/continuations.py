@@ -32,11 +32,7 @@ def continuations(base: BaseModel, items: Sequence[Scored], count: int, limit: i
     """
     starts = [item.ids[:_START] for item in items if len(item.ids) >= _START] or [[_start_token(base)]]
     rows = [starts[number % len(starts)] for number in range(count)]
-    found: list[Scored] = []
-    with torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(seed)
-        for first in range(0, count, _BATCH):
-            found += [Scored(ids, 1) for ids in sampled(base, rows[first : first + _BATCH], base.within(limit))]
+    found = (Scored(ids, 1) for ids in _sampled_in_batches(base, rows, base.within(limit), seed))
     return [item for item in found if item.size >= _MIN_TOKENS]
 
 
@@ -45,13 +41,17 @@ def variants(base: BaseModel, prompt: Prompt, count: int, most: int, *, seed: in
 
     `seed` seeds all random numbers; torch's global generators are restored.
     """
-    ids, found = _ids_of(base, prompt), list[str]()
+    ids = _ids_of(base, prompt)
+    rows = _sampled_in_batches(base, [ids] * count, base.within(len(ids) + most), seed)
+    return [_spelled(base.tokenizer, row[len(ids) :]) for row in rows]
+
+
+def _sampled_in_batches(base: BaseModel, starts: Sequence[list[int]], limit: int, seed: int) -> list[list[int]]:
+    found: list[list[int]] = []
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
-        for first in range(0, count, _BATCH):
-            starts = [ids] * min(_BATCH, count - first)
-            rows = sampled(base, starts, base.within(len(ids) + most))
-            found += [_spelled(base.tokenizer, row[len(ids) :]) for row in rows]
+        for first in range(0, len(starts), _BATCH):
+            found += sampled(base, starts[first : first + _BATCH], limit)
     return found
 
 

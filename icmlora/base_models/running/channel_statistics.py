@@ -10,6 +10,7 @@ Labels are sampled, not read from the data, so that the mean of g g^T belongs to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -46,24 +47,20 @@ def channel_statistics(
 
         return hook
 
-    handles = [named[name].register_forward_hook(hook_of(name)) for name in modules if name in named]
     draw = torch.Generator(device=base.device).manual_seed(_SEED)
     tokens = 0
-    try:
+    with ExitStack() as stack:
+        for name in modules:
+            if name in named:
+                stack.enter_context(named[name].register_forward_hook(hook_of(name)))
         for number, example in enumerate(examples):
             if tokens >= max_tokens and number >= _MIN_EXAMPLES:
                 break
-            try:
+            with suppress(DataError), torch.enable_grad():  # too short to score; only the hooks collect gradients
                 items = base.modality.prepare(base, [example], _TOKENS_PER_EXAMPLE, whole=True)
-            except DataError:  # too short to score
-                continue
-            with torch.enable_grad():  # only the hooks collect gradients
                 (logits,) = base.modality.logits(base, items, from_leaf=True)
                 logits = logits.float()  # (predictions, classes)
                 labels = torch.multinomial(logits.detach().softmax(dim=-1), 1, generator=draw)[:, 0]
                 nn.functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
-            tokens += len(logits)
-    finally:
-        for handle in handles:
-            handle.remove()
+                tokens += len(logits)
     return {name: (inputs.cpu() / tokens, outputs.cpu() / tokens) for name, (inputs, outputs) in sums.items()}

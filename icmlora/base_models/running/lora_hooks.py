@@ -9,7 +9,7 @@ Unlike `icmlora.base_models.running.attach`, this needs no adapter folder and no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -90,9 +90,7 @@ def _stacked(pairs: Sequence[tuple[torch.Tensor, torch.Tensor] | None]) -> tuple
 
 @contextmanager
 def _hooked(model: nn.Module, hooks: Mapping[str, _Hook]) -> Iterator[None]:
-    handles = [model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
-    try:
+    with ExitStack() as stack:
+        for name, hook in hooks.items():
+            stack.enter_context(model.get_submodule(name).register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
