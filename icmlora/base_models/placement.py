@@ -58,9 +58,9 @@ def placement(found: FoundBase, auto_class: str, device: torch.device, dtype: to
         options["device_map"] = {"": device}
     if is_free:
         needed = needed_bytes(outline, dtype, found.load_in)
-        from accelerate.utils import get_max_memory
-
         if needed > _SHARE * torch.cuda.mem_get_info(device)[0]:
+            from accelerate.utils import get_max_memory
+
             memory: dict[int | str, int] = get_max_memory()  # card, or "cpu" -> free bytes
             if found.load_in is not None:
                 memory.pop("cpu", None)

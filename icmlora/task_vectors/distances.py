@@ -125,7 +125,8 @@ def nearest(vector: NDArray[np.floating], others: SupportSetVectors) -> tuple[Ne
     """Rank known tasks by distance from a new task's mean vector (d,), nearest first, then by name."""
     space = VectorSpace.of(others)
     distances = cosine_distances(space.place(vector[None]), space.place(mean_vectors(others)))[0]
-    return ranked(list(others), distances)
+    pairs = sorted(zip(distances.tolist(), others, strict=True))
+    return tuple(Neighbour(name, distance) for distance, name in pairs)
 
 
 def familiarity(vector: NDArray[np.floating], others: SupportSetVectors) -> Familiarity:
@@ -175,12 +176,6 @@ def directions(vectors: Floats) -> Floats:
     """Scale the rows of (n, d) to length 1; zeros stay zeros."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(lengths > 0, lengths, 1.0)
-
-
-def ranked(names: list[str], distances: Floats) -> tuple[Neighbour, ...]:
-    """Return neighbours with the given names and distances (n,), nearest first, then by name."""
-    pairs = sorted(zip(distances.tolist(), names, strict=True))
-    return tuple(Neighbour(name, distance) for distance, name in pairs)
 
 
 def mean_vectors(tasks: SupportSetVectors) -> Floats:

@@ -46,7 +46,7 @@ class TooFewVectors(ValueError):
 
 
 @dataclass(frozen=True)
-class Candidate:
+class TaskProbability:
     """A known task, its probability, and its cosine distance (0 to 2) in whitened channels."""
 
     task: str
@@ -58,7 +58,7 @@ class Candidate:
 class Recognition:
     """Probabilities that samples belong to each known task or to a new one; they sum to 1."""
 
-    candidates: tuple[Candidate, ...]  # all known tasks, most probable first
+    candidates: tuple[TaskProbability, ...]  # all known tasks, most probable first
     new: float  # probability of a new task
 
     @property
@@ -185,7 +185,8 @@ class Recognizer:
         logits = -self._rate * np.append(_roots(found[0]), border)
         weights = np.exp(logits - logits.max())
         *probabilities, new = (weights / weights.sum()).tolist()
-        candidates = [Candidate(*facts) for facts in zip(self._names, probabilities, found[0].tolist(), strict=True)]
+        facts = zip(self._names, probabilities, found[0].tolist(), strict=True)
+        candidates = [TaskProbability(*fact) for fact in facts]
         return Recognition(tuple(sorted(candidates, key=lambda one: (one.distance, one.task))), new)
 
 

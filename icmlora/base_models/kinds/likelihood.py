@@ -78,7 +78,7 @@ def nll(
     scored = tokenized(tokenizer, examples, max_tokens, positions=positions)
     # Summed in input order, independent of the batches.
     starts = range(0, len(scored), batch_size)
-    reader = _Reader(model, device or model.device)
+    reader = _TextScorer(model, device or model.device)
     nats = [value for start in starts for value in reader.nats(scored[start : start + batch_size])]
     utf8_bytes = 0
     for item in scored:
@@ -252,7 +252,7 @@ def _marked_tokens(tokenizer: PreTrainedTokenizerBase, chat: Rendered) -> tuple[
     return ids, marks, context
 
 
-class _Reader:
+class _TextScorer:
     """Score batches of texts with a model; a context shared by a batch is read once and cached."""
 
     def __init__(self, model: Any, device: torch.device) -> None:
