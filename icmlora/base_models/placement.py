@@ -31,14 +31,8 @@ _SHARE = 0.9  # of the free memory, for weights; the rest is for activations
 def placement(found: FoundBase, auto_class: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Return the arguments for loading a Hugging Face folder with a transformers Auto class.
 
-    Args:
-        found: The base model on disk, with its `load_in`.
-        auto_class: Such as "AutoModelForCausalLM".
-        device: Target device; "cuda" without an index means any GPU.
-        dtype: Precision of the weights that are not quantised.
-
-    Returns:
-        The arguments. Without a `device_map`, the model is loaded on the CPU and can be moved.
+    "cuda" without an index means any GPU. `dtype` is the precision of the weights that are not quantised. Without a
+    `device_map`, the model is loaded on the CPU and can be moved.
 
     Raises:
         BaseModelUnsuited: It has no layer that can be quantised.
