@@ -1,4 +1,4 @@
-"""Load a base model's network and processor: offline, quietly, and without running its code.
+"""What loading a base model with transformers takes: no network, no output, and no code from its folder.
 
 model.gguf ──load_gguf──▶ model, tokenizer              slow: tensors are dequantised and the vocabulary rebuilt
 model.gguf ──convert_gguf──▶ folder of safetensors      afterwards loads in a second
@@ -9,24 +9,18 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from icmlora.base_models.finding.fingerprint import fingerprint_base
 from icmlora.base_models.finding.lookup import FoundBase, inspect_base
-from icmlora.base_models.modality import BaseModel, Modality
-from icmlora.base_models.placement import placement, smaller
-from icmlora.base_models.quantised import HEADS, settle
+from icmlora.base_models.placement import smaller
 from icmlora.errors import BaseModelNotFound, IcmLoraError, OutputExists
-from icmlora.io.devices import inference_dtype
 from icmlora.io.memory import free, ran_out
 from icmlora.io.staging import building_folder
 from icmlora.io.text import with_article
@@ -35,90 +29,7 @@ _CAUSAL = "causal language model"
 _LIBRARY_HINT = "install the library in the message; for models that read video, run: pip install 'icm-lora[video]'"
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A network, its processor, and the parameters missing from its files."""
-
-    model: Any
-    processor: Any
-    made_up: frozenset[str]
-
-
-def load_auto(
-    found: FoundBase,
-    kind: str,
-    auto_class: str,
-    processor_class: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    heads: tuple[str, ...] = HEADS,
-) -> Loaded:
-    """Load a folder with a transformers Auto class; fill missing head weights with zeros.
-
-    Raises:
-        BaseModelNotFound: It cannot be loaded, or other weights are missing.
-    """
-    with quiet_loading(found, kind):
-        # The processor comes first: it may need a library that is not installed, and reading weights is slow.
-        processor = getattr(transformers, processor_class).from_pretrained(found.path, **_OFFLINE)
-        # The library would fill missing weights with random numbers and only warn.
-        placed = placement(found, auto_class, device, dtype)
-        loaded: Any = getattr(transformers, auto_class).from_pretrained(
-            found.path, use_safetensors=True, output_loading_info=True, **placed, **_OFFLINE
-        )
-        model, report = loaded
-        missing = sorted(report["missing_keys"])
-        if stray := [name for name in missing if not name.startswith(heads)]:
-            raise ValueError(f"its weight files lack {stray[0]!r} (and {len(stray) - 1} more)")
-        for name in missing:
-            torch.nn.init.zeros_(model.get_parameter(name))
-        if "device_map" not in placed:
-            model.to(device)
-    if found.load_in is not None:
-        settle(model)
-    return Loaded(model, processor, frozenset(missing))
-
-
-_OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-
-
-def base_of(
-    found: FoundBase,
-    modality: Modality[Any, Any],
-    network: Callable[[torch.device, torch.dtype], Loaded],
-    device: torch.device | None,
-    dtype: torch.dtype | None,
-    fingerprint: str | None,
-) -> BaseModel:
-    """Load a network and build its base model, by default on the CPU and in the device's default precision."""
-    device = device or torch.device("cpu")
-    precision = dtype or inference_dtype(device)
-    loaded = network(device, precision if found.load_in is None else torch.bfloat16)
-    # Frozen, or every backward pass would keep a gradient as large as the model; evaluation mode turns off dropout.
-    loaded.model.requires_grad_(False).train(False)
-    with quiet_loading(found, modality.name):  # configurations may lack fields or name them differently
-        return BaseModel(
-            label=found.label,
-            model=loaded.model,
-            processor=loaded.processor,
-            fingerprint=fingerprint or fingerprint_base(found),
-            modality=modality,
-            hidden_size=_hidden_size(loaded.model.config),
-            layers=_layers(loaded.model.config),
-            positions=positions_of(loaded.model),
-            made_up=loaded.made_up,
-            load_in=found.load_in,
-        )
-
-
-def load_network(found: FoundBase, device: torch.device, dtype: torch.dtype) -> Loaded:
-    """Load a causal language model from a Hugging Face folder or a GGUF file."""
-    if not found.is_gguf:
-        return load_auto(found, _CAUSAL, "AutoModelForCausalLM", "AutoTokenizer", device, dtype, heads=())
-    with quiet_loading(found):
-        model, tokenizer = load_gguf(found.path, dtype)
-        model.to(device)  # type: ignore[arg-type]  # the stub wants a string
-    return Loaded(model, tokenizer, frozenset())
+OFFLINE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -147,16 +58,12 @@ def convert_gguf(source: Path, directory: Path, *, label: str) -> Path:
             model, tokenizer = load_gguf(found.path, torch.float32)
             model.save_pretrained(work)
             tokenizer.save_pretrained(work)
-        _make_durable(work)
+        mode = stat.S_IMODE((work / "config.json").stat().st_mode)
+        for file in work.iterdir():
+            file.chmod(mode)  # the library sets the weights to 0600, regardless of the umask
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
     return directory
-
-
-def _make_durable(folder: Path) -> None:
-    mode = stat.S_IMODE((folder / "config.json").stat().st_mode)
-    for file in folder.iterdir():
-        file.chmod(mode)  # the library sets the weights to 0600, regardless of the umask
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
 
 
 @contextmanager
@@ -194,38 +101,29 @@ def positions_of(model: PreTrainedModel) -> int | None:
     """Return how many tokens a model can read; None if there is no limit."""
     config = model.config.get_text_config()
     stated = [value for name in _POSITIONS if isinstance(value := getattr(config, name, None), int) and value > 0]
-    learned = [
-        _usable_rows(module)
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Embedding) and _is_of_positions(name)
-    ]
-    return min([*stated, *learned], default=None)
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        is_of_positions = last in ("wpe", "embed_positions") or last.startswith("position_embedding")
+        if is_of_positions and isinstance(module, torch.nn.Embedding):
+            # Some models reserve leading rows: OPT two, RoBERTa all up to its padding index.
+            padding = 0 if module.padding_idx is None else module.padding_idx + 1
+            stated.append(module.num_embeddings - max(padding, int(getattr(module, "offset", 0))))
+    return min(stated, default=None)
 
 
-def _is_of_positions(name: str) -> bool:
-    last = name.rpartition(".")[2]
-    return last in ("wpe", "embed_positions") or last.startswith("position_embedding")
-
-
-def _usable_rows(table: torch.nn.Embedding) -> int:
-    # Some models reserve leading rows: OPT two, RoBERTa all up to its padding index.
-    padding = 0 if table.padding_idx is None else table.padding_idx + 1
-    return table.num_embeddings - max(padding, int(getattr(table, "offset", 0)))
-
-
-def _hidden_size(config: Any) -> int | None:
+def hidden_size_of(config: Any) -> int | None:
     """Return the width of the last layer; None if the configuration does not state it (MobileNet)."""
     found = _stated((config.get_text_config(decoder=True), config), ("hidden_size", "d_model"))
     several = getattr(config, "hidden_sizes", None)
     return int(several[-1]) if found is None and several else found
 
 
-def _layers(config: Any) -> int:
+def layers_of(config: Any) -> int:
+    """Return the number of layers; 1 if the configuration does not state it."""
     found = _stated((config.get_text_config(decoder=True),), ("num_hidden_layers", "decoder_layers", "num_layers"))
     return (len(getattr(config, "depths", ())) or 1) if found is None else found
 
 
 def _stated(places: tuple[Any, ...], names: tuple[str, ...]) -> int | None:
-    """Return the first integer among the named attributes of the configurations."""
     values = (getattr(place, name, None) for place in places for name in names)
     return next((value for value in values if isinstance(value, int)), None)

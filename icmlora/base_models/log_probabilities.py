@@ -47,7 +47,6 @@ def cross_entropy(logits: torch.Tensor, wanted: Sequence[int]) -> torch.Tensor:
 class _LogProbabilities(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        """Return logit - logsumexp(row)."""
         total = torch.cat([logits[rows].float().logsumexp(dim=-1, keepdim=True) for rows in _pieces(logits)])
         ctx.save_for_backward(logits, classes, total)
         return logits.gather(-1, classes).float() - total
@@ -55,7 +54,6 @@ class _LogProbabilities(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Return scatter(gradient) - sum(gradient) * softmax(logits)."""
         logits, classes, total = ctx.saved_tensors
         weight = -gradient.sum(dim=-1, keepdim=True)
         result = torch.empty_like(logits)

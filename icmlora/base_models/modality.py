@@ -6,7 +6,7 @@
     examples --measure--> Score; `metric` defines whether higher is better
 
 All of them run `base.model` in its current state, including any attached adapter.
-To add a modality, write a module with a class that has these members and list it in `catalogue.py`.
+To add a modality, write a module with a class that has these members and list it in `kinds/modalities.py`.
 """
 
 from __future__ import annotations
@@ -57,54 +57,34 @@ class Prepared(Protocol):
 
 @dataclass(frozen=True)
 class Score:
-    """A model's score on some examples.
+    """A model's score on some examples."""
 
-    Attributes:
-        value: The metric, averaged over all scored predictions.
-        count: Number of scored predictions.
-        utf8_bytes: Length of the scored text in UTF-8 bytes, at least 1; 1 if there is no text.
-        others: Additional figures to print with the metric, by name.
-        of_each: The metric of each scored example, if `value` is a mean over them.
-    """
-
-    value: float
-    count: int
-    utf8_bytes: int = 1
-    others: Mapping[str, float] = field(default_factory=dict)
-    of_each: tuple[float, ...] = ()
+    value: float  # the metric, averaged over all scored predictions
+    count: int  # number of scored predictions
+    utf8_bytes: int = 1  # length of the scored text in UTF-8 bytes, at least 1; 1 if there is no text
+    others: Mapping[str, float] = field(default_factory=dict)  # additional figures to print with the metric, by name
+    of_each: tuple[float, ...] = ()  # the metric of each scored example, if `value` is a mean over them
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A loaded base model in evaluation mode.
+    """A loaded base model in evaluation mode."""
 
-    Attributes:
-        label: The name that adapters use.
-        model: The network; adapters are attached and detached, but its weights never change.
-        processor: Converts examples to its inputs; a tokenizer, for example.
-        fingerprint: Identifies the weights (see `icmlora.base_models.finding.fingerprint.fingerprint_base`).
-        modality: How to use it.
-        hidden_size: Width of the hidden states and so of a task vector; None if the configuration does not state it.
-        layers: Number of its layers.
-        positions: Maximum text length in tokens; None if there is no limit.
-        made_up: Zero-filled parameters that its files lack: a classification head that adapters provide.
-        load_in: Quantised format of its linear layers; None if all weights are in full precision.
-    """
-
-    label: str
-    model: Any
-    processor: Any
-    fingerprint: str
-    modality: Modality[Any, Any]
+    label: str  # the name that adapters use
+    model: Any  # the network; adapters are attached and detached, but its weights never change
+    processor: Any  # converts examples to its inputs; a tokenizer, for example
+    fingerprint: str  # identifies the weights (see `icmlora.base_models.finding.fingerprint.fingerprint_base`)
+    modality: Modality[Any, Any]  # how to use it
+    # Width of the hidden states and so of a task vector; None if the configuration does not state it.
     hidden_size: int | None
-    layers: int
-    positions: int | None = None
+    layers: int  # number of its layers
+    positions: int | None = None  # maximum text length in tokens; None if there is no limit
+    # Zero-filled parameters that its files lack: a classification head that adapters provide.
     made_up: frozenset[str] = frozenset()
-    load_in: LoadIn | None = None
+    load_in: LoadIn | None = None  # quantised format of its linear layers; None if all weights are in full precision
 
     @property
     def tokenizer(self) -> Any:
-        """The processor of a model that reads text."""
         return self.processor
 
     def within(self, limit: int) -> int:
@@ -113,7 +93,6 @@ class BaseModel:
 
     @property
     def device(self) -> torch.device:
-        """Device for its inputs."""
         from icmlora.base_models.placement import main_device
 
         return main_device(self.model)

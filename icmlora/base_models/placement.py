@@ -31,14 +31,8 @@ _SHARE = 0.9  # of the free memory, for weights; the rest is for activations
 def placement(found: FoundBase, auto_class: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Return the arguments for loading a Hugging Face folder with a transformers Auto class.
 
-    Args:
-        found: The base model on disk, with its `load_in`.
-        auto_class: Such as "AutoModelForCausalLM".
-        device: Target device; "cuda" without an index means any GPU.
-        dtype: Precision of the weights that are not quantised.
-
-    Returns:
-        The arguments. Without a `device_map`, the model is loaded on the CPU and can be moved.
+    "cuda" without an index means any GPU. `dtype` is the precision of the weights that are not quantised. Without a
+    `device_map`, the model is loaded on the CPU and can be moved.
 
     Raises:
         BaseModelUnsuited: It has no layer that can be quantised.
@@ -48,7 +42,9 @@ def placement(found: FoundBase, auto_class: str, device: torch.device, dtype: to
     is_free = device.type == "cuda" and device.index is None
     if found.load_in is None and not is_free:
         return options
-    outline = _outline(found, auto_class)
+    config = AutoConfig.from_pretrained(found.path, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):  # without weights
+        outline: nn.Module = getattr(transformers, auto_class).from_config(config, trust_remote_code=False)
     if found.load_in is not None:
         if not packed(outline):
             raise BaseModelUnsuited(f"base model {found.label!r} has no layer that {found.load_in} can quantise")
@@ -57,7 +53,17 @@ def placement(found: FoundBase, auto_class: str, device: torch.device, dtype: to
     if is_free:
         needed = needed_bytes(outline, dtype, found.load_in)
         if needed > _SHARE * torch.cuda.mem_get_info(device)[0]:
-            options |= _spread(found, needed)
+            from accelerate.utils import get_max_memory
+
+            memory: dict[int | str, int] = get_max_memory()  # card, or "cpu" -> free bytes
+            if found.load_in is not None:
+                memory.pop("cpu", None)
+            free = sum(memory.values())
+            if needed > _SHARE * free:
+                fact = f"base model {found.label!r} needs {human_size(needed)}, but only {human_size(free)} are free"
+                raise BaseModelNotFound(fact, path=found.path, hint=smaller(found))
+            options["device_map"] = "auto"
+            options["max_memory"] = {place: round(_SHARE * size) for place, size in memory.items()}
     return options
 
 
@@ -80,28 +86,7 @@ def main_device(model: Any) -> torch.device:
     return torch.device(places[0] if places else "cpu")
 
 
-def _spread(found: FoundBase, needed: int) -> dict[str, Any]:
-    from accelerate.utils import get_max_memory
-
-    memory: dict[int | str, int] = get_max_memory()  # card, or "cpu" -> free bytes
-    if found.load_in is not None:
-        memory.pop("cpu", None)
-    free = sum(memory.values())
-    if needed > _SHARE * free:
-        fact = f"base model {found.label!r} needs {human_size(needed)}, but only {human_size(free)} are free"
-        raise BaseModelNotFound(fact, path=found.path, hint=smaller(found))
-    return {"device_map": "auto", "max_memory": {place: round(_SHARE * size) for place, size in memory.items()}}
-
-
 def smaller(found: FoundBase) -> str:
     """Return a hint for fitting a base model into GPU memory."""
     load_in = f"run `icm base add {found.label} PATH --load-in nf4` to load it in 4 bits"
     return load_in if found.load_in is None else "use --device cpu"
-
-
-def _outline(found: FoundBase, auto_class: str) -> nn.Module:
-    """Build a folder's network on the meta device, without weights."""
-    config = AutoConfig.from_pretrained(found.path, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        outline: nn.Module = getattr(transformers, auto_class).from_config(config, trust_remote_code=False)
-    return outline

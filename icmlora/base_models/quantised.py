@@ -10,15 +10,14 @@ QLoRA trains adapters (Dettmers et al., arXiv 2305.14314), with 8-bit scales; in
 from __future__ import annotations
 
 from functools import partial
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from icmlora.base_models.finding.lookup import FoundBase, read_config
-from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
-from registry.names import LOAD_IN
-
-if TYPE_CHECKING:
-    from torch import nn
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 HEADS = ("classifier.", "score.", "classification_head.", "pre_classifier.", "pooler.", "bert.pooler.")
 """Prefixes of head modules in transformers' classifiers; a base model may lack them, and adapters provide them."""
@@ -27,70 +26,25 @@ BYTES = {"nf4": 0.52, "int8": 1.01}
 """Bytes per weight of a linear layer, including its share of the scales."""
 
 
-def check_load_in(found: FoundBase) -> None:
-    """Check, from its files and the installed packages, that a base model can be quantised. Imports no torch.
-
-    Raises:
-        DataError: The format is unknown.
-        BaseModelUnsuited: Models of its kind cannot be quantised.
-        BaseModelNotFound: bitsandbytes or accelerate is not installed.
-    """
-    if found.load_in is None:
-        return
-    if found.load_in not in LOAD_IN:
-        raise DataError(f"a base model cannot be loaded in {found.load_in!r}", hint="use nf4 or int8")
-    if (odd := _oddity(found)) is not None:
-        fact = f"base model {found.label!r} cannot be loaded in {found.load_in}: {odd}"
-        raise BaseModelUnsuited(fact, hint="leave out --load-in, or use a safetensors folder in full precision")
-    if missing := [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]:
-        fact = f"loading {found.label!r} in {found.load_in} needs {missing[0]}, which is not installed"
-        raise BaseModelNotFound(fact, hint="install the extra: pip install 'icm-lora[quantized]'")
-
-
-def _oddity(found: FoundBase) -> str | None:
-    """Return why a base model cannot be quantised, or None."""
-    if found.loader is not None:
-        return "its own loader decides how it is loaded"
-    if found.is_pipeline:
-        return "it is a diffusers pipeline"
-    if found.is_gguf:
-        return "the weights in a GGUF file are already quantised, and quantising them again would change them"
-    if "quantization_config" in read_config(found.path):
-        return "its files are already quantised"
-    return None
-
-
 def kept(outline: nn.Module) -> list[str]:
     """Return the modules that stay in bfloat16: the output layer, modules tied to it, and heads."""
-    from transformers.quantizers.base import get_keys_to_not_convert
-
     return sorted({*get_keys_to_not_convert(outline), *(name.rstrip(".") for name in HEADS)})
 
 
 def packed(outline: nn.Module) -> set[str]:
-    """Return the names of a network's modules to quantise."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
     layers, rest = (nn.Linear, Conv1D), kept(outline)  # exact types only: subclasses may differ
     named = outline.named_modules()
     return {name for name, module in named if type(module) in layers and should_convert_module(name, rest)}
 
 
 def quantization_config(load_in: str, outline: nn.Module) -> Any:
-    """Return the transformers configuration for loading a quantised network."""
-    import torch
-    from transformers import BitsAndBytesConfig
-
     import icmlora.io.quiet_bitsandbytes  # noqa: F401  # before transformers imports it
 
-    rest = kept(outline)
     options: dict[str, Any] = {"load_in_8bit": True}
     if load_in == "nf4":
         options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         options["bnb_4bit_compute_dtype"] = torch.bfloat16
-    return BitsAndBytesConfig(**options, llm_int8_skip_modules=rest)  # type: ignore[no-untyped-call]
+    return BitsAndBytesConfig(**options, llm_int8_skip_modules=kept(outline))  # type: ignore[no-untyped-call]
 
 
 def settle(model: nn.Module) -> None:

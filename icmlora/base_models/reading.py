@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from icmlora.base_models.examples.chat_template import Rendered, Templates
 from icmlora.base_models.examples.context import TaskContext
-from icmlora.base_models.examples.examples import Example, Examples, nothing_usable, parse_examples, spread
+from icmlora.base_models.examples.examples import Examples, nothing_usable, parse_examples, spread
 from icmlora.base_models.examples.media import MEDIA_KEYS, Media
 from icmlora.base_models.examples.prompts import Prompt
 from icmlora.base_models.modality import BaseModel
@@ -75,7 +74,7 @@ def examples_for(
         if readable.skipped and len(chosen) < len(found):
             readable = base.modality.readable(base, found.items, template)
         if not readable.items:
-            raise nothing_usable(readable.skipped, readable.reason)
+            raise nothing_usable(readable)
     items = readable.items if most is None else tuple(spread(readable.items, most))
     return Examples(
         items,
@@ -89,7 +88,15 @@ def examples_for(
 
 def unread_examples(base: BaseModel, data: bytes, *, path: str | Path | None = None) -> Examples:
     """Return the usable rows of a file as examples for a base model, with chats not rendered yet."""
-    return parse_examples(data, partial(_example_for, base), path=path)
+
+    def example(row: Mapping[str, Any]) -> Any:
+        for key in set(MEDIA_KEYS).difference(base.modality.reads):
+            if isinstance(row.get(key), Media | Mapping):
+                what = "an image" if key == "image" else "a recording"
+                raise DataError(f"has {what}, which icm does not support for {with_article(base.modality.name)}")
+        return base.modality.example(row)
+
+    return parse_examples(data, example, path=path)
 
 
 def given_prompts(
@@ -100,25 +107,12 @@ def given_prompts(
     read = base.modality.readable(base, chats, template)
     if read.skipped:
         raise DataError(f"not every prompt can be read: {read.reason}")
-    rendered = iter(read)
-    return [row if isinstance(row, Prompt) else _open(next(rendered)) for row in asked]
-
-
-def _example_for(base: BaseModel, row: Mapping[str, Any]) -> Any:
-    """Convert a row to an example for a base model, which must be able to read all of the row.
-
-    Raises:
-        DataError: It is not an example, or it names an image or a recording that the base model cannot read.
-    """
-    for key in set(MEDIA_KEYS).difference(base.modality.reads):
-        if isinstance(row.get(key), Media | Mapping):
-            what = "an image" if key == "image" else "a recording"
-            raise DataError(f"has {what}, which icm does not support for {with_article(base.modality.name)}")
-    return base.modality.example(row)
-
-
-def _open(example: Example | Rendered) -> Prompt:
-    """Return the prompt of a chat up to the placeholder answer from `_asked`."""
-    if isinstance(example, Rendered):
-        return Prompt(example.text[: example.scored[-1][0]], is_rendered=True)
-    return Prompt(example.prompt)
+    rendered, prompts = iter(read), list[Prompt]()
+    for row in asked:
+        if isinstance(row, Prompt):
+            prompts.append(row)
+        elif isinstance(example := next(rendered), Rendered):  # up to the placeholder answer from `read_prompts`
+            prompts.append(Prompt(example.text[: example.scored[-1][0]], is_rendered=True))
+        else:
+            prompts.append(Prompt(example.prompt))
+    return prompts

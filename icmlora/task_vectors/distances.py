@@ -27,7 +27,7 @@ SupportSetVectors = Mapping[str, NDArray[np.floating]]
 # value in all but one of 10,000 cases.
 _DECIMALS = 9
 _CHUNK = 256  # tasks placed at once: for more, allocating memory pages takes longer than the computation
-FEWEST = 3  # minimum number of tasks: two are always opposite around their own mean
+MIN_TASKS = 3  # minimum number of tasks: two are always opposite around their own mean
 OUTSIDE = 0.95  # a task is outside the known ones if this share of them has a nearer neighbour than it has
 
 
@@ -57,12 +57,10 @@ class MeanVectors:
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
-        """Combine the statistics of several groups of tasks, in order."""
         squares, freedom = sum(part.squares for part in parts), sum(part.freedom for part in parts)
         return cls(np.concatenate([part.means for part in parts]), np.asarray(squares), freedom)
 
     def ordered(self, places: Sequence[int]) -> MeanVectors:
-        """Reorder the tasks; `places` lists their current indices."""
         return MeanVectors(self.means[list(places)], self.squares, self.freedom)
 
 
@@ -109,17 +107,14 @@ class Familiarity:
 
     @property
     def distance(self) -> float:
-        """Distance to the nearest known task."""
         return self.neighbours[0].distance
 
     @property
     def farther_than(self) -> float:
-        """Share of the known tasks that have a nearer neighbour than this task has, 0 to 1."""
         return sum(distance < self.distance for distance in self.usual) / len(self.usual)
 
     @property
     def is_outside(self) -> bool:
-        """Whether the task is outside the known ones."""
         # The rank of a new task of the same kind among the n known ones is about uniform (as in conformal prediction,
         # Vovk et al. 2005). So it counts as outside once in about 1 / (1 - OUTSIDE) cases, or once in n + 1 if n is
         # small.
@@ -130,13 +125,14 @@ def nearest(vector: NDArray[np.floating], others: SupportSetVectors) -> tuple[Ne
     """Rank known tasks by distance from a new task's mean vector (d,), nearest first, then by name."""
     space = VectorSpace.of(others)
     distances = cosine_distances(space.place(vector[None]), space.place(mean_vectors(others)))[0]
-    return ranked(list(others), distances)
+    pairs = sorted(zip(distances.tolist(), others, strict=True))
+    return tuple(Neighbour(name, distance) for distance, name in pairs)
 
 
 def familiarity(vector: NDArray[np.floating], others: SupportSetVectors) -> Familiarity:
-    """Compare a vector (d,) with the known tasks; raise `ValueError` if there are fewer than `FEWEST`."""
-    if len(others) < FEWEST:
-        raise ValueError(f"familiarity needs {FEWEST} tasks or more")
+    """Compare a vector (d,) with the known tasks; raise `ValueError` if there are fewer than `MIN_TASKS`."""
+    if len(others) < MIN_TASKS:
+        raise ValueError(f"familiarity needs {MIN_TASKS} tasks or more")
     placed = VectorSpace.of(others).place(mean_vectors(others))
     usual = sorted(float(distance) for distance in _left_out(placed).min(axis=1))
     return Familiarity(nearest(vector, others), tuple(usual))
@@ -180,12 +176,6 @@ def directions(vectors: Floats) -> Floats:
     """Scale the rows of (n, d) to length 1; zeros stay zeros."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(lengths > 0, lengths, 1.0)
-
-
-def ranked(names: list[str], distances: Floats) -> tuple[Neighbour, ...]:
-    """Return neighbours with the given names and distances (n,), nearest first, then by name."""
-    pairs = sorted(zip(distances.tolist(), names, strict=True))
-    return tuple(Neighbour(name, distance) for distance, name in pairs)
 
 
 def mean_vectors(tasks: SupportSetVectors) -> Floats:

@@ -65,7 +65,6 @@ class _ViewHead:
 
     @property
     def step(self) -> float:
-        """The quantisation step."""
         return float(2.0 ** (self.exponent / OCTAVE))
 
     def is_sound(self) -> bool:
@@ -118,22 +117,18 @@ def arrays_from_bytes(data: bytes, views: Collection[View] = _VIEWS) -> dict[Vie
         raise DataError("not task vectors: the header is out of range")
     try:
         wanted = [place for place, head in enumerate(heads, 1) if _VIEWS[head.which] in views]
-        return _read(IntegerReader(content[end:]), heads[: max(wanted, default=0)], length)
+        reader, views = IntegerReader(content[end:]), dict[View, NDArray[np.float32]]()
+        first = np.zeros(length)
+        for head in heads[: max(wanted, default=0)]:
+            mean = reader.read(np.full(length, head.mean_scale, dtype=np.int32)) + head.predicted(first)
+            rest = reader.read(np.full((head.sets - 1) * length, head.spread_scale, dtype=np.int32))
+            first = first if views else mean
+            integers = np.concatenate([mean, rest]).reshape(head.sets, length)
+            values = _cosines(head.sets).T @ (integers * head.step)  # (sets, length)
+            views[_VIEWS[head.which]] = values.astype(np.float32)
+        return views
     except CodeError as error:
         raise DataError(f"not task vectors: {error.message}") from error
-
-
-def _read(reader: IntegerReader, heads: list[_ViewHead], length: int) -> dict[View, NDArray[np.float32]]:
-    views: dict[View, NDArray[np.float32]] = {}
-    first = np.zeros(length)
-    for head in heads:
-        mean = reader.read(np.full(length, head.mean_scale, dtype=np.int32)) + head.predicted(first)
-        rest = reader.read(np.full((head.sets - 1) * length, head.spread_scale, dtype=np.int32))
-        first = first if views else mean
-        integers = np.concatenate([mean, rest]).reshape(head.sets, length)
-        values = _cosines(head.sets).T @ (integers * head.step)  # (sets, length)
-        views[_VIEWS[head.which]] = values.astype(np.float32)
-    return views
 
 
 def _quantised(which: int, exact: Floats, first: Floats) -> tuple[_ViewHead, Floats]:
@@ -151,19 +146,12 @@ def _quantised(which: int, exact: Floats, first: Floats) -> tuple[_ViewHead, Flo
 
 
 def _slope(mean: Floats, first: Floats) -> int:
-    """Fit the slope of one view's mean over another's, in 256ths, by least squares with clipped outliers."""
-    near, near_first = np.clip(mean, *_bounds(mean)), np.clip(first, *_bounds(first))
+    near, near_first = (np.clip(values, -4 * _typical(values), 4 * _typical(values)) for values in (mean, first))
     slope = float(near @ near_first) / max(float(near_first @ near_first), 1.0)
     return int(np.clip(np.rint(_ONE * slope), -_MAX_SLOPE, _MAX_SLOPE))
 
 
-def _bounds(values: Floats) -> tuple[float, float]:
-    """Return the lower and upper limit beyond which values are outliers."""
-    return -4 * _typical(values), 4 * _typical(values)
-
-
 def _scale(steps: Floats) -> int:
-    """Return the scale index of integers."""
     return int(np.clip(np.rint(OCTAVE * np.log2(max(_typical(steps), 2.0**-4))), SMALLEST, LARGEST))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from icmlora.task_vectors.clusters import Labels, cluster, silhouettes
 from icmlora.task_vectors.distances import (
-    FEWEST,
+    MIN_TASKS,
     Floats,
     Neighbour,
     SupportSetVectors,
@@ -84,9 +84,9 @@ class TaskMap:
 
 
 def map_tasks(tasks: SupportSetVectors, clusters: int | None = None) -> TaskMap:
-    """Return the map of tasks with vectors (sets, d) each; raise `ValueError` for fewer than `FEWEST` tasks."""
-    if len(tasks) < FEWEST:
-        raise ValueError(f"a map has {FEWEST} tasks or more")
+    """Return the map of tasks with vectors (sets, d) each; raise `ValueError` for fewer than `MIN_TASKS` tasks."""
+    if len(tasks) < MIN_TASKS:
+        raise ValueError(f"a map has {MIN_TASKS} tasks or more")
     names, means, space = list(tasks), mean_vectors(tasks), VectorSpace.of(tasks)
     placed = space.place(means)
     distances = cosine_distances(placed, placed)  # (n, n)
@@ -99,6 +99,7 @@ def map_tasks(tasks: SupportSetVectors, clusters: int | None = None) -> TaskMap:
     owners = np.repeat(np.arange(len(names)), [len(vectors) for vectors in tasks.values()])
     vectors = space.place(np.concatenate(list(tasks.values())))
     between = cosine_distances(vectors, vectors)  # (m, m)
+    several = np.bincount(owners)[owners] > 1  # tasks with a single vector have no silhouette over vectors
     # In units of the length of the task's mean vector, the mean of its vectors is the task's direction.
     lengths = np.linalg.norm(placed, axis=1)
     points, spread, variation = _plane(directions(placed), vectors / np.where(lengths > 0, lengths, 1.0)[owners, None])
@@ -117,7 +118,7 @@ def map_tasks(tasks: SupportSetVectors, clusters: int | None = None) -> TaskMap:
     return TaskMap(
         tasks=tuple(mapped),
         silhouette_by_cluster=float(values.mean()) if labels.any() else None,
-        silhouette_by_task=_by_task(between, owners),
+        silhouette_by_task=float(silhouettes(between, owners)[several].mean()) if several.any() else None,
         variation=variation,
         pairs=_pairs(names, distances, between, owners),
         typical=float(np.median(distances[np.triu_indices(len(names), 1)])),
@@ -137,14 +138,7 @@ def _plane(points: Floats, others: Floats) -> tuple[Floats, Floats, tuple[float,
     return flat * signs + 0.0, spread * signs + 0.0, (float(shares[0]), float(shares[1]))
 
 
-def _by_task(between: Floats, owners: Labels) -> float | None:
-    """Return the mean silhouette over vectors by task; ignore tasks with a single vector."""
-    several = np.bincount(owners)[owners] > 1
-    return float(silhouettes(between, owners)[several].mean()) if several.any() else None
-
-
 def _pairs(names: list[str], distances: Floats, between: Floats, owners: Labels) -> tuple[Pair, ...]:
-    """Return the pairs of tasks to list."""
     # distances: (n, n) between tasks. between: (m, m) between vectors. owners: (m,) task of each vector.
     member = (owners[:, None] == np.arange(len(names))).astype(np.float64)  # (vectors, tasks)
     sizes = member.sum(axis=0)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from icmlora.base_models.examples.examples import spread
 from icmlora.task_vectors.distances import (
-    FEWEST,
+    MIN_TASKS,
     Floats,
     SupportSetVectors,
     VectorSpace,
@@ -46,7 +46,7 @@ class TooFewVectors(ValueError):
 
 
 @dataclass(frozen=True)
-class Candidate:
+class TaskProbability:
     """A known task, its probability, and its cosine distance (0 to 2) in whitened channels."""
 
     task: str
@@ -58,7 +58,7 @@ class Candidate:
 class Recognition:
     """Probabilities that samples belong to each known task or to a new one; they sum to 1."""
 
-    candidates: tuple[Candidate, ...]  # all known tasks, most probable first
+    candidates: tuple[TaskProbability, ...]  # all known tasks, most probable first
     new: float  # probability of a new task
 
     @property
@@ -69,7 +69,6 @@ class Recognition:
 
     @property
     def probability(self) -> float:
-        """The probability of `task`, or of a new task."""
         return max(self.candidates[0].probability, self.new)
 
 
@@ -113,20 +112,10 @@ class _Trials:
     others: Floats  # to the other tasks, (q, n - 1)
     as_new: Floats  # to the other tasks around their own mean, as if its task were unknown, (q, n - 1)
 
-    @property
-    def nearest_if_known(self) -> Places:
-        """Number of the nearest task, (q,)."""
-        found: Places = np.where(self.own <= self.others.min(axis=1), self.tasks, self._number(self.others))
-        return found
-
-    @property
-    def nearest_if_new(self) -> Places:
-        """Number of the nearest task if the set's own task is unknown, (q,)."""
-        return self._number(self.as_new)
-
-    def _number(self, distances: Floats) -> Places:
+    def nearest(self, distances: Floats) -> Places:
+        """Return the number of the nearest other task, (q,), by distances that omit each set's own task."""
         column = distances.argmin(axis=1)
-        numbers: Places = column + (column >= self.tasks)  # the columns omit the set's own task
+        numbers: Places = column + (column >= self.tasks)
         return numbers
 
 
@@ -177,8 +166,8 @@ class Recognizer:
 
     def __init__(self, known: SupportSetVectors) -> None:
         several = {name: vectors for name, vectors in known.items() if len(vectors) > 1}
-        if len(known) < FEWEST or len(several) < 2:
-            raise TooFewVectors(f"{FEWEST} tasks, and two support sets for two of them")
+        if len(known) < MIN_TASKS or len(several) < 2:
+            raise TooFewVectors(f"{MIN_TASKS} tasks, and two support sets for two of them")
         self._names = list(known)
         means = mean_vectors(known)  # (n, d)
         measured = {name: several[name] for name in spread(list(several), _MAX_TASKS)}
@@ -196,7 +185,8 @@ class Recognizer:
         logits = -self._rate * np.append(_roots(found[0]), border)
         weights = np.exp(logits - logits.max())
         *probabilities, new = (weights / weights.sum()).tolist()
-        candidates = [Candidate(*facts) for facts in zip(self._names, probabilities, found[0].tolist(), strict=True)]
+        facts = zip(self._names, probabilities, found[0].tolist(), strict=True)
+        candidates = [TaskProbability(*fact) for fact in facts]
         return Recognition(tuple(sorted(candidates, key=lambda one: (one.distance, one.task))), new)
 
 
@@ -207,7 +197,6 @@ def _roots(distances: Floats) -> Floats:
 
 
 def _trials(names: list[str], measured: SupportSetVectors, means: Floats) -> _Trials:
-    """Measure the support sets of some tasks, whitened with the noise of other tasks."""
     chosen, centre = list(measured), means.mean(axis=0)
     number = {name: at for at, name in enumerate(names)}
     folds = min(_FOLDS, len(chosen))
@@ -231,8 +220,10 @@ def _trials(names: list[str], measured: SupportSetVectors, means: Floats) -> _Tr
 
 def _fit(trials: _Trials, borders: _Borders) -> tuple[float, float]:
     """Fit rate and factor by maximum likelihood over the trials as known and as new tasks."""
-    if_known = borders(trials.nearest_if_known)[:, None] * _FACTORS  # distances of "new", (q, factors)
-    if_new = borders(trials.nearest_if_new, trials.tasks)[:, None] * _FACTORS
+    is_own = trials.own <= trials.others.min(axis=1)
+    nearest_if_known = np.where(is_own, trials.tasks, trials.nearest(trials.others))
+    if_known = borders(nearest_if_known)[:, None] * _FACTORS  # distances of "new", (q, factors)
+    if_new = borders(trials.nearest(trials.as_new), trials.tasks)[:, None] * _FACTORS
     # Targets are one trial short of certainty, which successful trials do not prove (Platt 1999).
     doubt = 1.0 / (len(trials.own) + 2)
     best = -np.inf, 0.0, 0.0

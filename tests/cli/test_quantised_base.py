@@ -79,7 +79,7 @@ def test_a_gguf_file_is_refused(icm: Icm, trained: Path, tmp_path: Path) -> None
 def test_without_bitsandbytes_nothing_is_stored(
     icm: Icm, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("icmlora.base_models.quantised.find_spec", lambda name: None)
+    monkeypatch.setattr("icmlora.base_models.finding.lookup.find_spec", lambda name: None)
     ran = icm("base", "add", LABEL, base, "--load-in", "nf4")
     assert ran.code == ExitCode.FAILED
     assert "hint: install the extra: pip install 'icm-lora[quantized]'" in ran.err

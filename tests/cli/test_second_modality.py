@@ -11,8 +11,9 @@ import torch
 from icm_cli.errors import ExitCode
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.base_models import catalogue
-from icmlora.base_models.examples.examples import parse_examples
+from icmlora.base_models.examples.examples import parse_examples, text_example
 from icmlora.base_models.finding.lookup import inspect_base
+from icmlora.base_models.kinds import modalities
 from icmlora.base_models.kinds.causal_lm import CausalLM
 from icmlora.base_models.running.lora_hooks import added, factors_of
 from icmlora.fewshot.finetune import FinetuneConfig, finetune
@@ -30,7 +31,8 @@ MODALITY = VectorClassifier()
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catalogue, "MODALITIES", [MODALITY, CausalLM()])
+    monkeypatch.setattr(modalities, "MODALITIES", [MODALITY, CausalLM()])
+    monkeypatch.setattr(catalogue, "READERS", [MODALITY.example, text_example])
 
 
 def write_task(folder: Path, base_folder: Path, task: int) -> None:

@@ -35,21 +35,13 @@ _FIXED_DATE = "{%- macro strftime_now(format) -%}" + _DATE + "{%- endmacro -%}"
 
 @dataclass(frozen=True)
 class Rendered:
-    """A chat as the model reads it.
+    """A chat as the model reads it."""
 
-    Attributes:
-        text: All of it, with its special tokens spelled out.
-        scored: Character spans of the text that count towards the loss, as (start, end).
-        start: Start of the first message's content.
-        stop: End of the last scored turn's content.
-        context: Number of leading characters that precede the chat itself.
-    """
-
-    text: str
-    scored: tuple[tuple[int, int], ...]
-    start: int
-    stop: int
-    context: int = 0
+    text: str  # all of it, with its special tokens spelled out
+    scored: tuple[tuple[int, int], ...]  # character spans of the text that count towards the loss, as (start, end)
+    start: int  # start of the first message's content
+    stop: int  # end of the last scored turn's content
+    context: int = 0  # number of leading characters that precede the chat itself
 
 
 class ChatTemplate:
@@ -90,10 +82,26 @@ class ChatTemplate:
 
     def render(self, chat: Chat) -> Rendered:
         """Render a chat; raise `DataError` if the template rejects it or leaves nothing to score."""
-        template = self._template_for(chat)
+        template = str(self.templates["tool_use" if chat.tools and "tool_use" in self.templates else "default"])
+        if len(template) > MAX_TEMPLATE:
+            raise DataError(f"needs a chat template of more than {MAX_TEMPLATE >> 10} KiB")
+        if "strftime_now" in template:
+            template = _FIXED_DATE + template
         text = self._text(template, chat)
-        scored = self._marked(template, chat) if _GENERATION.search(template) else None
-        scored = scored or self._by_difference(template, chat, text)
+        scored: list[tuple[int, int]] = []
+        answers = tuple(number for number, message in enumerate(chat.messages) if message["role"] == "assistant")
+        if answers == chat.scored and _GENERATION.search(template):
+            marks = self._applied(template, chat, return_assistant_tokens_mask=True, add_generation_prompt=False)[1]
+            scored = [(start, end) for start, end in marks if start < end]
+        for number in () if scored else chat.scored:
+            least = scored[-1][1] if scored else 0
+            span = self._difference(template, chat, text, number)
+            if span is None:  # search for the content
+                content = chat.messages[number]["content"].strip()
+                place = text.find(content, least) if content else -1
+                span = (place, place + len(content))
+            if least <= span[0] < span[1]:
+                scored.append(span)
         if not scored:
             raise DataError("has no assistant turn that the chat template renders")
         start = max(0, text.find(chat.messages[0]["content"].strip()))
@@ -102,12 +110,6 @@ class ChatTemplate:
         stop = scored[-1][1] if found < 0 else found + len(content)
         context = _shared(self._text(template, chat, chat.context), text) if chat.context else 0
         return Rendered(text, tuple(scored), start, stop, context)
-
-    def _template_for(self, chat: Chat) -> str:
-        template = str(self.templates["tool_use" if chat.tools and "tool_use" in self.templates else "default"])
-        if len(template) > MAX_TEMPLATE:
-            raise DataError(f"needs a chat template of more than {MAX_TEMPLATE >> 10} KiB")
-        return _FIXED_DATE + template if "strftime_now" in template else template
 
     def _text(self, template: str, chat: Chat, upto: int | None = None, *, prompt: bool = False) -> str:
         return self._applied(template, chat, upto, add_generation_prompt=prompt)[0]
@@ -134,23 +136,6 @@ class ChatTemplate:
             raise DataError(f"renders to more than {_MAX_TEXT >> 20} MiB of text")
         return str(text), marks[0] if marks else []
 
-    def _marked(self, template: str, chat: Chat) -> list[tuple[int, int]] | None:
-        """Return the spans that the template marks as generated; None if other turns are to be scored."""
-        answers = tuple(number for number, message in enumerate(chat.messages) if message["role"] == "assistant")
-        if answers != chat.scored:
-            return None
-        marks = self._applied(template, chat, return_assistant_tokens_mask=True, add_generation_prompt=False)[1]
-        return [(start, end) for start, end in marks if start < end]
-
-    def _by_difference(self, template: str, chat: Chat, text: str) -> list[tuple[int, int]]:
-        spans: list[tuple[int, int]] = []
-        for number in chat.scored:
-            least = spans[-1][1] if spans else 0
-            span = self._difference(template, chat, text, number) or _found(text, chat.messages[number], least)
-            if span is not None and least <= span[0] < span[1]:
-                spans.append(span)
-        return spans
-
     def _difference(self, template: str, chat: Chat, text: str, number: int) -> tuple[int, int] | None:
         """Return a turn's span in the text; None if the template does not write chats from left to right."""
         if number == 0:
@@ -173,13 +158,6 @@ def _shared(first: str, second: str) -> int:
     """Return the length of the common prefix of two texts."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
-
-
-def _found(text: str, message: dict[str, Any], least: int) -> tuple[int, int] | None:
-    """Return the span of a message's content in the text, at or after position `least`."""
-    content = message["content"].strip()
-    place = text.find(content, least) if content else -1
-    return None if place < 0 else (place, place + len(content))
 
 
 def scored_tokens(rendered: Rendered, offsets: Sequence[tuple[int, int]]) -> list[bool]:

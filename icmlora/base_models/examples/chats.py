@@ -39,22 +39,16 @@ _ALPACA = (
 
 @dataclass(frozen=True)
 class Chat:
-    """One conversation.
+    """One conversation."""
 
-    Attributes:
-        messages: Role and content of each; content is always text.
-        scored: Indices of the messages that count towards the loss: the messages that the adapter learned to write.
-        tools: JSON schemas of the available tools.
-        plain: Prompt, completion and optional context for a base model without a chat template; None if the format
-            has no plain form.
-        context: Number of leading messages that precede the chat itself; see `context.py`.
-    """
-
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...]  # role and content of each; content is always text
+    # Indices of the messages that count towards the loss: the messages that the adapter learned to write.
     scored: tuple[int, ...]
-    tools: tuple[dict[str, Any], ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()  # JSON schemas of the available tools
+    # Prompt, completion and optional context for a base model without a chat template; None if the format has no plain
+    # form.
     plain: tuple[str, ...] | None = None
-    context: int = 0
+    context: int = 0  # number of leading messages that precede the chat itself; see `context.py`
 
 
 def chat_of(row: Mapping[str, Any]) -> Chat | None:
@@ -67,33 +61,44 @@ def chat_of(row: Mapping[str, Any]) -> Chat | None:
         case {"messages": [_, *_] as turns} | {"conversations": [_, *_] as turns}:
             return _chat(row, [], turns)
         case {"prompt": list() | str() as prompt, "completion": list() | str() as answer}:
-            return _chat(row, _turns(prompt, "user"), _turns(answer, "assistant"))
+            asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            answers = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+            return _chat(row, asked, answers)
         case {"instruction": str(instruction), "output": str(output)}:
             given = row.get("input")
             return _alpaca(row, instruction, given if isinstance(given, str) else "", output)
     return None
 
 
-def _turns(value: list[Any] | str, role: str) -> list[Any]:
-    return [{"role": role, "content": value}] if isinstance(value, str) else value
-
-
 def _chat(row: Mapping[str, Any], prompt: Sequence[Any], answer: Sequence[Any]) -> Chat:
-    """Build a chat that scores the assistant's turns in `answer`."""
     turns = [*prompt, *answer]
     messages = [message_of(turn) for turn in turns]
     if messages and isinstance(system := row.get("system"), str) and system.strip() and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     first = len(messages) - len(answer)
-    scored = [
-        number
-        for number, turn in zip(range(first, len(messages)), answer, strict=True)
-        if _is_answer(messages[number]) and turn.get("weight") != 0 and turn.get("train") is not False
-    ]
+    scored = []
+    for number, turn in enumerate(answer, first):
+        message = messages[number]
+        is_answer = message["role"] == "assistant" and (message["content"].strip() or message.get("tool_calls"))
+        if is_answer and turn.get("weight") != 0 and turn.get("train") is not False:
+            scored.append(number)
     if not scored:
         raise DataError("has no assistant turn")
-    _check_text(messages)
-    return Chat(tuple(messages), tuple(scored), _tools(row.get("tools")))
+    try:
+        json.dumps(messages, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError("contains a lone surrogate, which is not valid text") from None
+    except (TypeError, ValueError, RecursionError) as error:  # dates in Parquet
+        raise DataError(f"has a message that is not JSON: {error}") from None
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            tools = None
+    # Anything but a list of objects is ignored, because templates cannot use it.
+    is_usable = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+    return Chat(tuple(messages), tuple(scored), tuple(tools) if is_usable else ())  # type: ignore[arg-type]
 
 
 def message_of(turn: Any) -> Message:
@@ -118,7 +123,7 @@ def _content(content: Any) -> str:
         case None:  # a turn that only calls tools
             return ""
         case list():
-            return "".join(_part(part) for part in content)
+            return "".join(map(_part, content))
     raise DataError("has a message with content that is not text")
 
 
@@ -145,21 +150,6 @@ def _tool_call(call: Any) -> Any:
     return call
 
 
-def _tools(value: Any) -> tuple[dict[str, Any], ...]:
-    """Return the tools; ignore anything but a list of objects, because templates cannot use it."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return ()
-    usable = isinstance(value, list) and all(isinstance(tool, dict) for tool in value)
-    return tuple(value) if usable else ()
-
-
-def _is_answer(message: Message) -> bool:
-    return message["role"] == "assistant" and bool(message["content"].strip() or message.get("tool_calls"))
-
-
 def _alpaca(row: Mapping[str, Any], instruction: str, given: str, output: str) -> Chat:
     history = row.get("history")
     turns: list[Message] = []
@@ -175,12 +165,3 @@ def _alpaca(row: Mapping[str, Any], instruction: str, given: str, output: str) -
     prompt = _ALPACA.format(more=more, instruction=instruction, given=shown)
     # The plain form has no place for a system prompt or earlier turns.
     return chat if len(chat.messages) > 2 else Chat(chat.messages, chat.scored, plain=(prompt, output))
-
-
-def _check_text(messages: Sequence[Message]) -> None:
-    try:
-        json.dumps(messages, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise DataError("contains a lone surrogate, which is not valid text") from None
-    except (TypeError, ValueError, RecursionError) as error:  # dates in Parquet
-        raise DataError(f"has a message that is not JSON: {error}") from None

@@ -25,14 +25,10 @@ _SYSTEM = ("system", "developer")
 
 @dataclass(frozen=True)
 class TaskContext:
-    """Samples prepended to a request.
+    """Samples prepended to a request."""
 
-    Attributes:
-        text: Prepended to plain text; includes the trailing separator. Empty: none.
-        messages: Prepended to a chat's messages, with any system message first. Empty: `text` is the system message.
-    """
-
-    text: str
+    text: str  # Prepended to plain text; includes the trailing separator. Empty: none.
+    # Prepended to a chat's messages, with any system message first. Empty: `text` is the system message.
     messages: tuple[Message, ...] = ()
 
     @classmethod
@@ -54,14 +50,28 @@ class TaskContext:
         Raises:
             DataError: The files are not a valid context.
         """
-        data, chat = files.get(CONTEXT_TEXT_NAME), files.get(CONTEXT_MESSAGES_NAME)
-        text, messages = "", tuple[Message, ...]()
-        if data is not None:
-            with located(CONTEXT_TEXT_NAME):
-                text = _decoded(data)
-        if chat is not None:
+        found = {}
+        for name in (CONTEXT_TEXT_NAME, CONTEXT_MESSAGES_NAME):
+            data = files.get(name, b"")
+            with located(name):
+                if len(data) > MAX_BYTES:
+                    raise DataError(f"has more than {MAX_BYTES >> 20} MiB")
+                try:
+                    found[name] = data.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise DataError(f"is not UTF-8: {error.reason}") from None
+        text, messages = found[CONTEXT_TEXT_NAME], tuple[Message, ...]()
+        if CONTEXT_MESSAGES_NAME in files:
             with located(CONTEXT_MESSAGES_NAME):
-                messages = _messages(_decoded(chat))
+                try:
+                    value = json.loads(found[CONTEXT_MESSAGES_NAME])
+                except (ValueError, RecursionError):
+                    raise DataError("is not JSON") from None
+                match value:
+                    case {"messages": [_, *_] as turns}:
+                        messages = tuple(message_of(turn) for turn in turns)
+                    case _:
+                        raise DataError('has no "messages"')
         return cls(text, messages) if text or messages else None
 
     @property
@@ -103,48 +113,20 @@ class TaskContext:
             return [*asked[:is_led], *turns, *asked[is_led:]]
         if not is_led:
             return [{"role": "system", "content": self.text.rstrip()}, *asked]
-        return [{**asked[0], "content": _joined(self.text, asked[0].get("content"))}, *asked[1:]]
+        content: object = asked[0].get("content")  # may be a list of parts
+        if isinstance(content, list):
+            content = [{"type": "text", "text": self.text}, *content]
+        else:
+            content = f"{self.text.rstrip()}{SEPARATOR}{content or ''}".rstrip()
+        return [{**asked[0], "content": content}, *asked[1:]]
 
 
 def _is_led(messages: Sequence[Message]) -> bool:
-    """Return whether the first message is a system message."""
     return bool(messages) and messages[0].get("role") in _SYSTEM
 
 
 def _one_chat(chats: Sequence[Chat]) -> tuple[Message, ...]:
     """Concatenate chats; keep the system message only if all of them share it."""
-    systems = [chat.messages[0] if chat.messages[0]["role"] in _SYSTEM else None for chat in chats]
-    turns = [
-        message
-        for chat, system in zip(chats, systems, strict=True)
-        for message in chat.messages[0 if system is None else 1 :]
-    ]
-    first = systems[0]
-    return (first, *turns) if first is not None and all(system == first for system in systems) else tuple(turns)
-
-
-def _joined(text: str, content: object) -> object:
-    """Prepend the text to a system message's content, which may be a list of parts."""
-    if isinstance(content, list):
-        return [{"type": "text", "text": text}, *content]
-    return f"{text.rstrip()}{SEPARATOR}{content or ''}".rstrip()
-
-
-def _decoded(data: bytes) -> str:
-    if len(data) > MAX_BYTES:
-        raise DataError(f"has more than {MAX_BYTES >> 20} MiB")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"is not UTF-8: {error.reason}") from None
-
-
-def _messages(text: str) -> tuple[Message, ...]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        raise DataError("is not JSON") from None
-    match value:
-        case {"messages": [_, *_] as turns}:
-            return tuple(message_of(turn) for turn in turns)
-    raise DataError('has no "messages"')
+    systems = [chat.messages[:1] if _is_led(chat.messages) else () for chat in chats]
+    turns = [turn for chat, system in zip(chats, systems, strict=True) for turn in chat.messages[len(system) :]]
+    return (*systems[0], *turns) if all(system == systems[0] for system in systems) else tuple(turns)

@@ -34,21 +34,14 @@ _HINT = (
 
 @dataclass(frozen=True)
 class Example:
-    """One piece of text of a task.
+    """One piece of text of a task."""
 
-    Attributes:
-        prompt: Text that is read but not scored; empty for plain text.
-        completion: Text that is scored.
-        context: Text before both, not counted towards the token limit; see `context.py`.
-    """
-
-    prompt: str
-    completion: str
-    context: str = ""
+    prompt: str  # text that is read but not scored; empty for plain text
+    completion: str  # text that is scored
+    context: str = ""  # text before both, not counted towards the token limit; see `context.py`
 
     @property
     def text(self) -> str:
-        """Prompt and completion, concatenated."""
         return self.prompt + self.completion
 
 
@@ -59,23 +52,14 @@ def plain(texts: Iterable[str]) -> tuple[Example, ...]:
 
 @dataclass(frozen=True)
 class Examples(Sequence[Any]):
-    """The usable examples of a file, as a sequence.
+    """The usable examples of a file, as a sequence."""
 
-    Attributes:
-        items: The examples, in file order.
-        skipped: Number of skipped rows.
-        reason: Why the first row was skipped: "line 3 is not JSON: ...".
-        template: Digest of the chat template used for rendering; None if there were no chats to render.
-        note: Note for the user about how the examples are read, or None.
-        rows: Number of rows in the file, if only some of its examples were chosen.
-    """
-
-    items: tuple[Any, ...]
-    skipped: int = 0
-    reason: str | None = None
-    template: str | None = None
-    note: str | None = None
-    rows: int | None = None
+    items: tuple[Any, ...]  # the examples, in file order
+    skipped: int = 0  # number of skipped rows
+    reason: str | None = None  # why the first row was skipped: "line 3 is not JSON: ..."
+    template: str | None = None  # digest of the chat template used for rendering; None if there were no chats to render
+    note: str | None = None  # note for the user about how the examples are read, or None
+    rows: int | None = None  # number of rows in the file, if only some of its examples were chosen
 
     def __len__(self) -> int:
         return len(self.items)
@@ -105,41 +89,52 @@ def parse_examples(
     path: str | Path | None = None,
 ) -> Examples:
     """Read the usable rows of a file, by default as text; raise `DataError` if there are none or too many."""
+    (found,) = parse_for([example or text_example], data, path=path)
+    if not found.items:
+        with located(path):
+            raise nothing_usable(found)
+    return found
+
+
+def parse_for(
+    readers: Sequence[Callable[[Mapping[str, Any]], Any]], data: bytes, *, path: str | Path | None = None
+) -> list[Examples]:
+    """Read a file once; return the rows that each reader can use. Raise `DataError` if the file exceeds a limit."""
     if len(data) > MAX_BYTES:
         raise DataError(f"more than {MAX_BYTES} bytes of text", path=path, hint="keep a sample of the task's text")
-    kept, skipped, reason = [], 0, None
+    kept, reasons, count = [list[Any]() for _ in readers], dict[int, str](), 0
     media: Resolver | None = None
     with located(path):
         if is_archive(data):
             data, media = open_archive(data)
         rows = read_rows(data)
         for number, row in rows.values:
-            try:
-                kept.append(_example(row, example or text_example, media))
-            except DataError as error:
-                skipped += 1
-                reason = reason or f"{rows.unit} {number} {error.message}"
-            if len(kept) + skipped > MAX_EXAMPLES:
+            count += 1
+            if count > MAX_EXAMPLES:
                 raise DataError(f"more than {MAX_EXAMPLES} examples", hint="keep a sample of the task's text")
-        if not kept:
-            raise nothing_usable(skipped, reason)
-    return Examples(tuple(kept), skipped, reason)
+            for place, read in enumerate(readers):
+                try:
+                    if isinstance(row, BadRow):
+                        raise DataError(row.reason)
+                    if not isinstance(row, dict):
+                        raise DataError("is not a JSON object")
+                    kept[place].append(read(with_media(row, media)))
+                except DataError as error:
+                    reasons.setdefault(place, f"{rows.unit} {number} {error.message}")
+    return [Examples(tuple(items), count - len(items), reasons.get(place)) for place, items in enumerate(kept)]
 
 
 def text_example(row: Mapping[str, Any]) -> Example | Chat:
     """Convert a row to text or a chat; raise `DataError`, with a fact about the row, if it is neither."""
-    example: Example | Chat | None
     match row:
         case {"text": str(text)}:
             example = Example("", text)
         case {"prompt": str(prompt), "completion": str(completion)}:
             example = Example(prompt, completion)
         case _:
-            example = chat_of(row)
-    if example is None:
-        raise DataError("has no text")
-    if isinstance(example, Chat):
-        return example
+            if (chat := chat_of(row)) is None:
+                raise DataError("has no text")
+            return chat
     if not example.completion.strip():
         raise DataError("is empty text")
     try:
@@ -149,17 +144,9 @@ def text_example(row: Mapping[str, Any]) -> Example | Chat:
     return example
 
 
-def _example(row: Any, example: Callable[[Mapping[str, Any]], Any], media: Resolver | None) -> Any:
-    if isinstance(row, BadRow):
-        raise DataError(row.reason)
-    if not isinstance(row, dict):
-        raise DataError("is not a JSON object")
-    return example(with_media(row, media))
-
-
-def nothing_usable(skipped: int, reason: str | None) -> DataError:
-    """Return the error for a file without a usable row; `reason` is why the first row was skipped."""
-    if reason is None:
+def nothing_usable(found: Examples) -> DataError:
+    """Return the error for a file without a usable row."""
+    if found.reason is None:
         return DataError("the file holds no example", hint=_HINT)
-    fact = reason if skipped == 1 else f"none of its {skipped} rows is usable; the first: {reason}"
-    return DataError(fact, hint=_HINT)
+    several = f"none of its {found.skipped} rows is usable; the first: {found.reason}"
+    return DataError(found.reason if found.skipped == 1 else several, hint=_HINT)

@@ -90,11 +90,18 @@ def pack_rows(rows: Iterable[Any], read: Callable[[str], bytes]) -> bytes:
                 size += 0 if name in files else len(data)
                 files[name] = data
                 row[key] = name
-        lines.append(_line(row))
+        try:
+            lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        except ValueError:  # NaN or a lone surrogate, which Python parses but JSON does not allow
+            lines.append(b"null\n")
         size += len(lines[-1])
         if size > MAX_BYTES:
             raise DataError(f"its rows and files have more than {MAX_BYTES} bytes", hint="keep a sample of the task")
-    return _zipped({_ROWS: b"".join(lines)} | dict(sorted(files.items())))
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in ({_ROWS: b"".join(lines)} | dict(sorted(files.items()))).items():
+            archive.writestr(zipfile.ZipInfo(name, _EPOCH), data)  # no date: equal files must give equal bytes
+    return stream.getvalue()
 
 
 def _rows(data: bytes) -> Iterator[Any]:
@@ -102,23 +109,8 @@ def _rows(data: bytes) -> Iterator[Any]:
     return (None if isinstance(row, BadRow) else row for _, row in read_rows(data).values)
 
 
-def _line(row: Any) -> bytes:
-    try:
-        return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    except ValueError:  # NaN or a lone surrogate, which Python parses but JSON does not allow
-        return b"null\n"
-
-
 def _names_media(head: bytes) -> bool:
     return any(f'"{key}"'.encode() in head for key in MEDIA_KEYS)
-
-
-def _zipped(files: Mapping[str, bytes]) -> bytes:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
-        for name, data in files.items():
-            archive.writestr(zipfile.ZipInfo(name, _EPOCH), data)  # no date: equal files must give equal bytes
-    return stream.getvalue()
 
 
 def open_archive(data: bytes) -> tuple[bytes, Resolver]:
@@ -138,16 +130,16 @@ def open_archive(data: bytes) -> tuple[bytes, Resolver]:
         entry = entries.get(name)
         if entry is None or not name.startswith(_FOLDER):
             raise DataError(f"names the file {name!r}, which does not exist")
-        return Media(name, lambda: _read(archive, entry))
+
+        def read() -> bytes:
+            try:
+                return archive.read(entry)
+            except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
+                raise DataError(f"has a damaged file: {error}") from error
+
+        return Media(name, read)
 
     return rows, find
-
-
-def _read(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
-    try:
-        return archive.read(entry)
-    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
-        raise DataError(f"has a damaged file: {error}") from error
 
 
 def beside(folder: Path) -> Callable[[str], bytes]:
@@ -179,18 +171,17 @@ def rows_of_folder(folder: Path) -> list[Mapping[str, Any] | None]:
     """
     metadata = folder / _METADATA
     if metadata.is_file():
-        rows = _rows(read_regular(metadata, max_bytes=MAX_BYTES))
-        return [_with_image(row) if isinstance(row, dict) else None for row in rows]
+        found: list[Mapping[str, Any] | None] = []
+        for row in _rows(read_regular(metadata, max_bytes=MAX_BYTES)):
+            if not isinstance(row, dict):
+                found.append(None)
+                continue
+            named = {("image" if key == "file_name" else key): value for key, value in row.items() if key != "objects"}
+            if isinstance(objects := row.get("objects"), dict):  # COCO boxes
+                named |= {"boxes": objects.get("bbox"), "labels": objects.get("categories", objects.get("category"))}
+            found.append(named)
+        return found
     images = sorted(path for path in folder.glob("*/*") if path.suffix.lower() in IMAGES and path.is_file())
     if not images:
         raise DataError("has no LABEL/IMAGE and no metadata.jsonl", path=folder)
     return [{"image": path.relative_to(folder).as_posix(), "label": path.parent.name} for path in images]
-
-
-def _with_image(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Rename `file_name`, and unpack the COCO boxes in `objects`, as in the convention."""
-    found = {("image" if key == "file_name" else key): value for key, value in row.items() if key != "objects"}
-    objects = row.get("objects")
-    if isinstance(objects, dict):
-        found |= {"boxes": objects.get("bbox"), "labels": objects.get("categories", objects.get("category"))}
-    return found

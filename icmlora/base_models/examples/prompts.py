@@ -28,22 +28,30 @@ _SHOWN = 400  # characters of the expected continuation
 
 @dataclass(frozen=True)
 class Prompt:
-    """Text for a model to continue.
+    """Text for a model to continue."""
 
-    Attributes:
-        text: The prompt as the model reads it.
-        expected: The continuation in the source text; empty if unknown.
-        is_rendered: Whether it comes from a chat template and so already contains the special tokens.
-    """
-
-    text: str
-    expected: str = ""
-    is_rendered: bool = False
+    text: str  # the prompt as the model reads it
+    expected: str = ""  # the continuation in the source text; empty if unknown
+    is_rendered: bool = False  # whether it comes from a chat template and so already contains the special tokens
 
 
 def prompts_of(examples: Sequence[Any], most: int) -> list[Prompt]:
     """Return prompts from at most `most` examples, evenly spaced; examples without text yield none."""
-    found = [prompt for prompt in map(_prompt_of, spread(examples, most)) if prompt is not None]
+    found: list[Prompt] = []
+    for example in spread(examples, most):
+        match example:  # an image or a recording has no prompt
+            case Rendered():
+                first, end = example.scored[0]
+                shown = example.text[first : min(end, first + _SHOWN)]
+                found.append(Prompt(example.text[:first], shown, is_rendered=True))
+            case Example(prompt="", completion=text):
+                # Cut near the 80th character or the middle, at the end of a word if possible.
+                wanted = min(_BEGINNING, len(text) // 2)
+                near = text[wanted : wanted + _WORD]
+                place = wanted + next((at for at, letter in enumerate(near) if letter.isspace()), 0)
+                found.append(Prompt(text[:place], text[place : place + _SHOWN]))
+            case Example():
+                found.append(Prompt(example.prompt, example.completion[:_SHOWN]))
     return [prompt for prompt in found if prompt.text]
 
 
@@ -93,23 +101,3 @@ def _asked(row: Any, where: str) -> Prompt | Mapping[str, Any]:
                 raise DataError(f"{where} {error.message}") from None
             return {**row, "messages": asked}
     raise DataError(f'{where} has no "prompt", "text" or "messages"')
-
-
-def _prompt_of(example: Any) -> Prompt | None:
-    match example:
-        case Rendered():
-            first, end = example.scored[0]
-            return Prompt(example.text[:first], example.text[first : min(end, first + _SHOWN)], is_rendered=True)
-        case Example(prompt="", completion=text):
-            place = _beginning(text)
-            return Prompt(text[:place], text[place : place + _SHOWN])
-        case Example():
-            return Prompt(example.prompt, example.completion[:_SHOWN])
-    return None  # an image, a recording
-
-
-def _beginning(text: str) -> int:
-    """Return where to cut a text: near its 80th character or its middle, at a word end if possible."""
-    wanted = min(_BEGINNING, len(text) // 2)
-    near = text[wanted : wanted + _WORD]
-    return wanted + next((place for place, letter in enumerate(near) if letter.isspace()), 0)

@@ -38,15 +38,10 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a file.
+    """The rows of a file."""
 
-    Attributes:
-        unit: The word for a row in messages: "line" or "row".
-        values: (number from 1, value) for each row; can be iterated only once.
-    """
-
-    unit: str
-    values: Iterator[tuple[int, Any]]
+    unit: str  # the word for a row in messages: "line" or "row"
+    values: Iterator[tuple[int, Any]]  # (number from 1, value) for each row; can be iterated only once
 
 
 def read_rows(data: bytes) -> Rows:
@@ -57,7 +52,9 @@ def read_rows(data: bytes) -> Rows:
     """
     if data.startswith(_PARQUET):
         return Rows("row", _parquet_rows(data))
-    data = _as_utf8(data)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # PowerShell's default
+        data = data.decode("utf-16", errors="replace").encode("utf-8")
+    data = data.removeprefix(codecs.BOM_UTF8)
     if data[:1024].lstrip().startswith(b"["):
         try:
             return Rows("row", _array_rows(data.decode("utf-8")))
@@ -66,64 +63,49 @@ def read_rows(data: bytes) -> Rows:
     return Rows("line", _line_rows(data))
 
 
-def _as_utf8(data: bytes) -> bytes:
-    # PowerShell writes UTF-16 with a byte order mark by default.
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16", errors="replace").encode("utf-8")
-    return data.removeprefix(codecs.BOM_UTF8)
-
-
 def _line_rows(data: bytes) -> Iterator[tuple[int, Any]]:
     number, counted = 1, 0
     # Not split() or a loop over all lines: a file of newlines would take gigabytes or minutes.
     for line in _LINE.finditer(data):
         number += data.count(b"\n", counted, line.start())
         counted = line.start()
+        row: Any
         if line.end() - line.start() > MAX_ROW_BYTES:
-            yield number, BadRow(f"is longer than {MAX_ROW_BYTES >> 20} MiB")
+            row = BadRow(f"is longer than {MAX_ROW_BYTES >> 20} MiB")
         else:
-            yield number, _parsed(line.group())
-
-
-def _parsed(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return BadRow(f"is not UTF-8: {error.reason}")
-    except (ValueError, RecursionError) as error:
-        return BadRow(f"is not JSON: {error}")
+            try:
+                row = json.loads(line.group().decode("utf-8"))
+            except UnicodeDecodeError as error:
+                row = BadRow(f"is not UTF-8: {error.reason}")
+            except (ValueError, RecursionError) as error:
+                row = BadRow(f"is not JSON: {error}")
+        yield number, row
 
 
 def _array_rows(text: str) -> Iterator[tuple[int, Any]]:
     """Decode one element at a time: a whole array as Python objects can take twenty times its size in bytes."""
-    place = text.index("[") + 1
-    number = 0
+    place, number = text.index("[") + 1, 0
     while True:
         gap = _BETWEEN.match(text, place)
         place = place if gap is None else gap.end()
         if place >= len(text) or text[place] == "]":
-            break
+            return
         number += 1
-        try:
-            value, place = _element(text, place)
-        except (ValueError, RecursionError) as error:
-            yield number, BadRow(f"is not JSON, so reading stopped: {error}")
-            break
-        yield number, value
-
-
-def _element(text: str, place: int) -> tuple[Any, int]:
-    """Decode the element at position `place`, with a bounded look-ahead."""
-    window = _FIRST_WINDOW
-    while True:
-        try:
-            value, length = _DECODER.raw_decode(text[place : place + window])
-        except ValueError:
-            if window >= MAX_ROW_BYTES or place + window >= len(text):
-                raise
-            window *= 8
-        else:
-            return value, place + length
+        window = min(_FIRST_WINDOW, MAX_ROW_BYTES)
+        while True:
+            try:
+                value, length = _DECODER.raw_decode(text[place : place + window])
+                break
+            except (ValueError, RecursionError) as error:
+                is_cut_off = isinstance(error, ValueError) and place + window < len(text)
+                if not is_cut_off or window == MAX_ROW_BYTES:
+                    limit = f" or longer than {MAX_ROW_BYTES >> 20} MiB" if is_cut_off else ""
+                    yield number, BadRow(f"is not JSON{limit}, so reading stopped: {error}")
+                    return
+                window = min(8 * window, MAX_ROW_BYTES)
+        is_long = 4 * length > MAX_ROW_BYTES and len(text[place : place + length].encode()) > MAX_ROW_BYTES
+        yield number, BadRow(f"is longer than {MAX_ROW_BYTES >> 20} MiB") if is_long else value
+        place += length
 
 
 def _parquet_rows(data: bytes) -> Iterator[tuple[int, Any]]:

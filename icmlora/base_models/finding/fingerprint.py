@@ -13,30 +13,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 from icmlora.base_models.finding.lookup import FoundBase, read_config
 
 # Keys that differ between copies of one model: rewritten by saving tools, or relevant only to generation.
-_VOLATILE = frozenset(
-    (
-        "transformers_version",
-        "dtype",
-        "torch_dtype",
-        "use_cache",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "unk_token_id",
-    )
-)
+_VOLATILE = {"transformers_version", "dtype", "torch_dtype", "use_cache"}
+_VOLATILE |= {"bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"}
 
 
 def fingerprint_base(found: FoundBase) -> str:
     """Hash the weights and architecture of a base model on disk; read every weight file once."""
-    total = hashlib.sha256()
-    for digest in sorted(_digest(path) for path in found.weights):
-        total.update(bytes.fromhex(digest))
+    total, digests = hashlib.sha256(), []
+    for path in found.weights:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").digest())
+    for digest in sorted(digests):
+        total.update(digest)
     if found.has_config:
         total.update(_architecture(read_config(found.path)))
     return total.hexdigest()
@@ -48,20 +40,12 @@ def is_same_model(
     """Return whether two copies have equal fingerprints; read the weights only if cheaper checks are inconclusive."""
     if left.stamp() == right.stamp():
         return True
-    if (left.is_gguf, left.loader) != (right.is_gguf, right.loader) or _sizes(left) != _sizes(right):
+    sizes = (sorted(path.stat().st_size for path in found.weights) for found in (left, right))
+    if (left.is_gguf, left.loader) != (right.is_gguf, right.loader) or next(sizes) != next(sizes):
         return False
     if left.has_config and _architecture(read_config(left.path)) != _architecture(read_config(right.path)):
         return False
     return fingerprint(left) == fingerprint(right)
-
-
-def _sizes(found: FoundBase) -> list[int]:
-    return sorted(path.stat().st_size for path in found.weights)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _architecture(config: dict[str, object]) -> bytes:

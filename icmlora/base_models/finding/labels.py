@@ -15,6 +15,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from icmlora.base_models.finding.lookup import inspect_base
+from icmlora.errors import BaseModelNotFound
+
 _MAIN = (None, "", "main")
 _LEVELS = 4  # the adapter's folder and three above it, because trainers write to `outputs/run/checkpoint-N`
 
@@ -30,9 +33,17 @@ def full_label(label: str | None, revision: str | None, place: Path, task_folder
     """
     if not label:
         return None
-    path = _resolved(label, place, task_folder)
-    if path is not None:
-        return path
+    if os.path.isabs(label):
+        return label
+    # The trainer resolved `label` in its current directory, usually some folder above its output.
+    place = place.absolute()
+    for folder in (place, *place.parents)[:_LEVELS]:
+        try:
+            return str(inspect_base(label, folder / label).path.resolve())
+        except (BaseModelNotFound, OSError, ValueError):  # an unusable label (NUL, too long) is not a path here
+            continue
+    if _must_be_path(label):
+        return os.path.normpath(task_folder.absolute().parent / label)
     return label if revision in _MAIN else f"{label}@{revision}"
 
 
@@ -65,23 +76,6 @@ def lookalikes(labels: Iterable[str]) -> list[list[str]]:
         last = (cached or parts or [label])[-1].lower().removesuffix(".gguf")
         groups["".join(filter(str.isalnum, last))].append(label)
     return [group for group in groups.values() if len(group) > 1]
-
-
-def _resolved(label: str, place: Path, task_folder: Path) -> str | None:
-    """Return a label as an absolute path, or None if it is a hub name."""
-    from icmlora.base_models.finding.lookup import inspect_base
-    from icmlora.errors import BaseModelNotFound
-
-    if os.path.isabs(label):
-        return label
-    # The trainer resolved `label` in its current directory, usually some folder above its output.
-    place = place.absolute()
-    for folder in (place, *place.parents)[:_LEVELS]:
-        try:
-            return str(inspect_base(label, folder / label).path.resolve())
-        except (BaseModelNotFound, OSError, ValueError):  # an unusable label (NUL, too long) is not a path here
-            continue
-    return os.path.normpath(task_folder.absolute().parent / label) if _must_be_path(label) else None
 
 
 def _must_be_path(label: str) -> bool:

@@ -12,8 +12,7 @@ A base model is located by any of its names.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,14 +54,33 @@ def locations() -> Mapping[str, Location]:
 
 def set_location(name: str, location: Location | None) -> None:
     """Record the location of a base model; None removes it. Safe across concurrent processes."""
+    import yaml
+
     file = locations_file()
     if file is None:
         hint = "set HOME or XDG_CONFIG_HOME or ICM_CONFIG"
         raise DataError("this user has no home folder, and HOME is not set", hint=hint)
     file = file.resolve()  # keep a symlink to a file elsewhere
-    with fs.store_errors(file), _locked(file):
-        known = {label: place for label, place in _read(file).items() if label != name}
-        _write(file, known if location is None else known | {name: location})
+    with fs.store_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # A separate file, because the locations file is replaced and its lock would stay on the old inode.
+        descriptor = fs.open_file(file.with_name(f"{_FILE}.lock"), os.O_CREAT | os.O_RDWR)
+        try:
+            fs.lock(descriptor, "alone", wait=True)
+            known = {label: place for label, place in _read(file).items() if label != name}
+            known |= {} if location is None else {name: location}
+            entries = {
+                label: {key: str(value) for key, value in vars(place).items() if value is not None}
+                for label, place in known.items()
+            }
+            text = _HEADER + (yaml.safe_dump(entries, allow_unicode=True) if entries else "")
+            new = file.with_name(f"{_FILE}.new")
+            fs.unlink(new)  # left over from a killed process
+            fs.write_file(new, text.encode())
+            fs.replace(new, file)
+            fs.fsync_dir(file.parent)
+        finally:
+            os.close(descriptor)
 
 
 def location_of(names: Sequence[str], known: Mapping[str, Location]) -> Location | None:
@@ -94,60 +112,33 @@ def _in_order(names: Sequence[str], known: Mapping[str, Location]) -> list[str]:
 def _read(file: Path) -> dict[str, Location]:
     import yaml
 
+    hint, found = "correct the file or move it away", {}
     try:
-        text = file.read_text(encoding="utf-8")
-        entries = yaml.safe_load(text) or {}
+        entries = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        if not isinstance(entries, dict):
+            raise DataError("is not a mapping of base models")
+        for name, fields in entries.items():
+            found[str(name)] = _location(file.parent, str(name), fields)
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
-        raise _unusable(file, f"cannot be read: {error}") from error
+        raise DataError(f"the file of base models cannot be read: {error}", path=file, hint=hint) from error
     except yaml.YAMLError as error:
-        raise _unusable(file, f"is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(entries, dict):
-        raise _unusable(file, "is not a mapping of base models")
-    return {str(name): _location(file, str(name), fields) for name, fields in entries.items()}
+        reason = " ".join(str(error).split())
+        raise DataError(f"the file of base models is not YAML: {reason}", path=file, hint=hint) from error
+    except DataError as error:
+        raise DataError(f"the file of base models {error.message}", path=file, hint=hint) from None
+    return found
 
 
-def _location(file: Path, name: str, fields: object) -> Location:
+def _location(folder: Path, name: str, fields: object) -> Location:
     if not isinstance(fields, dict) or not isinstance(fields.get("path"), str):
-        raise _unusable(file, f"has no path for {name!r}")
+        raise DataError(f"has no path for {name!r}")
     if odd := sorted(map(str, fields.keys() - {"path", "loader", "load_in"})):
-        raise _unusable(file, f"has an unknown key {odd[0]!r} for {name!r}")
+        raise DataError(f"has an unknown key {odd[0]!r} for {name!r}")
     loader, load_in = fields.get("loader"), fields.get("load_in")
     if not isinstance(loader, str | None):
-        raise _unusable(file, f"has a loader for {name!r} that is not MODULE:FUNCTION")
+        raise DataError(f"has a loader for {name!r} that is not MODULE:FUNCTION")
     if load_in not in (None, *LOAD_IN):
-        raise _unusable(file, f"has a load_in for {name!r} that is not {' or '.join(LOAD_IN)}")
-    return Location(file.parent / Path(fields["path"]).expanduser(), loader, load_in)
-
-
-def _unusable(file: Path, fact: str) -> DataError:
-    return DataError(f"the file of base models {fact}", path=file, hint="correct the file or move it away")
-
-
-def _write(file: Path, known: Mapping[str, Location]) -> None:
-    import yaml
-
-    entries = {
-        name: {key: value for key, value in (vars(place) | {"path": str(place.path)}).items() if value is not None}
-        for name, place in known.items()
-    }
-    text = _HEADER + (yaml.safe_dump(entries, allow_unicode=True) if entries else "")
-    new = file.with_name(f"{_FILE}.new")
-    fs.unlink(new)  # left over from a killed process
-    fs.write_file(new, text.encode())
-    fs.replace(new, file)
-    fs.fsync_dir(file.parent)
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Hold the exclusive lock for writing the file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # A separate file, because the locations file is replaced and its lock would stay on the old inode.
-    descriptor = fs.open_file(file.with_name(f"{_FILE}.lock"), os.O_CREAT | os.O_RDWR)
-    try:
-        fs.lock(descriptor, "alone", wait=True)
-        yield
-    finally:
-        os.close(descriptor)
+        raise DataError(f"has a load_in for {name!r} that is not {' or '.join(LOAD_IN)}")
+    return Location(folder / Path(fields["path"]).expanduser(), loader, load_in)

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from icmlora.errors import BaseModelNotFound, BaseModelUnsuited
-from registry.names import LoadIn, split_label
+from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
+from registry.names import LOAD_IN, LoadIn, split_label
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -77,10 +80,19 @@ def find_base_model(
     if alias is not None:
         return inspect_base(label, Path(alias), loader)
     reason = "no local copy of the base model was found"
-    # A local path takes precedence over the cache, because the trainer loaded that path on this machine.
-    for path in (_local(label), _cached(name, cache_dir, revision)):
-        if path is None:
-            continue
+    # A path takes precedence over the cache, because the trainer loaded that path on this machine. A relative label was
+    # already resolved from its adapter (see `labels.py`); in the current directory it could be another model.
+    places: list[Path] = []
+    with suppress(OSError, ValueError):  # labels come from untrusted files: a NUL, too long, no repository
+        if os.path.isabs(label) and Path(label).exists():
+            places.append(Path(label))
+        from huggingface_hub import try_to_load_from_cache
+
+        for config in ("config.json", PIPELINE):
+            if isinstance(file := try_to_load_from_cache(name, config, cache_dir=cache_dir, revision=revision), str):
+                places.append(Path(file).parent)
+                break
+    for path in places:
         try:
             return inspect_base(label, path)
         except BaseModelNotFound as error:
@@ -90,83 +102,96 @@ def find_base_model(
 
 def inspect_base(label: str, path: Path, loader: str | None = None) -> FoundBase:
     """Check that a base model is loadable, without loading it; raise `BaseModelNotFound` if `path` has none."""
+    hint = _add_hint(label)
     if loader is not None:
-        return FoundBase(label, path, _all_files(label, path), loader)
+        files = (path,) if path.is_file() else tuple(sorted(file for file in path.rglob("*") if file.is_file()))
+        if not files:
+            fact = "holds no file" if path.exists() else "does not exist"
+            raise BaseModelNotFound(f"base model {label!r}: {fact}", path=path, hint=hint)
+        return FoundBase(label, path, files, loader)
     if (path / PIPELINE).is_file():
-        return FoundBase(label, path, _pipeline_weights(label, path), is_pipeline=True)
+        return FoundBase(label, path, _pipeline_weights(path, hint), is_pipeline=True)
     if path.is_dir():
         # A folder without config.json and with one GGUF file means that file; several are ambiguous.
         lone = sorted(path.glob("*.gguf"))
-        if not (path / "config.json").is_file() and len(lone) == 1:
-            return _gguf(label, lone[0])
-        return FoundBase(label, path, _folder_weights(label, path))
+        if (path / "config.json").is_file() or len(lone) != 1:
+            return FoundBase(label, path, _folder_weights(path, hint))
+        path = lone[0]
     if path.suffix == ".gguf" and path.is_file():
-        return _gguf(label, path)
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise BaseModelNotFound("the file is not GGUF", path=path, hint=hint)
+        return FoundBase(label, path, (path,))
     fact = "is neither a folder nor a .gguf file" if path.exists() else "does not exist"
-    raise BaseModelNotFound(f"base model {label!r}: {fact}", path=path, hint=_add_hint(label))
+    raise BaseModelNotFound(f"base model {label!r}: {fact}", path=path, hint=hint)
+
+
+def check_load_in(found: FoundBase) -> None:
+    """Check, from its files and the installed packages, that a base model can be quantised.
+
+    Raises:
+        DataError: The format is unknown.
+        BaseModelUnsuited: Models of its kind cannot be quantised.
+        BaseModelNotFound: bitsandbytes or accelerate is not installed.
+    """
+    if found.load_in is None:
+        return
+    if found.load_in not in LOAD_IN:
+        raise DataError(f"a base model cannot be loaded in {found.load_in!r}", hint="use nf4 or int8")
+    odd = None
+    if found.loader is not None:
+        odd = "its own loader decides how it is loaded"
+    elif found.is_pipeline:
+        odd = "it is a diffusers pipeline"
+    elif found.is_gguf:
+        odd = "the weights in a GGUF file are already quantised, and quantising them again would change them"
+    elif "quantization_config" in read_config(found.path):
+        odd = "its files are already quantised"
+    if odd is not None:
+        fact = f"base model {found.label!r} cannot be loaded in {found.load_in}: {odd}"
+        raise BaseModelUnsuited(fact, hint="leave out --load-in, or use a safetensors folder in full precision")
+    if missing := [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]:
+        fact = f"loading {found.label!r} in {found.load_in} needs {missing[0]}, which is not installed"
+        raise BaseModelNotFound(fact, hint="install the extra: pip install 'icm-lora[quantized]'")
 
 
 def read_config(path: Path) -> dict[str, object]:
     """Read the `config.json` of a base model's folder."""
-    file = path / "config.json"
-    return _json_object(file, hint="specify a complete Hugging Face model folder")
+    return _json_object(path / "config.json", hint="specify a complete Hugging Face model folder")
 
 
-def _all_files(label: str, path: Path) -> tuple[Path, ...]:
-    files = (path,) if path.is_file() else tuple(sorted(file for file in path.rglob("*") if file.is_file()))
-    if not files:
-        fact = "holds no file" if path.exists() else "does not exist"
-        raise BaseModelNotFound(f"base model {label!r}: {fact}", path=path, hint=_add_hint(label))
-    return files
-
-
-def _folder_weights(label: str, path: Path) -> tuple[Path, ...]:
-    hint = _add_hint(label)
+def _folder_weights(path: Path, hint: str) -> tuple[Path, ...]:
     read_config(path)
     if (path / SINGLE).is_file():
         return (path / SINGLE,)
     if (path / INDEX).is_file():
-        return _shards(path, hint)
+        table = _json_object(path / INDEX, hint=hint).get("weight_map")
+        names = set(table.values()) if isinstance(table, dict) else set()
+        if not names or not all(isinstance(name, str) and name and Path(name).name == name for name in names):
+            raise BaseModelNotFound("the index of weight files is malformed", path=path / INDEX, hint=hint)
+        files = tuple(path / name for name in sorted(names))
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise BaseModelNotFound(f"weight file {missing[0]!r} is missing (of {len(files)})", path=path, hint=hint)
+        return files
     if any(next(path.glob(pattern), None) for pattern in _PICKLED):
         fact = "the base model has only pickled weights, which are never opened"
         raise BaseModelNotFound(fact, path=path, hint=f"get the safetensors version of this model, then {hint}")
     raise BaseModelNotFound("the folder holds no safetensors weights", path=path, hint=hint)
 
 
-def _pipeline_weights(label: str, path: Path) -> tuple[Path, ...]:
+def _pipeline_weights(path: Path, hint: str) -> tuple[Path, ...]:
     """Return the weights of all parts of a pipeline; raise `BaseModelNotFound` if a part has only pickled weights."""
-    _json_object(path / PIPELINE, hint=_add_hint(label))
+    _json_object(path / PIPELINE, hint=hint)
     weights: list[Path] = []
     for part in sorted(folder for folder in path.iterdir() if folder.is_dir()):
         found = sorted(part.glob("*.safetensors"))
         if not found and any(next(part.glob(pattern), None) for pattern in (*_PICKLED, "*.bin")):
             fact = f"its part {part.name!r} has only pickled weights, which are never opened"
-            hint = f"get the safetensors version of this pipeline, then {_add_hint(label)}"
-            raise BaseModelNotFound(fact, path=path, hint=hint)
+            raise BaseModelNotFound(fact, path=path, hint=f"get the safetensors version of this pipeline, then {hint}")
         weights += found
     if not weights:
-        raise BaseModelNotFound("the pipeline holds no safetensors weights", path=path, hint=_add_hint(label))
+        raise BaseModelNotFound("the pipeline holds no safetensors weights", path=path, hint=hint)
     return tuple(weights)
-
-
-def _shards(path: Path, hint: str) -> tuple[Path, ...]:
-    table = _json_object(path / INDEX, hint=hint).get("weight_map")
-    names = set(table.values()) if isinstance(table, dict) else set()
-    if not names or not all(isinstance(name, str) and name and Path(name).name == name for name in names):
-        raise BaseModelNotFound("the index of weight files is malformed", path=path / INDEX, hint=hint)
-    files = tuple(path / name for name in sorted(names))
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise BaseModelNotFound(f"weight file {missing[0]!r} is missing (of {len(files)})", path=path, hint=hint)
-    return files
-
-
-def _gguf(label: str, path: Path) -> FoundBase:
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise BaseModelNotFound("the file is not GGUF", path=path, hint=_add_hint(label))
-    return FoundBase(label, path, (path,))
 
 
 def _json_object(file: Path, *, hint: str) -> dict[str, object]:
@@ -180,30 +205,6 @@ def _json_object(file: Path, *, hint: str) -> dict[str, object]:
     if not isinstance(value, dict):
         raise BaseModelNotFound(f"{file.name} is not a JSON object", path=file.parent, hint=hint)
     return value
-
-
-def _local(label: str) -> Path | None:
-    # Labels come from untrusted files: an unusable one (NUL, too long) is just not a path here. A relative label was
-    # already resolved from its adapter (see `labels.py`); in the current directory it could be another model.
-    try:
-        path = Path(label)
-        return path if path.is_absolute() and path.exists() else None
-    except (OSError, ValueError):
-        return None
-
-
-def _cached(label: str, cache_dir: Path | None, revision: str | None) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    for name in ("config.json", PIPELINE):
-        try:
-            found = try_to_load_from_cache(label, name, cache_dir=cache_dir, revision=revision)
-        except (HFValidationError, ValueError, OSError):
-            return None
-        if isinstance(found, str):
-            return Path(found).parent
-    return None
 
 
 def _add_hint(label: str) -> str:

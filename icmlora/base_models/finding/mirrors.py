@@ -71,13 +71,9 @@ _RENAMED = {
 def original_of(label: str) -> Mirror:
     """Return the original of a label, or the label itself if it is not a known copy or has a revision."""
     name = _QUANTISED.sub("", label) if label.lower().startswith(_UNSLOTH) else label
-    return Mirror(_full_precision(name), name != label)
-
-
-def _full_precision(label: str) -> str:
-    name = label.lower()
-    if name.startswith(_UNSLOTH):
+    original = name
+    if name.lower().startswith(_UNSLOTH):
         for owner, names in _SAME_NAME.items():
-            if re.fullmatch(names, name.removeprefix(_UNSLOTH)):
-                label = f"{owner}/{label[len(_UNSLOTH) :]}"
-    return _RENAMED.get(label.lower(), label)
+            if re.fullmatch(names, name.lower().removeprefix(_UNSLOTH)):
+                original = f"{owner}/{name[len(_UNSLOTH) :]}"
+    return Mirror(_RENAMED.get(original.lower(), original), name != label)

@@ -8,64 +8,55 @@ padded: consecutive examples of equal shapes are batched, others run one at a ti
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto import modeling_auto
+
+from icmlora.base_models.examples.chat_template import Templates
 from icmlora.base_models.examples.examples import Examples
-from icmlora.base_models.finding.lookup import read_config
+from icmlora.base_models.finding.fingerprint import fingerprint_base
+from icmlora.base_models.finding.lookup import FoundBase, read_config
+from icmlora.base_models.kinds.gradients import gradients_from_inputs
+from icmlora.base_models.load import OFFLINE, hidden_size_of, layers_of, load_gguf, positions_of, quiet_loading
+from icmlora.base_models.log_probabilities import cross_entropy
 from icmlora.base_models.modality import IGNORED, BaseModel, Metric, Modality, Score
+from icmlora.base_models.placement import placement
+from icmlora.base_models.quantised import HEADS, settle
 from icmlora.errors import BaseModelUnsuited, DataError
-
-if TYPE_CHECKING:
-    import torch
-
-    from icmlora.base_models.examples.chat_template import Templates
-    from icmlora.base_models.finding.lookup import FoundBase
+from icmlora.io.devices import inference_dtype
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """An example as the model reads it.
+    """An example as the model reads it."""
 
-    Attributes:
-        tensors: Arguments of the model's `forward`, with a batch of one as their first dimension.
-        targets: The target class of each prediction; `IGNORED` if it is not scored.
-        text: The scored text; empty if there is none.
-        size: Number of tokens read; 1 for inputs that are never truncated.
-    """
-
+    # Arguments of the model's `forward`, with a batch of one as their first dimension.
     tensors: Mapping[str, torch.Tensor]
-    targets: tuple[int, ...]
-    text: str = ""
-    size: int = 1
+    targets: tuple[int, ...]  # the target class of each prediction; `IGNORED` if it is not scored
+    text: str = ""  # the scored text; empty if there is none
+    size: int = 1  # number of tokens read; 1 for inputs that are never truncated
 
     @property
     def count(self) -> int:
-        """Number of scored predictions."""
         return sum(target != IGNORED for target in self.targets)
 
-    @property
-    def shapes(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
-        """Name and shape of each tensor; equal for all examples in a batch."""
-        return tuple((name, tuple(value.shape)) for name, value in self.tensors.items())
 
-
-class AutoModality(Modality[Any, Inputs]):
-    """Base class of these modalities; a subclass sets the names and defines `example` and `inputs`."""
+class AutoLoaded(Modality[Any, Any]):
+    """Base class of all modalities that transformers loads; a subclass sets the names."""
 
     name = ""
     metric = Metric("nats per token", higher_is_better=False)
     auto_class = ""  # of transformers, such as "AutoModelForMaskedLM"
     processor_class = "AutoTokenizer"
-    batch = 8  # maximum examples of equal shapes per batch
-
-    def suits(self, found: FoundBase) -> bool:
-        """Return whether `config.json` names a class that the Auto class would load."""
-        return not found.is_gguf and names_a_class_of(self.auto_class, read_config(found.path))
+    heads: tuple[str, ...] = HEADS  # prefixes of parameters that the files may lack
 
     def load(
         self,
@@ -75,11 +66,57 @@ class AutoModality(Modality[Any, Inputs]):
         dtype: torch.dtype | None = None,
         fingerprint: str | None = None,
     ) -> BaseModel:
-        """Load model and processor, by default on the CPU."""
-        from icmlora.base_models.load import base_of, load_auto
+        """Load model and processor, by default on the CPU; fill missing head weights with zeros."""
+        device = device or torch.device("cpu")
+        dtype = torch.bfloat16 if found.load_in is not None else dtype or inference_dtype(device)
+        missing: list[str] = []
+        model: Any
+        with quiet_loading(found, self.name):
+            if found.is_gguf:
+                model, processor = load_gguf(found.path, dtype)
+                model.to(device)
+            else:
+                # The processor comes first: it may need a library that is not installed, and reading weights is slow.
+                processor = getattr(transformers, self.processor_class).from_pretrained(found.path, **OFFLINE)
+                placed = placement(found, self.auto_class, device, dtype)
+                model, report = getattr(transformers, self.auto_class).from_pretrained(
+                    found.path, use_safetensors=True, output_loading_info=True, **placed, **OFFLINE
+                )
+                # The library fills missing weights with random numbers and only warns.
+                missing = sorted(report["missing_keys"])
+                if stray := [name for name in missing if not name.startswith(self.heads)]:
+                    raise ValueError(f"its weight files lack {stray[0]!r} (and {len(stray) - 1} more)")
+                for name in missing:
+                    nn.init.zeros_(model.get_parameter(name))
+                if "device_map" not in placed:
+                    model.to(device)
+            if found.load_in is not None:
+                settle(model)
+            # Frozen, or every backward pass would keep a gradient as large as the model; evaluation mode turns off
+            # dropout.
+            model.requires_grad_(False).train(False)
+            return BaseModel(
+                label=found.label,
+                model=model,
+                processor=processor,
+                fingerprint=fingerprint or fingerprint_base(found),
+                modality=self,
+                hidden_size=hidden_size_of(model.config),
+                layers=layers_of(model.config),
+                positions=positions_of(model),
+                made_up=frozenset(missing),
+                load_in=found.load_in,
+            )
 
-        network = partial(load_auto, found, self.name, self.auto_class, self.processor_class)
-        return base_of(found, self, network, device, dtype, fingerprint)
+
+class AutoModality(AutoLoaded):
+    """Base class of these modalities; a subclass sets the names and defines `example` and `inputs`."""
+
+    batch = 8  # maximum examples of equal shapes per batch
+
+    def suits(self, found: FoundBase) -> bool:
+        """Return whether `config.json` names a class that the Auto class would load."""
+        return not found.is_gguf and names_a_class_of(self.auto_class, read_config(found.path))
 
     def at_once(self, base: BaseModel) -> int:
         """Return the maximum number of examples of equal shapes per batch."""
@@ -100,15 +137,13 @@ class AutoModality(Modality[Any, Inputs]):
         for example in examples:
             try:
                 self.inputs(base, example, base.within(64))
+                kept.append(example)
             except DataError as error:
                 skipped += 1
                 reason = reason or f"a row {error.message}"
-            else:
-                kept.append(example)
         return Examples(tuple(kept), skipped, reason)
 
     def prepare(self, base: BaseModel, examples: Sequence[Any], limit: int, *, whole: bool = False) -> list[Inputs]:
-        """Convert examples to tensors, skipping any without a scored prediction; raise `DataError` if none is left."""
         found = [self.inputs(base, example, base.within(limit)) for example in examples]
         scored = [item for item in found if item.count]
         if not scored:
@@ -116,27 +151,17 @@ class AutoModality(Modality[Any, Inputs]):
         return scored
 
     def states(self, base: BaseModel, examples: Sequence[Any], limit: int) -> torch.Tensor:
-        """Return the last-layer state of each example, (examples, d) in float32."""
-        import torch
-
         items = [self.inputs(base, example, base.within(limit)) for example in examples]
         with torch.no_grad():
-            batches = _batches(items, self.at_once(base))
-            found = [self.pooled(_run(base, some, output_hidden_states=True)).float() for some in batches]
-        return torch.cat(found)
+            batches = self._outputs(base, items, output_hidden_states=True)
+            return torch.cat([self.pooled(outputs).float() for outputs in batches])
 
     def logits(self, base: BaseModel, items: Sequence[Inputs], *, from_leaf: bool = False) -> list[torch.Tensor]:
-        """Return the logits of each example, (predictions, classes)."""
         rows: list[torch.Tensor] = []
-        with ExitStack() as stack:
-            if from_leaf:
-                from icmlora.base_models.kinds.gradients import gradients_from_inputs
-
-                stack.enter_context(gradients_from_inputs(base.model))
-            for some in _batches(items, self.at_once(base)):
-                logits = _run(base, some, from_leaf=from_leaf).logits
-                logits = logits if logits.dim() == 3 else logits[:, None]  # (examples, predictions, classes)
-                rows += list(logits)
+        with gradients_from_inputs(base.model) if from_leaf else nullcontext():
+            for outputs in self._outputs(base, items, from_leaf=from_leaf):
+                logits = outputs.logits
+                rows += list(logits if logits.dim() == 3 else logits[:, None])  # (examples, predictions, classes)
         return rows
 
     def wanted(self, item: Inputs) -> Sequence[int] | None:
@@ -145,16 +170,36 @@ class AutoModality(Modality[Any, Inputs]):
 
     def measure(self, base: BaseModel, examples: Sequence[Any], limit: int) -> Score:
         """Return the loss in nats per prediction."""
-        import torch
-
-        from icmlora.base_models.log_probabilities import cross_entropy
-
         items = self.prepare(base, examples, limit)
         with torch.inference_mode():
             rows = self.logits(base, items)
             nats = [float(cross_entropy(row, item.targets)) for row, item in zip(rows, items, strict=True)]
         count = sum(item.count for item in items)
         return Score(sum(nats) / count, count, max(1, sum(len(item.text.encode()) for item in items)))
+
+    def _outputs(
+        self, base: BaseModel, items: Sequence[Inputs], *, from_leaf: bool = False, **options: Any
+    ) -> Iterator[Any]:
+        """Yield the model's outputs for batches of consecutive examples of equal shapes."""
+        for _, run in itertools.groupby(items, lambda item: [(name, t.shape) for name, t in item.tensors.items()]):
+            same, most = list(run), self.at_once(base)
+            for batch in (same[first : first + most] for first in range(0, len(same), most)):
+                tensors = {}
+                for name in batch[0].tensors:
+                    value = torch.cat([item.tensors[name] for item in batch]).to(base.device)
+                    if value.is_floating_point():  # pixels and audio; for token ids, gradients start at the embeddings
+                        value = value.to(base.input_dtype).requires_grad_(from_leaf)
+                    tensors[name] = value
+                yield base.model(**tensors, **options)
+
+
+class WithDecoder(AutoModality):
+    """Base class of the modalities that represent an example as ICM-LoRA does (arXiv 2501.17635)."""
+
+    def pooled(self, outputs: Any) -> torch.Tensor:
+        """Return the decoder's last layer at the last position, (examples, d)."""
+        states = getattr(outputs, "decoder_hidden_states", None) or outputs.hidden_states
+        return states[-1][:, -1]  # type: ignore[no-any-return]
 
 
 def names_a_class_of(auto_class: str, config: Mapping[str, object]) -> bool:
@@ -165,8 +210,6 @@ def names_a_class_of(auto_class: str, config: Mapping[str, object]) -> bool:
 
 def classes_of(auto_class: str, config: Mapping[str, object]) -> set[str]:
     """Return the model classes that an Auto class may use for a configuration."""
-    from transformers.models.auto import modeling_auto
-
     table = getattr(modeling_auto, auto_class)._model_mapping._model_mapping  # model type -> name or names of classes
     kind = config.get("model_type")
     known = table.get(kind) if isinstance(kind, str) else None
@@ -179,10 +222,6 @@ def seen(base: BaseModel, made: Mapping[str, Any], what: str) -> dict[str, torch
     Raises:
         BaseModelUnsuited: The model would ignore the processed input.
     """
-    import inspect
-
-    import torch
-
     # Some processors also create labels, from the prompt alone; icm scores the answer itself.
     read = inspect.signature(type(base.model).forward).parameters.keys() - {"labels"}
     tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor) and name in read}
@@ -194,21 +233,15 @@ def seen(base: BaseModel, made: Mapping[str, Any], what: str) -> dict[str, torch
     return tensors
 
 
-def _batches(items: Sequence[Inputs], most: int) -> Iterator[Sequence[Inputs]]:
-    """Yield batches of consecutive examples of equal shapes."""
-    for _, run in itertools.groupby(items, key=lambda item: item.shapes):
-        same = list(run)
-        for first in range(0, len(same), most):
-            yield same[first : first + most]
+def moved(base: BaseModel, labels: Sequence[int]) -> torch.Tensor:
+    """Return the decoder inputs to predict T tokens, (1, T): the start token, then all but the last.
 
-
-def _run(base: BaseModel, items: Sequence[Inputs], *, from_leaf: bool = False, **options: Any) -> Any:
-    import torch
-
-    tensors = {}
-    for name in items[0].tensors:
-        value = torch.cat([item.tensors[name] for item in items]).to(base.device)
-        if value.is_floating_point():  # pixels and audio; for token ids, gradients start at the embeddings
-            value = value.to(base.input_dtype).requires_grad_(from_leaf)
-        tensors[name] = value
-    return base.model(**tensors, **options)
+    Raises:
+        BaseModelUnsuited: The configuration does not define the start token.
+    """
+    config = base.model.config
+    for place in (config, config.get_text_config(decoder=True), getattr(base.model, "generation_config", None)):
+        start = getattr(place, "decoder_start_token_id", None)
+        if isinstance(start, int):
+            return torch.tensor([[start, *labels[:-1]]])
+    raise BaseModelUnsuited(f"base model {base.label!r} does not define the decoder's start token")

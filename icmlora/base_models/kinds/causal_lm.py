@@ -1,26 +1,28 @@
-"""Causal language models, which continue text token by token. Torch is imported only when needed."""
+"""Causal language models, which continue text token by token."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from icmlora.base_models.examples.adapter_template import render_in_child
 from icmlora.base_models.examples.chat_template import ChatTemplate, Rendered, Templates
 from icmlora.base_models.examples.chats import Chat
+from icmlora.base_models.examples.context import SEPARATOR
 from icmlora.base_models.examples.examples import Example, Examples, plain, text_example
-from icmlora.base_models.finding.lookup import read_config
-from icmlora.base_models.modality import IGNORED, BaseModel, Metric, Modality, Score
-from icmlora.errors import DataError
+from icmlora.base_models.examples.prompts import Prompt
+from icmlora.base_models.finding.lookup import FoundBase, read_config
+from icmlora.base_models.kinds import continuations, likelihood
+from icmlora.base_models.kinds.auto_model import AutoLoaded
+from icmlora.base_models.kinds.likelihood import Scored
+from icmlora.base_models.modality import IGNORED, BaseModel, Metric, Score
+from icmlora.errors import BaseModelUnsuited, DataError
+from icmlora.io.devices import texts_at_once, uploaded
 from registry.names import NLL
-
-if TYPE_CHECKING:
-    import torch
-
-    from icmlora.base_models.examples.prompts import Prompt
-    from icmlora.base_models.finding.lookup import FoundBase
-    from icmlora.base_models.kinds.likelihood import Scored
 
 _ENDINGS = ("ForCausalLM", "LMHeadModel")
 # Predicts tokens in any order, from both sides, but is not in transformers' table of masked models.
@@ -49,33 +51,38 @@ PROBES: tuple[str, ...] = (
 )
 
 
-class CausalLM(Modality[Any, "Scored"]):
+class CausalLM(AutoLoaded):
     """Models that `transformers.AutoModelForCausalLM` loads; measured by next-token loss."""
 
     name = "causal language model"
     metric = Metric(NLL, higher_is_better=False)
     takes_context = True
     probes: Sequence[Example] = plain(PROBES)
+    auto_class = "AutoModelForCausalLM"
+    heads = ()
 
     def suits(self, found: FoundBase) -> bool:
-        """Return whether `config.json` describes a left-to-right language model."""
-        return found.is_gguf or _is_causal(read_config(found.path))
-
-    def load(
-        self,
-        found: FoundBase,
-        *,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        fingerprint: str | None = None,
-    ) -> BaseModel:
-        """Load model and tokenizer, by default on the CPU."""
-        from icmlora.base_models.load import base_of, load_network
-
-        return base_of(found, self, partial(load_network, found), device, dtype, fingerprint)
+        """Return whether next-token loss makes sense for the model; True if only loading it can decide."""
+        if found.is_gguf:
+            return True
+        config = read_config(found.path)
+        kind, named = config.get("model_type"), config.get("architectures")
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+            return True  # unknown to transformers, which raises an error on loading
+        causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+        if causal is None or kind in _BOTH_SIDES:
+            return False
+        architectures = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+        known = {causal} if isinstance(causal, str) else set(causal)
+        is_named = any(name in known or name.endswith(_ENDINGS) for name in architectures)
+        if config.get("is_encoder_decoder") is True and not is_named:
+            return False
+        if kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+            # A causal language model class loads these too, but lets every token attend to later ones.
+            return config.get("is_decoder") is True
+        return is_named or not architectures
 
     def example(self, row: Mapping[str, Any]) -> Example | Chat:
-        """Read text, prompt and completion, or a chat."""
         return text_example(row)
 
     def readable(
@@ -86,20 +93,18 @@ class CausalLM(Modality[Any, "Scored"]):
         Raises:
             DataError: The adapter's own template needs too much memory or time.
         """
-        if not any(isinstance(example, Chat) for example in examples):
-            return Examples(tuple(examples))
         of_base = ChatTemplate.of(base.tokenizer)
         chosen = of_base if template is None else ChatTemplate.of(base.tokenizer, template)
-        found = [
-            # Without a chat template, use the plain form.
+        # Without a chat template, use the plain form.
+        read: list[Any] = [
             Example(*example.plain) if isinstance(example, Chat) and example.plain and not chosen.is_own else example
             for example in examples
         ]
-        chats = [example for example in found if isinstance(example, Chat)]
-        # The base model's own template is as trusted as its weights.
-        is_trusted = chosen.templates == of_base.templates
-        rendered = iter(chosen.render_all(chats) if is_trusted else render_in_child(chosen, chats))
-        read = [next(rendered) if isinstance(example, Chat) else example for example in found]
+        if chats := [example for example in read if isinstance(example, Chat)]:
+            # The base model's own template is as trusted as its weights.
+            is_trusted = chosen.templates == of_base.templates
+            rendered = iter(chosen.render_all(chats) if is_trusted else render_in_child(chosen, chats))
+            read = [next(rendered) if isinstance(example, Chat) else example for example in read]
         usable = tuple(example for example in read if not isinstance(example, DataError))
         refused = [example for example in read if isinstance(example, DataError)]
         reason = f"a chat {refused[0].message}" if refused else None
@@ -112,72 +117,64 @@ class CausalLM(Modality[Any, "Scored"]):
         self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int, *, whole: bool = False
     ) -> list[Scored]:
         """Return token ids; score only the completion if there is a prompt, unless `whole` is set."""
-        from icmlora.base_models.kinds.likelihood import tokenized
-
-        return tokenized(base.tokenizer, examples, base.within(limit), whole=whole, positions=base.positions)
+        return likelihood.tokenized(base.tokenizer, examples, base.within(limit), whole=whole, positions=base.positions)
 
     def pieces(self, base: BaseModel, item: Scored, limit: int) -> list[Scored]:
-        """Split a text into pieces, each with the tokenizer's start token if it has one."""
-        from icmlora.base_models.kinds.likelihood import pieces
-
-        return pieces(base.tokenizer, item, base.within(limit))
+        return likelihood.pieces(base.tokenizer, item, base.within(limit))
 
     def joined(self, base: BaseModel, items: Sequence[Scored], limit: int) -> list[Scored]:
-        """Concatenate texts, with chats as rendered by their template."""
-        from icmlora.base_models.kinds.likelihood import joined
-
-        return joined(base.tokenizer, items, base.within(limit))
+        return likelihood.joined(base.tokenizer, items, base.within(limit))
 
     def states(self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int) -> torch.Tensor:
         """Return the last layer at the last token of each text, (texts, d) in float32."""
-        from icmlora.base_models.kinds.hidden_states import last_positions
-
-        return last_positions(base, _texts(examples), base.within(limit))
+        limit = base.within(limit)
+        # A chat is read up to the end of its last answer, because the end-of-turn tokens are the same for every task.
+        rows = [
+            _tokens(base, example.text[: example.stop], limit, special=False)
+            if isinstance(example, Rendered)
+            else _tokens(base, example.text, limit)
+            for example in examples
+        ]
+        hidden = _last_layer(base, *likelihood.padded(rows, base.device))  # (texts, T, d)
+        # Padding is on the right, so a row's last real token is at its length minus one.
+        last = uploaded([len(row) - 1 for row in rows], hidden.device)
+        return hidden[torch.arange(len(rows), device=hidden.device), last].float()
 
     def context_state(self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int) -> torch.Tensor:
-        """Return the mean of the last layer over one context with all texts concatenated, (d,) in float32."""
-        from icmlora.base_models.kinds.hidden_states import mean_over_context
-
-        return mean_over_context(base, _texts(examples), base.within(limit))
+        """Return the mean of the last layer over one context with the beginning of every text, (d,) in float32."""
+        limit = base.within(limit)
+        separator = list(base.tokenizer(SEPARATOR, add_special_tokens=False)["input_ids"])
+        share = max(1, limit // len(examples) - len(separator))
+        packed: list[int] = []
+        for number, example in enumerate(examples):
+            # A template's text before a chat is the same for every task.
+            text = example.text[example.start : example.stop] if isinstance(example, Rendered) else example.text
+            # Only the first text may begin with special tokens: later ones would look like a new document.
+            packed += (separator if number else []) + _tokens(base, text, share, special=not number)
+        ids = uploaded([packed[:limit]], base.device)  # (1, T)
+        return _last_layer(base, ids, torch.ones_like(ids))[0].float().mean(dim=0)
 
     def logits(self, base: BaseModel, items: Sequence[Scored], *, from_leaf: bool = False) -> list[torch.Tensor]:
-        """Return next-token logits at every token, (T, vocabulary) per text."""
-        from icmlora.base_models.kinds.likelihood import next_token_logits
-
-        return next_token_logits(base, items, from_leaf=from_leaf)
+        return likelihood.next_token_logits(base, items, from_leaf=from_leaf)
 
     def wanted(self, item: Scored) -> list[int]:
         """Return the target tokens; the prediction after the last token is not scored."""
         return [*item.targets, IGNORED]
 
     def answers(self, item: Scored) -> list[bool] | None:
-        """Return a mask of the predictions of answer tokens; None for a text without a prompt."""
         return [place + 1 in item.answers for place in range(item.size)] if item.answers else None
 
     def written(self, base: BaseModel, items: Sequence[Scored], count: int, limit: int, *, seed: int) -> list[Scored]:
-        """Return texts that the model samples, starting from the first tokens of the items."""
-        from icmlora.base_models.kinds.continuations import continuations
-
-        return continuations(base, items, count, limit, seed=seed)
+        return continuations.continuations(base, items, count, limit, seed=seed)
 
     def answer(self, base: BaseModel, prompt: Prompt, most: int) -> str:
-        """Return the model's continuation of a prompt."""
-        from icmlora.base_models.kinds.continuations import answer
-
-        return answer(base, prompt, most)
+        return continuations.answer(base, prompt, most)
 
     def counted(self, base: BaseModel, items: Sequence[Scored]) -> torch.Tensor:
-        """Return a mask of the tokens that are not padding, (texts, T)."""
-        from icmlora.base_models.kinds.likelihood import padded
-
-        return padded([item.ids for item in items], base.device)[1].bool()
+        return likelihood.padded([item.ids for item in items], base.device)[1].bool()
 
     def measure(self, base: BaseModel, examples: Sequence[Example | Rendered], limit: int) -> Score:
-        """Return the loss in nats per token."""
-        from icmlora.base_models.kinds.likelihood import nll
-        from icmlora.io.devices import texts_at_once
-
-        return nll(
+        return likelihood.nll(
             base.model,
             base.tokenizer,
             examples,
@@ -188,28 +185,20 @@ class CausalLM(Modality[Any, "Scored"]):
         )
 
 
-def _is_causal(config: Mapping[str, object]) -> bool:
-    """Return whether next-token loss makes sense for a model; True if only loading it can decide."""
-    from transformers.models.auto import modeling_auto as tables
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        return True  # unknown to transformers, which raises an error on loading
-    causal = tables.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
-    if causal is None or kind in _BOTH_SIDES:
-        return False
-    named = config.get("architectures")
-    architectures = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-    known = {causal} if isinstance(causal, str) else set(causal)
-    is_named = any(name in known or name.endswith(_ENDINGS) for name in architectures)
-    if config.get("is_encoder_decoder") is True and not is_named:
-        return False
-    if kind in tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
-        # A causal language model class loads these too, but lets every token attend to later ones.
-        return config.get("is_decoder") is True
-    return is_named or not architectures
+def _tokens(base: BaseModel, text: str, limit: int, *, special: bool = True) -> list[int]:
+    ids = list(base.tokenizer(text, truncation=True, max_length=limit, add_special_tokens=special)["input_ids"])
+    if not ids:
+        raise DataError("a sample has no tokens", hint="remove empty samples")
+    return ids
 
 
-def _texts(examples: Sequence[Example | Rendered]) -> list[str | Rendered]:
-    return [example.text if isinstance(example, Example) else example for example in examples]
+def _last_layer(base: BaseModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the last layer after the final norm, without logits: over a whole vocabulary they cost several layers."""
+    model = base.model
+    # Llama 4's text model stores its trunk under a different attribute than its class declares.
+    for trunk in (model.base_model, model.get_decoder(), getattr(model, "model", None)):
+        if trunk is not None and trunk is not model:
+            with torch.no_grad():
+                hidden: torch.Tensor = trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            return hidden
+    raise BaseModelUnsuited(f"icm cannot find the hidden states of base model {base.label!r}")

@@ -32,11 +32,7 @@ def continuations(base: BaseModel, items: Sequence[Scored], count: int, limit: i
     """
     starts = [item.ids[:_START] for item in items if len(item.ids) >= _START] or [[_start_token(base)]]
     rows = [starts[number % len(starts)] for number in range(count)]
-    found: list[Scored] = []
-    with torch.random.fork_rng(), torch.inference_mode():
-        torch.manual_seed(seed)
-        for first in range(0, count, _BATCH):
-            found += [Scored(ids, 1) for ids in sampled(base, rows[first : first + _BATCH], base.within(limit))]
+    found = (Scored(ids, 1) for ids in _sampled_in_batches(base, rows, base.within(limit), seed))
     return [item for item in found if item.size >= _MIN_TOKENS]
 
 
@@ -45,13 +41,17 @@ def variants(base: BaseModel, prompt: Prompt, count: int, most: int, *, seed: in
 
     `seed` seeds all random numbers; torch's global generators are restored.
     """
-    ids, found = _ids_of(base, prompt), list[str]()
+    ids = _ids_of(base, prompt)
+    rows = _sampled_in_batches(base, [ids] * count, base.within(len(ids) + most), seed)
+    return [_spelled(base.tokenizer, row[len(ids) :]) for row in rows]
+
+
+def _sampled_in_batches(base: BaseModel, starts: Sequence[list[int]], limit: int, seed: int) -> list[list[int]]:
+    found: list[list[int]] = []
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
-        for first in range(0, count, _BATCH):
-            starts = [ids] * min(_BATCH, count - first)
-            rows = sampled(base, starts, base.within(len(ids) + most))
-            found += [_spelled(base.tokenizer, row[len(ids) :]) for row in rows]
+        for first in range(0, len(starts), _BATCH):
+            found += sampled(base, starts[first : first + _BATCH], limit)
     return found
 
 
@@ -81,9 +81,9 @@ def _spelled(tokenizer: Any, ids: Sequence[int]) -> str:
 
 def sampled(base: BaseModel, starts: Sequence[Sequence[int]], limit: int) -> list[list[int]]:
     """Sample from the model's unmodified distribution, without temperature or cut-offs, up to each end token."""
-    length = len(starts[0])
+    length, end = len(starts[0]), base.tokenizer.eos_token_id
     rows = _generated(base, starts, limit - length, do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-    return [_until(base.tokenizer.eos_token_id, row, length) for row in rows]
+    return [row[: row.index(end, length) + 1] if end in row[length:] else row for row in rows]
 
 
 def _generated(base: BaseModel, starts: Sequence[Sequence[int]], most: int, **how: Any) -> list[list[int]]:
@@ -100,12 +100,6 @@ def _generated(base: BaseModel, starts: Sequence[Sequence[int]], most: int, **ho
     )
     rows: list[list[int]] = written.tolist()
     return rows
-
-
-def _until(end: int | None, ids: list[int], start: int) -> list[int]:
-    """Truncate a text after its first end token at or after `start`."""
-    places = [place for place, token in enumerate(ids) if token == end and place >= start]
-    return ids[: places[0] + 1] if places else ids
 
 
 def _start_token(base: BaseModel) -> int:

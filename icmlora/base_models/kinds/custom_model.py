@@ -123,17 +123,14 @@ class CustomModality(Modality[Any, CustomItem]):
 
     @property
     def custom(self) -> CustomModel:
-        """The object that the loader returned."""
         assert self._custom is not None, "the base model is not loaded"
         return self._custom
 
     @property
     def metric(self) -> Metric:
-        """The loader's metric."""
         return self.custom.metric
 
     def suits(self, found: FoundBase) -> bool:
-        """Return whether the base model has the same loader."""
         return found.loader == self._loader
 
     def load(
@@ -180,11 +177,9 @@ class CustomModality(Modality[Any, CustomItem]):
             raise DataError(f"is not an example of the base model: {_reason(error)}") from error
 
     def readable(self, base: BaseModel, examples: Sequence[Any], template: Templates | None = None) -> Examples:
-        """Return the examples unchanged."""
         return Examples(tuple(examples))
 
     def prepare(self, base: BaseModel, examples: Sequence[Any], limit: int, *, whole: bool = False) -> list[CustomItem]:
-        """Wrap the examples, without truncation."""
         return [CustomItem(example) for example in examples]
 
     def states(self, base: BaseModel, examples: Sequence[Any], limit: int) -> torch.Tensor:
@@ -201,14 +196,12 @@ class CustomModality(Modality[Any, CustomItem]):
         return found
 
     def logits(self, base: BaseModel, items: Sequence[CustomItem], *, from_leaf: bool = False) -> list[torch.Tensor]:
-        """Return the predictions, (predictions, classes) per example."""
         from icmlora.base_models.kinds.gradients import gradients_from_inputs
 
         with self._running("predictions"), gradients_from_inputs(base.model) if from_leaf else nullcontext():
             return self.custom.predictions([item.example for item in items])
 
     def loss(self, base: BaseModel, items: Sequence[CustomItem]) -> torch.Tensor:
-        """Return the loss, a scalar with gradients."""
         from icmlora.base_models.kinds.gradients import gradients_from_inputs
 
         with self._running("loss"), gradients_from_inputs(base.model):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,12 +19,10 @@ def gradients_from_inputs(model: nn.Module) -> Iterator[None]:
             return value.detach().requires_grad_().clone()  # a leaf itself cannot be modified in place
         return value
 
-    layers = [module for module in model.modules() if next(module.children(), None) is None]
-    handles = [layer.register_forward_pre_hook(lambda _, inputs: tuple(map(as_leaf, inputs))) for layer in layers]
-    tables = [layer for layer in layers if isinstance(layer, nn.Embedding)]
-    handles += [table.register_forward_hook(lambda _, __, output: as_leaf(output)) for table in tables]
-    try:
+    with ExitStack() as stack:
+        for layer in model.modules():
+            if next(layer.children(), None) is None:
+                stack.enter_context(layer.register_forward_pre_hook(lambda _, inputs: tuple(map(as_leaf, inputs))))
+                if isinstance(layer, nn.Embedding):
+                    stack.enter_context(layer.register_forward_hook(lambda _, __, output: as_leaf(output)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

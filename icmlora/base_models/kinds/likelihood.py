@@ -12,7 +12,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from icmlora.base_models.examples.chat_template import Rendered, scored_tokens
 from icmlora.base_models.examples.context import SEPARATOR
@@ -37,27 +37,18 @@ _CACHES = ("cache", "past_key_values")  # names of the KV cache argument; transf
 
 @dataclass(frozen=True)
 class Scored:
-    """Token ids of one example, and which of them are scored.
+    """Token ids of one example, and which of them are scored."""
 
-    Attributes:
-        ids: The tokens.
-        first: Index of the first scored token, at least 1.
-        unscored: Later indices that are not scored: the user's turns of a longer chat.
-        answers: Indices of the answer tokens, for an example with a prompt that is scored as a whole.
-        context: Number of leading tokens that belong to the prepended context.
-        is_chat: Whether it was rendered by a chat template.
-    """
-
-    ids: list[int]
-    first: int
-    unscored: frozenset[int] = frozenset()
+    ids: list[int]  # the tokens
+    first: int  # index of the first scored token, at least 1
+    unscored: frozenset[int] = frozenset()  # later indices that are not scored: the user's turns of a longer chat
+    # Indices of the answer tokens, for an example with a prompt that is scored as a whole.
     answers: frozenset[int] = frozenset()
-    context: int = 0
-    is_chat: bool = False
+    context: int = 0  # number of leading tokens that belong to the prepended context
+    is_chat: bool = False  # whether it was rendered by a chat template
 
     @property
     def count(self) -> int:
-        """Number of scored tokens."""
         return len(self.ids) - self.first - len(self.unscored)
 
     @property
@@ -68,7 +59,6 @@ class Scored:
 
     @property
     def size(self) -> int:
-        """Number of tokens."""
         return len(self.ids)
 
 
@@ -88,25 +78,17 @@ def nll(
     scored = tokenized(tokenizer, examples, max_tokens, positions=positions)
     # Summed in input order, independent of the batches.
     starts = range(0, len(scored), batch_size)
-    reader = _Reader(model, device or model.device)
-    batches = (scored[start : start + batch_size] for start in starts)
-    nats = [value for batch in batches for value in reader.nats(batch)]
-    spelled = (tokenizer.decode(run, clean_up_tokenization_spaces=False) for item in scored for run in _runs(item))
-    # A truncated character counts as three bytes.
-    count, utf8_bytes = sum(item.count for item in scored), sum(len(str(text).encode()) for text in spelled)
+    reader = _TextScorer(model, device or model.device)
+    nats = [value for start in starts for value in reader.nats(scored[start : start + batch_size])]
+    utf8_bytes = 0
+    for item in scored:
+        # Each contiguous run of scored tokens on its own; a truncated character counts as three bytes.
+        for is_scored, run in itertools.groupby(item.targets, lambda token: token != IGNORED):
+            if is_scored:
+                utf8_bytes += len(str(tokenizer.decode(list(run), clean_up_tokenization_spaces=False)).encode())
+    count = sum(item.count for item in scored)
     of_each = tuple(value / item.count for value, item in zip(nats, scored, strict=True))
     return Score(math.fsum(nats) / count, count, max(1, utf8_bytes), of_each=of_each)
-
-
-def _runs(item: Scored) -> list[list[int]]:
-    """Return the scored tokens, grouped into contiguous runs."""
-    runs: list[list[int]] = [[]]
-    for token in item.targets:
-        if token != IGNORED:
-            runs[-1].append(token)
-        elif runs[-1]:
-            runs.append([])
-    return runs
 
 
 def tokenized(
@@ -125,26 +107,23 @@ def tokenized(
     scored: list[Scored] = []
     for example in examples:
         if isinstance(example, Rendered):
-            chat = _marked_tokens(tokenizer, example)
-            context = chat.ids[: chat.context]
-            item = _chat_tokens(tokenizer, chat, _room(limit, context, positions), whole=whole)
+            ids, marks, before = _marked_tokens(tokenizer, example)
+            context = ids[:before]
         else:
             context = contexts(example.context)
-            item = _tokenize(tokenizer, example, _room(limit, context, positions), whole=whole)
+        room = limit if positions is None else min(limit, positions - len(context))
+        if context and room < _MIN_TOKENS:
+            fact = f"the context has {len(context)} tokens, but the base model reads only {positions}"
+            raise DataError(fact, hint="run `icm context` to make a shorter one")
+        if isinstance(example, Rendered):
+            item = _chat_tokens(tokenizer, ids[before:], marks[before:], room, whole=whole)
+        else:
+            item = _tokenize(tokenizer, example, room, whole=whole)
         if item is not None:
             scored.append(_after(tokenizer, context, item) if context else item)
     if not scored:
         raise DataError("no example is long enough to predict a token", hint="use longer texts")
     return scored
-
-
-def _room(limit: int, context: list[int], positions: int | None) -> int:
-    """Return how many tokens may follow a context."""
-    room = limit if positions is None else min(limit, positions - len(context))
-    if context and room < _MIN_TOKENS:
-        fact = f"the context has {len(context)} tokens, but the base model reads only {positions}"
-        raise DataError(fact, hint="run `icm context` to make a shorter one")
-    return room
 
 
 def _after(tokenizer: PreTrainedTokenizerBase, context: list[int], item: Scored) -> Scored:
@@ -176,9 +155,8 @@ def _tokenize(
 
 
 def _chat_tokens(
-    tokenizer: PreTrainedTokenizerBase, chat: _Marked, limit: int, *, whole: bool = False
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], marks: list[bool], limit: int, *, whole: bool = False
 ) -> Scored | None:
-    ids, marks = chat.ids[chat.context :], chat.marks[chat.context :]
     places = [place for place, is_scored in enumerate(marks) if is_scored and place > 0]
     if whole:
         return _whole(tokenizer, ids, places, limit)
@@ -255,34 +233,26 @@ def _start(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
 
 
-@dataclass(frozen=True)
-class _Marked:
-    """The tokens of a chat, the mask of scored tokens, and the number of leading context tokens."""
-
-    ids: list[int]
-    marks: list[bool]
-    context: int
-
-
-def _marked_tokens(tokenizer: PreTrainedTokenizerBase, chat: Rendered) -> _Marked:
-    """Tokenise a chat; its text already contains the special tokens."""
+def _marked_tokens(tokenizer: PreTrainedTokenizerBase, chat: Rendered) -> tuple[list[int], list[bool], int]:
+    """Tokenise a chat; return its tokens, a mask of the scored ones, and the number of leading context tokens."""
+    # The text already contains the special tokens.
     if tokenizer.is_fast:
         tokens = tokenizer(chat.text, return_offsets_mapping=True, **_SPECIAL)
         offsets = tokens["offset_mapping"]
         context = sum(end <= chat.context for _, end in offsets) if chat.context else 0
-        return _Marked(list(tokens["input_ids"]), scored_tokens(chat, offsets), context)
-    ids = list(tokenizer(chat.text[: chat.context], **_SPECIAL)["input_ids"]) if chat.context else []
-    context = len(ids)
-    marks = [False] * context
-    edges = [chat.context, *(edge for span in chat.scored for edge in span), len(chat.text)]
+        return list(tokens["input_ids"]), scored_tokens(chat, offsets), context
+    ids, marks = list[int](), list[bool]()
+    edges = [0, chat.context, *(edge for span in chat.scored for edge in span), len(chat.text)]
+    context = 0
     for number, (start, end) in enumerate(itertools.pairwise(edges)):
-        piece = list(tokenizer(chat.text[start:end], **_SPECIAL)["input_ids"]) if start < end else []
-        ids += piece
-        marks += [number % 2 == 1] * len(piece)
-    return _Marked(ids, marks, context)
+        if start < end:
+            ids += tokenizer(chat.text[start:end], **_SPECIAL)["input_ids"]
+        marks += [number > 0 and number % 2 == 0] * (len(ids) - len(marks))
+        context = context if number else len(ids)
+    return ids, marks, context
 
 
-class _Reader:
+class _TextScorer:
     """Score batches of texts with a model; a context shared by a batch is read once and cached."""
 
     def __init__(self, model: Any, device: torch.device) -> None:
@@ -295,7 +265,12 @@ class _Reader:
     def nats(self, batch: Sequence[Scored]) -> list[float]:
         """Return the loss of each text, summed over its scored tokens."""
         logits, start = self._logits(batch)
-        losses = [_row_losses(row, item, start) for row, item in zip(logits, batch, strict=True)]
+        losses = []
+        for row, item in zip(logits, batch, strict=True):
+            # float32 for one text at a time: for a whole batch it would double the peak memory.
+            predicted = row[item.first - 1 - start : len(item.ids) - 1 - start].float()
+            targets = uploaded(item.targets, predicted.device)
+            losses.append(functional.cross_entropy(predicted, targets, reduction="none"))
         # float64: a float32 sum over thousands of tokens would lose digits that a retained gain needs. On the CPU,
         # because Apple's devices have no float64; in one copy, because each copy waits for the GPU.
         parts = torch.split(torch.cat(losses).cpu().double(), [len(part) for part in losses])
@@ -317,8 +292,6 @@ class _Reader:
 
     def _read(self, context: list[int]) -> Any:
         """Return a copy of the KV cache of a context, since later passes modify it; None if there is no cache."""
-        from transformers.cache_utils import DynamicCache
-
         if context != self._context and not self._takes.keys().isdisjoint(_CACHES):
             # The logits, (T, vocabulary), are not needed.
             fewer = {"logits_to_keep": 1} if "logits_to_keep" in self._takes else {}
@@ -326,13 +299,6 @@ class _Reader:
             self._context = context
             self._cache = next((part for part in answer.values() if isinstance(part, DynamicCache)), None)
         return copy.deepcopy(self._cache)
-
-
-def _row_losses(logits: torch.Tensor, item: Scored, start: int) -> torch.Tensor:
-    """Return the loss of each scored token; `logits` (T, vocabulary) start at token `start`."""
-    # float32 for one text at a time: for a whole batch it would double the peak memory.
-    predicted = logits[item.first - 1 - start : len(item.ids) - 1 - start].float()
-    return functional.cross_entropy(predicted, uploaded(item.targets, logits.device), reduction="none")
 
 
 def padded(
@@ -359,14 +325,9 @@ def next_token_logits(base: BaseModel, items: Sequence[Scored], *, from_leaf: bo
     # Without padding and a mask, attention may use its fastest kernel.
     if any(item.size < length for item in items):
         inputs["attention_mask"] = mask
-    with _attention(base, length):
-        logits = base.model(**inputs, use_cache=False).logits  # (texts, T, vocabulary)
-    return [row[: len(item.ids)] for row, item in zip(logits, items, strict=True)]
-
-
-def _attention(base: BaseModel, length: int) -> AbstractContextManager[None]:
-    """Return a context manager that selects the attention kernel for texts of `length` tokens."""
     # In bfloat16 on a CPU, the gradient of the fused kernel takes ten times as long as the kernel itself, and its order
     # slows later operations: without it, a refinement step takes a quarter less time (docs/results/LOG.md).
     is_slow = base.device.type == "cpu" and base.input_dtype == torch.bfloat16 and torch.is_grad_enabled()
-    return sdpa_kernel(SDPBackend.MATH) if is_slow and length <= _PLAIN_ATTENTION else nullcontext()
+    with sdpa_kernel(SDPBackend.MATH) if is_slow and length <= _PLAIN_ATTENTION else nullcontext():
+        logits = base.model(**inputs, use_cache=False).logits  # (texts, T, vocabulary)
+    return [row[: len(item.ids)] for row, item in zip(logits, items, strict=True)]

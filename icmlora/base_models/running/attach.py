@@ -49,8 +49,13 @@ def adapted(base: BaseModel, adapter: RunnableAdapter | Path) -> Iterator[PeftMo
         if isinstance(adapter, RunnableAdapter):
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="icm-")))
             write_running_copy(base, adapter, folder)
-            stack.enter_context(_replaced(base, adapter))
-            stack.enter_context(_restored_attention(base, adapter))
+            _replace(base, adapter, stack)
+            # PEFT merges into torch's attention modules and subtracts again, changing the last bits.
+            names = {module.name for module in adapter.adapter.modules}
+            for name, module in base.model.named_modules():
+                if name in names and is_attention(module):
+                    values = {key: value.clone() for key, value in module.state_dict().items()}
+                    stack.callback(module.load_state_dict, values)
         assert folder is not None
         model = _attach(base, folder)
         try:
@@ -71,21 +76,17 @@ def _attach(base: BaseModel, folder: Path) -> PeftModel:
             return PeftModel.from_pretrained(base.model, folder, local_files_only=True).eval()
     except (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
         # The library may have inserted its layers before it failed.
-        _take_out(base)
+        for name, module in list(base.model.named_modules()):
+            inner = module
+            while hasattr(inner, "base_layer"):  # two parameters of one module are wrapped twice
+                inner = inner.base_layer
+            if inner is not module and ".base_layer" not in name:
+                parent, _, child = name.rpartition(".")
+                setattr(base.model.get_submodule(parent), child, inner)
+        if hasattr(base.model, "peft_config"):
+            del base.model.peft_config
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise BaseModelMismatch(f"the adapter cannot be applied to base model {base.label!r}: {reason}") from error
-
-
-def _take_out(base: BaseModel) -> None:
-    for name, module in list(base.model.named_modules()):
-        inner = module
-        while hasattr(inner, "base_layer"):  # two parameters of one module are wrapped twice
-            inner = inner.base_layer
-        if inner is not module and ".base_layer" not in name:
-            parent, _, child = name.rpartition(".")
-            setattr(base.model.get_submodule(parent), child, inner)
-    if hasattr(base.model, "peft_config"):
-        del base.model.peft_config
 
 
 def _check_every_tensor_landed(model: PeftModel, base: BaseModel, folder: Path) -> None:
@@ -109,64 +110,44 @@ def _check_every_tensor_landed(model: PeftModel, base: BaseModel, folder: Path) 
         )
 
 
-@contextmanager
-def _restored_attention(base: BaseModel, adapter: RunnableAdapter) -> Iterator[None]:
-    """Restore torch's attention modules after the block: PEFT merges and subtracts there, changing the last bits."""
-    names = {module.name for module in adapter.adapter.modules}
-    attentions = [module for name, module in base.model.named_modules() if name in names and is_attention(module)]
-    before = [{name: value.clone() for name, value in module.state_dict().items()} for module in attentions]
-    try:
-        yield
-    finally:
-        for module, values in zip(attentions, before, strict=True):
-            module.load_state_dict(values)
-
-
-@contextmanager
-def _replaced(base: BaseModel, adapter: RunnableAdapter) -> Iterator[None]:
-    """Replace the base model's tensors with the adapter's own inside the block."""
-    before: list[tuple[dict[str, Any], str, torch.Tensor]] = []
-    try:
-        for name, value in adapter.values.items():
-            owner, child, old = _tensor(base, name)
-            if value.is_floating_point() and not old.is_floating_point():
-                fact = f"the adapter replaces {name}, which base model {base.label!r} loads in {base.load_in}"
-                hint = "run `icm base add NAME PATH` without --load-in to load it in full precision"
-                raise BaseModelMismatch(fact, hint=hint)
-            is_larger = any(end is owner for end in _ends(base)) and old.shape[1:] == value.shape[1:]
-            if not (old.shape == value.shape or is_larger or name in base.made_up):
-                fact = f"{name} has the shape {list(value.shape)}, in base model {base.label!r} it is {list(old.shape)}"
-                raise BaseModelMismatch(
-                    fact, hint="use the base model with the head and vocabulary that the adapter was trained for"
-                )
-            new = value.to(old)
-            if child in owner._buffers:
-                before.append((owner._buffers, child, old))
-                owner._buffers[child] = new
-            else:
-                before.append((owner._parameters, child, old))
-                owner._parameters[child] = nn.Parameter(new, requires_grad=False)
-        for module, (numbers, rows) in adapter.rows.items():
-            _, _, old = _tensor(base, f"{module}.weight")
-            if max(numbers, default=0) >= len(old) or rows.shape[1:] != old.shape[1:]:
-                fact = f"the adapter's rows for {module} do not fit base model {base.label!r}"
-                raise BaseModelMismatch(fact)
-            new = old.detach().clone()
-            new[list(numbers)] = rows.to(old)
-            new = nn.Parameter(new, requires_grad=False)
-            # A head tied to the embedding gets the new rows too.
-            for owner in list(base.model.modules()):
-                if owner._parameters.get("weight") is old:
-                    before.append((owner._parameters, "weight", old))
-                    owner._parameters["weight"] = new
-        yield
-    finally:
-        for home, child, old in reversed(before):
-            home[child] = old
+def _replace(base: BaseModel, adapter: RunnableAdapter, stack: ExitStack) -> None:
+    """Replace the base model's tensors with the adapter's own until the stack is closed."""
+    ends = []  # input and output embeddings, whose row count depends on the vocabulary; some models have none
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(NotImplementedError, AttributeError):
+            ends.append(getattr(base.model, name)())
+    for name, value in adapter.values.items():
+        owner, child, old = _tensor(base, name)
+        if value.is_floating_point() and not old.is_floating_point():
+            fact = f"the adapter replaces {name}, which base model {base.label!r} loads in {base.load_in}"
+            hint = "run `icm base add NAME PATH` without --load-in to load it in full precision"
+            raise BaseModelMismatch(fact, hint=hint)
+        is_larger = any(end is owner for end in ends) and old.shape[1:] == value.shape[1:]
+        if not (old.shape == value.shape or is_larger or name in base.made_up):
+            fact = f"{name} has the shape {list(value.shape)}, in base model {base.label!r} it is {list(old.shape)}"
+            raise BaseModelMismatch(
+                fact, hint="use the base model with the head and vocabulary that the adapter was trained for"
+            )
+        home: dict[str, Any] = owner._buffers if child in owner._buffers else owner._parameters
+        stack.callback(home.__setitem__, child, old)
+        new = value.to(old)
+        home[child] = new if home is owner._buffers else nn.Parameter(new, requires_grad=False)
+    for module, (numbers, rows) in adapter.rows.items():
+        _, _, old = _tensor(base, f"{module}.weight")
+        if max(numbers, default=0) >= len(old) or rows.shape[1:] != old.shape[1:]:
+            fact = f"the adapter's rows for {module} do not fit base model {base.label!r}"
+            raise BaseModelMismatch(fact)
+        new = old.detach().clone()
+        new[list(numbers)] = rows.to(old)
+        new = nn.Parameter(new, requires_grad=False)
+        # A head tied to the embedding gets the new rows too.
+        for owner in list(base.model.modules()):
+            if owner._parameters.get("weight") is old:
+                stack.callback(owner._parameters.__setitem__, "weight", old)
+                owner._parameters["weight"] = new
 
 
 def _tensor(base: BaseModel, name: str) -> tuple[nn.Module, str, torch.Tensor]:
-    """Return the module, local name and value of a parameter or buffer."""
     place, _, child = name.rpartition(".")
     try:
         owner = base.model.get_submodule(place)
@@ -176,12 +157,3 @@ def _tensor(base: BaseModel, name: str) -> tuple[nn.Module, str, torch.Tensor]:
     if owner is None or tensors.get(child) is None:
         raise BaseModelMismatch(f"base model {base.label!r} has no {name}, which the adapter replaces")
     return owner, child, tensors[child]
-
-
-def _ends(base: BaseModel) -> list[nn.Module]:
-    """Return the input and output embeddings, whose row count depends on the vocabulary; some models have none."""
-    found = []
-    for name in ("get_input_embeddings", "get_output_embeddings"):
-        with suppress(NotImplementedError, AttributeError):
-            found.append(getattr(base.model, name)())
-    return found

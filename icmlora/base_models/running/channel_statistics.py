@@ -10,7 +10,7 @@ Labels are sampled, not read from the data, so that the mean of g g^T belongs to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -35,41 +35,32 @@ def channel_statistics(
     # linear layers nor plain convolutions.
     named = {name: module for name, module in base.model.named_modules() if matrix_shape(module) is not None}
     sums: dict[str, list[torch.Tensor]] = {}
-    handles = [named[name].register_forward_hook(_adder(name, sums)) for name in modules if name in named]
+
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
+        def add(number: int, rows: torch.Tensor) -> None:
+            sums[name][number] = sums[name][number] + rows.float().square().sum(dim=0)
+
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], outputs: torch.Tensor) -> None:
+            sums.setdefault(name, [torch.zeros(()), torch.zeros(())])
+            add(0, input_rows(module, inputs[0].detach()))
+            outputs.register_hook(lambda gradient: add(1, output_rows(module, gradient)))  # type: ignore[no-untyped-call]
+
+        return hook
+
     draw = torch.Generator(device=base.device).manual_seed(_SEED)
     tokens = 0
-    try:
+    with ExitStack() as stack:
+        for name in modules:
+            if name in named:
+                stack.enter_context(named[name].register_forward_hook(hook_of(name)))
         for number, example in enumerate(examples):
             if tokens >= max_tokens and number >= _MIN_EXAMPLES:
                 break
-            with suppress(DataError):  # too short to score
+            with suppress(DataError), torch.enable_grad():  # too short to score; only the hooks collect gradients
                 items = base.modality.prepare(base, [example], _TOKENS_PER_EXAMPLE, whole=True)
-                tokens += _backward(base, items, draw)
-    finally:
-        for handle in handles:
-            handle.remove()
+                (logits,) = base.modality.logits(base, items, from_leaf=True)
+                logits = logits.float()  # (predictions, classes)
+                labels = torch.multinomial(logits.detach().softmax(dim=-1), 1, generator=draw)[:, 0]
+                nn.functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
+                tokens += len(logits)
     return {name: (inputs.cpu() / tokens, outputs.cpu() / tokens) for name, (inputs, outputs) in sums.items()}
-
-
-def _backward(base: BaseModel, items: Sequence[Any], draw: torch.Generator) -> int:
-    """Run one example forward and backward and return its prediction count; only the hooks collect gradients."""
-    with torch.enable_grad():
-        (logits,) = base.modality.logits(base, items, from_leaf=True)
-        logits = logits.float()  # (predictions, classes)
-        labels = torch.multinomial(logits.detach().softmax(dim=-1), 1, generator=draw)[:, 0]
-        nn.functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
-    return len(logits)
-
-
-def _adder(
-    name: str, sums: dict[str, list[torch.Tensor]]
-) -> Callable[[nn.Module, tuple[torch.Tensor, ...], torch.Tensor], None]:
-    def add(number: int, rows: torch.Tensor) -> None:
-        sums[name][number] = sums[name][number] + rows.float().square().sum(dim=0)
-
-    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], outputs: torch.Tensor) -> None:
-        sums.setdefault(name, [torch.zeros(()), torch.zeros(())])
-        add(0, input_rows(module, inputs[0].detach()))
-        outputs.register_hook(lambda gradient: add(1, output_rows(module, gradient)))  # type: ignore[no-untyped-call]
-
-    return hook

@@ -9,7 +9,7 @@ Unlike `icmlora.base_models.running.attach`, this needs no adapter folder and no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -40,15 +40,14 @@ def added(model: nn.Module, factors: Mapping[str, tuple[torch.Tensor, torch.Tens
 
         return hook
 
-    # Move factors to the modules' devices once, not in every pass: text generation takes one pass per token.
-    with _hooked(model, {name: adder(*_moved(model, name, pair)) for name, pair in factors.items()}):
+    hooks = {}
+    for name, (a, b) in factors.items():
+        # Move factors to the modules' devices once, not in every pass: text generation takes one pass per token.
+        # If accelerate has offloaded a module's weights, leave its factors where they are.
+        device = next(model.get_submodule(name).parameters()).device
+        hooks[name] = adder(a, b) if device.type == "meta" else adder(a.to(device), b.to(device))
+    with _hooked(model, hooks):
         yield
-
-
-def _moved(model: nn.Module, name: str, pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Move factors to their module's device; if accelerate has offloaded its weights, leave them where they are."""
-    device = next(model.get_submodule(name).parameters()).device
-    return pair if device.type == "meta" else (pair[0].to(device), pair[1].to(device))
 
 
 @contextmanager
@@ -91,9 +90,7 @@ def _stacked(pairs: Sequence[tuple[torch.Tensor, torch.Tensor] | None]) -> tuple
 
 @contextmanager
 def _hooked(model: nn.Module, hooks: Mapping[str, _Hook]) -> Iterator[None]:
-    handles = [model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
-    try:
+    with ExitStack() as stack:
+        for name, hook in hooks.items():
+            stack.enter_context(model.get_submodule(name).register_forward_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+import torch
+from torch import nn
 
 from icmlora.base_models.modality import BaseModel
 from icmlora.errors import BaseModelMismatch
 from registry.names import escape
-
-if TYPE_CHECKING:
-    from torch import nn
 
 _WRAPPED = ".base_layer"  # part of PEFT's name for a module inside a wrapped one, such as an attention
 
@@ -32,10 +32,11 @@ def check_fits(base: BaseModel, layout: Sequence[tuple[str, int, int, int]]) -> 
             if len(places) < len(layout) - 1:
                 fact += f", and {len(layout) - len(places) - 1} more"
             raise BaseModelMismatch(fact, hint=hint)
-        shape = layer_shape(modules[place])
-        if shape is not None and (groups := groups_of(modules[place])) > 1 and place != name:
+        module = modules[place.module]
+        shape = layer_shape(module)
+        if shape is not None and (groups := groups_of(module)) > 1 and place.module != name:
             shape = shape[0] // groups, shape[1]
-        if shape is None and is_fused(modules[place]):
+        if shape is None and is_fused(module):
             continue  # PEFT fuses the factors of single experts on loading
         if shape is None:
             fact = f"module {name!r} of the adapter is not a layer of base model {base.label!r} that supports LoRA"
@@ -48,64 +49,65 @@ def check_fits(base: BaseModel, layout: Sequence[tuple[str, int, int, int]]) -> 
             )
 
 
-def places_of(base: BaseModel, names: Sequence[str]) -> dict[str, str]:
-    """Map module names in an adapter to names in the base model; omit modules that the base model lacks.
+class Place(NamedTuple):
+    """The place of one LoRA in a base model."""
+
+    module: str
+    parameter: str | None = None  # a parameter that is not a layer's weight: PEFT's `target_parameters`
+    number: int | None = None  # of an expert in the parameter, or of a convolution's group, with factors of its own
+
+
+def places_of(base: BaseModel, names: Sequence[str]) -> dict[str, Place]:
+    """Map module names in an adapter to places in the base model; omit modules that the base model lacks.
 
     An adapter trained with an earlier transformers may use that version's names.
     """
     modules = dict(base.model.named_modules())
-    places = {name: plain for name in names if (plain := name.replace(_WRAPPED, "")) in modules}
-    places |= {name: parameter.module for name in names if (parameter := parameter_of(modules, name)) is not None}
-    places |= {name: group.module for name in names if (group := group_of(modules, name)) is not None}
+    found = {name: _place_of(modules, name) for name in names}
+    places = {name: place for name, place in found.items() if place is not None}
     missing = [name for name in names if name not in places]
-    if missing:
-        renamed = _renamed(base.model, missing)
-        places |= {name: new for name, new in renamed.items() if new in modules}
+    if not missing:
+        return places
+    # PEFT's tables for adapters of earlier transformers versions rename tensors. Each tensor contains its own number,
+    # to identify it under its new name, alone or stacked with others.
+    prefix, suffix = "base_model.model.", ".lora_A.weight"
+    tensors = {f"{prefix}{name}{suffix}": torch.tensor([[float(number)]]) for number, name in enumerate(missing)}
+    import icmlora.io.quiet_bitsandbytes  # noqa: F401  # isort: skip
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    try:
+        renamed = convert_peft_adapter_state_dict_for_transformers(base.model, LoraConfig(), tensors)
+    except (RuntimeError, ValueError, KeyError):  # experts of a module are missing
+        return places
+    for key, numbers in renamed.items():
+        place = key.removeprefix(prefix).removesuffix(suffix).replace(_WRAPPED, "")
+        if place in modules:
+            places |= {missing[int(number)]: Place(place) for number in numbers.flatten().tolist()}
     return places
 
 
-class ParameterPlace(NamedTuple):
-    """The target of a LoRA on a parameter that is not a layer's weight: PEFT's `target_parameters`."""
-
-    module: str
-    parameter: str
-    expert: int | None  # None for a parameter that is one matrix
-
-
-def parameter_of(modules: Mapping[str, nn.Module], name: str) -> ParameterPlace | None:
-    """Return the parameter, or the expert of one, that an adapter's name refers to; None if it names a module."""
+def _place_of(modules: Mapping[str, nn.Module], name: str) -> Place | None:
     head, _, last = name.rpartition(".")
     owner, _, parameter = head.rpartition(".")
+    number = int(last) if last.isdecimal() and len(last) < 6 else None
     for place in (
-        ParameterPlace(name, "weight", None),  # such as a router
-        ParameterPlace(head, last, None),
-        *([ParameterPlace(owner, parameter, int(last))] if last.isdecimal() and len(last) < 6 else []),
+        Place(name, "weight"),  # such as a router
+        Place(head, last),
+        *([] if number is None else [Place(owner, parameter, number)]),
     ):
         module = modules.get(place.module)
-        weight = None if module is None else module._parameters.get(place.parameter)
+        weight = None if module is None else module._parameters.get(place.parameter or "")
         if module is None or weight is None or layer_shape(module) is not None:
             continue
-        if weight.ndim == 2 and place.expert is None:
+        if weight.ndim == 2 and place.number is None:
             return place
-        if weight.ndim == 3 and (place.expert or 0) < len(weight) and (place.expert is not None or len(weight) == 1):
+        if weight.ndim == 3 and (place.number or 0) < len(weight) and (place.number is not None or len(weight) == 1):
             return place
-    return None
-
-
-class GroupPlace(NamedTuple):
-    """One group of a convolution; a LoRA has separate factors per group, each over all inputs."""
-
-    module: str
-    number: int
-
-
-def group_of(modules: Mapping[str, nn.Module], name: str) -> GroupPlace | None:
-    """Return the convolution group that an adapter's name refers to; None if it names a module."""
-    owner, _, last = name.rpartition(".")
-    number = int(last) if last.isdecimal() and len(last) < 6 else None
-    if name in modules or number is None or number >= (groups_of(modules.get(owner)) if owner in modules else 0):
-        return None
-    return GroupPlace(owner, number)
+    if (plain := name.replace(_WRAPPED, "")) in modules:
+        return Place(plain)
+    is_group = number is not None and head in modules and number < groups_of(modules[head])
+    return Place(head, number=number) if is_group else None
 
 
 def groups_of(module: nn.Module | None) -> int:
@@ -158,8 +160,13 @@ def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
 
 def matrix_shape(module: nn.Module | None) -> tuple[int, int] | None:
     """Return (out, in) of a linear layer, or of a plain convolution over patches; None for any other module."""
-    shape = linear_shape(module)
-    return layer_shape(module) if shape is None and _is_plain_convolution(module) else shape
+    kernel = kernel_shape(module)
+    if module is None or kernel is None:
+        return linear_shape(module)
+    # 2D, without groups, and with explicit zero padding
+    is_padded = getattr(module, "padding_mode", "") == "zeros" and isinstance(module.padding, tuple)
+    is_plain = len(kernel) == 2 and is_padded and module.groups == 1 and not getattr(module, "transposed", True)
+    return layer_shape(module) if is_plain else None
 
 
 def not_matrix(base: BaseModel, layout: Iterable[tuple[str, int, int, int]]) -> str | None:
@@ -168,34 +175,3 @@ def not_matrix(base: BaseModel, layout: Iterable[tuple[str, int, int, int]]) -> 
     modules = dict(base.model.named_modules())
     fit = ((name, matrix_shape(modules.get(name)) == (outputs, inputs)) for name, _, inputs, outputs in layout)
     return next((name for name, is_matrix in fit if not is_matrix), None)
-
-
-def _is_plain_convolution(module: nn.Module | None) -> bool:
-    """Return whether a module is a 2D convolution without groups and with explicit zero padding."""
-    kernel = kernel_shape(module)
-    if module is None or kernel is None or len(kernel) != 2:
-        return False
-    padded = getattr(module, "padding_mode", "") == "zeros" and isinstance(module.padding, tuple)
-    return padded and bool(module.groups == 1) and not getattr(module, "transposed", True)
-
-
-def _renamed(model: nn.Module, names: Sequence[str]) -> Mapping[str, str]:
-    """Rename modules with PEFT's tables for adapters of earlier transformers versions."""
-    import torch
-
-    import icmlora.io.quiet_bitsandbytes  # noqa: F401  # isort: skip
-    from peft import LoraConfig
-    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
-
-    prefix, suffix = "base_model.model.", ".lora_A.weight"
-    # Each tensor contains its own number, to identify it under its new name, alone or stacked with others.
-    tensors = {f"{prefix}{name}{suffix}": torch.tensor([[float(number)]]) for number, name in enumerate(names)}
-    try:
-        found = convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), tensors)
-    except (RuntimeError, ValueError, KeyError):  # experts of a module are missing
-        return {}
-    places: dict[str, str] = {}
-    for key, numbers in found.items():
-        place = key.removeprefix(prefix).removesuffix(suffix).replace(_WRAPPED, "")
-        places |= {names[int(number)]: place for number in numbers.flatten().tolist()}
-    return places

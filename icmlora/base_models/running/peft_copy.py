@@ -11,10 +11,9 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -23,16 +22,7 @@ from torch.nn.functional import pad
 
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.base_models.modality import BaseModel
-from icmlora.base_models.running.modules import (
-    ParameterPlace,
-    check_fits,
-    group_of,
-    groups_of,
-    is_fused,
-    kernel_shape,
-    parameter_of,
-    places_of,
-)
+from icmlora.base_models.running.modules import Place, check_fits, groups_of, is_fused, kernel_shape, places_of
 from icmlora.errors import BaseModelMismatch
 from icmlora.formats.format import RunnableAdapter
 from icmlora.formats.peft.peft import CONFIG_NAME, WEIGHTS_NAME
@@ -49,16 +39,14 @@ def write_running_copy(base: BaseModel, runnable: RunnableAdapter, folder: Path)
     modules = dict(base.model.named_modules())
     places = places_of(base, [module.name for module in adapter.modules])
     rank = max(module.a.shape[0] for module in adapter.modules)
-    found = {module.name: parameter_of(modules, module.name) for module in adapter.modules}
-    parameters = {name: parameter for name, parameter in found.items() if parameter is not None}
-    tensors, target_parameters = _of_parameters(modules, adapter, parameters, rank)
-    of_groups, ranks = _of_groups(base, modules, runnable)
+    tensors, target_parameters = _of_parameters(modules, adapter, places, rank)
+    of_groups, ranks = _of_groups(base, modules, runnable, places)
     tensors |= of_groups
     targets: set[str] = set(ranks)
     for module in adapter.modules:
-        if module.name in parameters or places[module.name] in ranks:
+        place, parameter, _ = places[module.name]
+        if parameter is not None or place in ranks:
             continue
-        place = places[module.name]
         fused = is_fused(modules[place])
         # PEFT renames and fuses the factors of single experts itself; its names for wrapped modules stay as well.
         name = module.name if fused or _WRAPPED in module.name else place
@@ -71,12 +59,16 @@ def write_running_copy(base: BaseModel, runnable: RunnableAdapter, folder: Path)
         if runnable.biases:
             bias = runnable.biases.get(module.name)
             tensors[f"{_PREFIX}{name}.lora_B.bias"] = torch.zeros(len(b)) if bias is None else bias
+    names: list[str] | str = sorted(targets)
+    endings = tuple(f".{name}" for name in targets)
+    if any(name.endswith(endings) for name in modules if name not in targets):  # a list would match these too
+        names = "|".join(map(re.escape, names))
     config = {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": rank,
         **({"rank_pattern": ranks, "alpha_pattern": ranks} if ranks else {}),
-        "target_modules": _targets(targets, modules),
+        "target_modules": names,
         **({"target_parameters": target_parameters} if target_parameters else {}),
         "use_dora": bool(runnable.magnitudes),
         "lora_bias": bool(runnable.biases),
@@ -86,12 +78,13 @@ def write_running_copy(base: BaseModel, runnable: RunnableAdapter, folder: Path)
 
 
 def _of_groups(
-    base: BaseModel, modules: Mapping[str, nn.Module], runnable: RunnableAdapter
+    base: BaseModel, modules: Mapping[str, nn.Module], runnable: RunnableAdapter, places: Mapping[str, Place]
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     """Return the factors of grouped convolutions under PEFT's names, and their ranks by module name."""
     parts: defaultdict[str, dict[int, LoraModule]] = defaultdict(dict)
     for module in runnable.adapter.modules:
-        if (place := group_of(modules, module.name)) is not None:
+        place = places[module.name]
+        if place.parameter is None and place.number is not None:
             parts[place.module][place.number] = module
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}
@@ -108,13 +101,14 @@ def _of_groups(
 
 
 def _of_parameters(
-    modules: Mapping[str, nn.Module], adapter: Adapter, places: Mapping[str, ParameterPlace], rank: int
+    modules: Mapping[str, nn.Module], adapter: Adapter, places: Mapping[str, Place], rank: int
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Return the factors of parameters under PEFT's names, and the parameters for its configuration."""
     parts: defaultdict[str, defaultdict[str, list[tuple[int, LoraModule]]]] = defaultdict(lambda: defaultdict(list))
     for module in adapter.modules:
-        if (place := places.get(module.name)) is not None:
-            parts[place.module][place.parameter].append((place.expert or 0, module))
+        place = places[module.name]
+        if place.parameter is not None:
+            parts[place.module][place.parameter].append((place.number or 0, module))
     tensors: dict[str, torch.Tensor] = {}
     for owner, found in parts.items():
         # PEFT wraps a module once per parameter; the first wrapper is the innermost.
@@ -140,11 +134,3 @@ def _halves(module: nn.Module, a: torch.Tensor, b: torch.Tensor) -> Mapping[str,
         a = a.reshape(len(a), -1, *kernel)
         b = b.reshape(*b.shape, *[1] * len(kernel))
     return {"lora_A.weight": a, "lora_B.weight": b}
-
-
-def _targets(targets: Collection[str], modules: Mapping[str, Any]) -> list[str] | str:
-    """Return the names as a list, or as a regular expression if a list would match other modules too."""
-    endings = tuple(f".{name}" for name in targets)
-    if any(name.endswith(endings) for name in modules if name not in targets):
-        return "|".join(re.escape(name) for name in sorted(targets))
-    return sorted(targets)

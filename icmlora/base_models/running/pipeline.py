@@ -38,17 +38,11 @@ _SLOT = "icm"
 
 @dataclass(frozen=True)
 class Drawing:
-    """Settings for image generation.
+    """Settings for image generation."""
 
-    Attributes:
-        steps: Denoising steps.
-        seeds: Images per prompt; seeds count from 0.
-        size: Width and height in pixels; None for the pipeline's default.
-    """
-
-    steps: int = 20
-    seeds: int = 2
-    size: int | None = None
+    steps: int = 20  # denoising steps
+    seeds: int = 2  # images per prompt; seeds count from 0
+    size: int | None = None  # width and height in pixels; None for the pipeline's default
 
 
 class Pipeline:
@@ -72,14 +66,17 @@ class Pipeline:
             )
         diffusers = _diffusers()
         self.label = found.label
+        _check_classes(found, diffusers)
+        # "fp16" if a part has only weights of that variant.
+        parts = {file.parent for file in found.weights}
+        is_fp16 = (all(".fp16" in file.name for file in found.weights if file.parent == part) for part in parts)
         with quiet_loading(found, "diffusers pipeline", library="diffusers"), _quiet():
-            _check_classes(found, diffusers)
             self._pipe: Any = diffusers.DiffusionPipeline.from_pretrained(
                 found.path,
                 torch_dtype=inference_dtype(device),
                 use_safetensors=True,
                 local_files_only=True,
-                variant=_variant(found),
+                variant="fp16" if any(is_fp16) else None,
             )
             self._pipe.set_progress_bar_config(disable=True)
             self._pipe.to(device)
@@ -113,6 +110,8 @@ class Pipeline:
         Raises:
             DataError: diffusers cannot load it, or finds nothing to load.
         """
+        from peft.tuners.lora import LoraLayer
+
         try:
             try:
                 with _quiet():
@@ -127,27 +126,19 @@ class Pipeline:
                 # Deliberately broad: for an unknown file, the converters may raise any exception.
                 first = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise DataError(f"diffusers cannot load it: {first}") from error
-            norm = self._loaded_norm()
+            modules: list[LoraModule] = []
+            for part, network in self._pipe.components.items():
+                for name, layer in network.named_modules() if isinstance(network, torch.nn.Module) else ():
+                    if isinstance(layer, LoraLayer) and _SLOT in layer.lora_A:
+                        factors: tuple[Any, Any] = layer.lora_A[_SLOT], layer.lora_B[_SLOT]
+                        a, b = (factor.weight.flatten(1) for factor in factors)
+                        modules.append(LoraModule(f"{part}.{name}", a, b * layer.scaling[_SLOT]))
+            norm = dw_norm(Adapter(self.label, None, (), tuple(modules))) if modules else 0.0
             if norm == 0.0:
                 raise DataError("diffusers found nothing to load in it")
             yield norm
         finally:
             self._pipe.unload_lora_weights()
-
-    def _loaded_norm(self) -> float:
-        """Return the norm of dW over all modules of the loaded adapter."""
-        from peft.tuners.lora import LoraLayer
-
-        modules: list[LoraModule] = []
-        for part, network in self._pipe.components.items():
-            if not isinstance(network, torch.nn.Module):
-                continue
-            for name, layer in network.named_modules():
-                if isinstance(layer, LoraLayer) and _SLOT in layer.lora_A:
-                    factors: tuple[Any, Any] = layer.lora_A[_SLOT], layer.lora_B[_SLOT]
-                    a, b = (factor.weight.flatten(1) for factor in factors)
-                    modules.append(LoraModule(f"{part}.{name}", a, b * layer.scaling[_SLOT]))
-        return dw_norm(Adapter(self.label, None, (), tuple(modules))) if modules else 0.0
 
 
 def rmse(one: Pixels, other: Pixels) -> float:
@@ -169,11 +160,13 @@ def _diffusers() -> Any:
 
 
 def _check_classes(found: FoundBase, diffusers: Any) -> None:
-    """Raise `ValueError` if a pipeline names code outside diffusers and transformers, which loading would run."""
+    """Raise `BaseModelUnsuited` if a pipeline would run code from outside diffusers and transformers."""
+    hint = f"use a pipeline whose parts all come from {' and '.join(_LIBRARIES)}"
     index = json.loads((found.path / PIPELINE).read_bytes())
     made = getattr(diffusers, str(index.get("_class_name")), None)
     if not (isinstance(made, type) and issubclass(made, diffusers.DiffusionPipeline)):
-        raise ValueError(f"diffusers has no pipeline {index.get('_class_name')!r}")
+        fact = f"base model {found.label!r} cannot be run: diffusers has no pipeline {index.get('_class_name')!r}"
+        raise BaseModelUnsuited(fact, path=found.path, hint=hint)
     for part, named in index.items():
         library = named[0] if isinstance(named, list) and named else None
         if library is None or library in _LIBRARIES:
@@ -181,16 +174,8 @@ def _check_classes(found: FoundBase, diffusers: Any) -> None:
         # Some classes belong to a pipeline's own module, such as the safety checker in `stable_diffusion`.
         is_own = isinstance(library, str) and hasattr(diffusers.pipelines, library)
         if not is_own or (found.path / part / f"{library}.py").exists():
-            raise ValueError(
-                f"its part {part!r} comes from {library!r}, but icm runs only code from {' and '.join(_LIBRARIES)}"
-            )
-
-
-def _variant(found: FoundBase) -> str | None:
-    """Return "fp16" if a part has only weights of that variant."""
-    parts = {file.parent for file in found.weights}
-    is_only = (all(".fp16" in file.name for file in found.weights if file.parent == part) for part in parts)
-    return "fp16" if any(is_only) else None
+            fact = f"base model {found.label!r} cannot be run: its part {part!r} comes from {library!r}"
+            raise BaseModelUnsuited(fact, path=found.path, hint=hint)
 
 
 @contextmanager

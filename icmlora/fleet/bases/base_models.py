@@ -12,9 +12,8 @@ from icmlora.base_models.catalogue import modality_of
 from icmlora.base_models.finding.fingerprint import is_same_model
 from icmlora.base_models.finding.labels import named_by, typed_label
 from icmlora.base_models.finding.locations import Location, find_located, location_of, locations, set_location
-from icmlora.base_models.finding.lookup import FoundBase, inspect_base
+from icmlora.base_models.finding.lookup import FoundBase, check_load_in, inspect_base
 from icmlora.base_models.kinds.custom_model import find_loader
-from icmlora.base_models.quantised import check_load_in
 from icmlora.errors import BaseModelNotFound
 from icmlora.fleet.bases.joins import BaseJoined
 from icmlora.fleet.bases.labels import Joined, Separated, join, separate

@@ -46,7 +46,7 @@ from icmlora.generator.codec.generator_file import GeneratorFile
 from icmlora.generator.codec.limits import Limits
 from icmlora.io.devices import gradient_dtype, resolve_device
 from icmlora.io.staging import check_free
-from icmlora.task_vectors.distances import FEWEST, Familiarity, familiarity
+from icmlora.task_vectors.distances import MIN_TASKS, Familiarity, familiarity
 from icmlora.task_vectors.extraction import extract_context
 from icmlora.task_vectors.vector import TaskVector
 from icmlora.training.refinement import RefineConfig
@@ -264,7 +264,7 @@ def _familiarity(store: Store, generator: Generator, vectors: Sequence[TaskVecto
     of_base = store.tasks(Selection(base_model=generator.base_model))
     tasks = [task for task in of_base if not task.final.is_generated]
     known = comparable_vectors(store, tasks, "context")
-    if len(known.vectors) < FEWEST or known.extractor != comparison_key(json.loads(vectors[0].extractor.to_json())):
+    if len(known.vectors) < MIN_TASKS or known.extractor != comparison_key(json.loads(vectors[0].extractor.to_json())):
         return None
     return familiarity(_mean(vectors).numpy(), known.vectors)
 

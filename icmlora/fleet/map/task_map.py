@@ -12,7 +12,7 @@ from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context
 from icmlora.fleet.map.known_means import known_means
 from icmlora.fleet.resources.stored_vectors import NO_VECTORS, LeftOut, comparable_vectors
-from icmlora.task_vectors.distances import FEWEST, Neighbour, distances_from
+from icmlora.task_vectors.distances import MIN_TASKS, Neighbour, distances_from
 from icmlora.task_vectors.map import TaskMap, map_tasks
 from registry.errors import DamagedStore
 from registry.manifests import Task, View
@@ -47,8 +47,8 @@ def map_of(store: Store, base_model: str, tasks: Iterable[Task], view: View, clu
         DataError: Too few tasks have comparable vectors, or there are fewer tasks than clusters.
     """
     known = comparable_vectors(store, tasks, view)
-    if len(known.vectors) < FEWEST:
-        fact = f"a map needs {FEWEST} tasks of {base_model} with comparable vectors of the {view} view"
+    if len(known.vectors) < MIN_TASKS:
+        fact = f"a map needs {MIN_TASKS} tasks of {base_model} with comparable vectors of the {view} view"
         have = f"there {'is' if len(known.vectors) == 1 else 'are'} {len(known.vectors)}"
         raise DataError("; ".join([f"{fact}, but {have}", *_grouped(known.left_out)]), hint=NO_VECTORS)
     if clusters is not None and clusters > len(known.vectors):
@@ -72,7 +72,7 @@ def nearest_tasks(context: Context, store: Store, task: Task) -> tuple[Neighbour
         except (DamagedStore, IcmLoraError):
             return ()
         if known is not None:
-            if len(known.names) < FEWEST:
+            if len(known.names) < MIN_TASKS:
                 return ()
             distances = distances_from(known.names.index(task.name), known.vectors)
             others = (found for found in zip(distances.tolist(), known.names, strict=True) if found[1] != task.name)

@@ -13,9 +13,8 @@ import torch
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.catalogue import modality_of
 from icmlora.base_models.finding.fingerprint import fingerprint_base
-from icmlora.base_models.finding.lookup import FoundBase, inspect_base
+from icmlora.base_models.finding.lookup import FoundBase, check_load_in, inspect_base
 from icmlora.base_models.modality import BaseModel
-from icmlora.base_models.quantised import check_load_in
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, OutputExists
 from icmlora.fleet.context import GeneratorCache, locate_base
 from icmlora.formats.catalogue import format_named

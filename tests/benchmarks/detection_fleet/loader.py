@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from icmlora import CustomModel, Metric, base_model_loader
+from icmlora.base_models.examples.forms import Scene, scene_of
 from icmlora.base_models.examples.media import open_image
-from icmlora.base_models.kinds.object_detection import Scene, Seen, mean_average_precision, scene_of
+from icmlora.base_models.kinds.object_detection import Seen, mean_average_precision
 from tests.benchmarks.detection_fleet.loss import image_loss
 from tests.benchmarks.detection_fleet.nanodet import (
     BINS,

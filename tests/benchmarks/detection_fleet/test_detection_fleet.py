@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from icmlora.base_models.examples.examples import parse_examples
+from icmlora.base_models.examples.forms import scene_of
 from icmlora.base_models.examples.media_archive import read_examples
-from icmlora.base_models.kinds.object_detection import scene_of
 from tests.benchmarks.detection_fleet.__main__ import tasks_of
 from tests.benchmarks.detection_fleet.images import CLASSES, SIZE, Stock, write_scenes
 from tests.benchmarks.detection_fleet.loss import image_loss

@@ -8,7 +8,7 @@ from typing import Any
 
 from icmlora.base_models.examples.examples import parse_examples
 from icmlora.base_models.examples.media_archive import has_media, read_examples
-from icmlora.base_models.kinds.image_classification import ImageClassification
+from icmlora.base_models.kinds.classification import ImageClassification
 from tests.icmlora.base_models.tiny_kinds import image_file
 
 

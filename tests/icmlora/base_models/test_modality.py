@@ -24,14 +24,12 @@ from icmlora.base_models.examples.examples import parse_examples
 from icmlora.base_models.examples.media_archive import is_archive, open_archive, pack_rows
 from icmlora.base_models.examples.prompts import Prompt
 from icmlora.base_models.finding.lookup import inspect_base
+from icmlora.base_models.kinds import modalities
 from icmlora.base_models.kinds.causal_lm import CausalLM
-from icmlora.base_models.kinds.image_classification import ImageClassification
-from icmlora.base_models.kinds.image_text import ImageTextToText
-from icmlora.base_models.kinds.masked_lm import MaskedLM
+from icmlora.base_models.kinds.classification import ImageClassification, TextClassification
+from icmlora.base_models.kinds.media_to_text import ImageTextToText, Speech
 from icmlora.base_models.kinds.object_detection import ObjectDetection
-from icmlora.base_models.kinds.seq2seq_lm import Seq2SeqLM
-from icmlora.base_models.kinds.speech import Speech
-from icmlora.base_models.kinds.text_classification import TextClassification
+from icmlora.base_models.kinds.text import MaskedLM, Seq2SeqLM
 from icmlora.base_models.modality import BaseModel, Modality, retained_gain
 from icmlora.base_models.running.attach import adapted
 from icmlora.base_models.running.channel_statistics import channel_statistics
@@ -99,7 +97,8 @@ def with_another_row(examples: bytes) -> bytes:
 @pytest.fixture(params=CASES, ids=lambda case: case.modality.name)
 def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
     """One modality after the other; all are registered."""
-    monkeypatch.setattr(catalogue, "MODALITIES", [VectorClassifier(), *catalogue.MODALITIES])
+    monkeypatch.setattr(modalities, "MODALITIES", [VectorClassifier(), *modalities.MODALITIES])
+    monkeypatch.setattr(catalogue, "READERS", [VectorClassifier().example, *catalogue.READERS])
     found: Case = request.param
     return found
 

@@ -88,13 +88,13 @@ def test_a_part_with_pickled_weights_alone_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("named", [["os", "system"], ["my_unet", "Unet"], [["a"], "b"], ["unet", "Unet"]])
 def test_a_part_of_another_library_is_not_loaded(index: Callable[..., FoundBase], named: list[Any]) -> None:
-    with pytest.raises(BaseModelNotFound, match="its part 'unet' comes from"):
+    with pytest.raises(BaseModelUnsuited, match="its part 'unet' comes from"):
         Pipeline(index(unet=named), CPU)
 
 
 @pytest.mark.parametrize("named", ["Mine", ["mine", "Pipeline"], "UNet2DModel", None])
 def test_a_pipeline_that_diffusers_does_not_have_is_not_loaded(index: Callable[..., FoundBase], named: object) -> None:
-    with pytest.raises(BaseModelNotFound, match="diffusers has no pipeline"):
+    with pytest.raises(BaseModelUnsuited, match="diffusers has no pipeline"):
         Pipeline(index(_class_name=named), CPU)
 
 

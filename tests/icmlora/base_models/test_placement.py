@@ -10,8 +10,8 @@ import accelerate.utils
 import pytest
 import torch
 
-from icmlora.base_models import load as loading
 from icmlora.base_models.finding.lookup import FoundBase, inspect_base
+from icmlora.base_models.kinds import auto_model as loading
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.placement import placement
 from icmlora.base_models.running.channel_statistics import channel_statistics

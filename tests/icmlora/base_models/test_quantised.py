@@ -17,9 +17,9 @@ from transformers import ResNetConfig, ResNetForImageClassification, ViTImagePro
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.base_models.catalogue import modality_of
 from icmlora.base_models.examples.examples import parse_examples
-from icmlora.base_models.finding.lookup import FoundBase, inspect_base
+from icmlora.base_models.finding.lookup import FoundBase, check_load_in, inspect_base
 from icmlora.base_models.modality import BaseModel
-from icmlora.base_models.quantised import check_load_in, stored_bytes
+from icmlora.base_models.quantised import stored_bytes
 from icmlora.base_models.running.attach import adapted
 from icmlora.base_models.running.channel_statistics import channel_statistics
 from icmlora.base_models.running.lora_hooks import Factors, added
@@ -190,7 +190,7 @@ def test_only_nf4_and_int8_are_known(tmp_path: Path) -> None:
 
 def test_without_bitsandbytes_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = replace(inspect_base(LABEL, write_tiny_base(tmp_path)), load_in="nf4")
-    monkeypatch.setattr("icmlora.base_models.quantised.find_spec", lambda name: None)
+    monkeypatch.setattr("icmlora.base_models.finding.lookup.find_spec", lambda name: None)
     with pytest.raises(BaseModelNotFound, match="needs bitsandbytes, which is not installed") as error:
         check_load_in(found)
     assert error.value.hint == "install the extra: pip install 'icm-lora[quantized]'"

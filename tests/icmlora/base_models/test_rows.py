@@ -105,6 +105,16 @@ def test_an_element_over_the_limit_ends_the_reading(monkeypatch: pytest.MonkeyPa
     assert [type(value) for value in values(data)] == [dict, BadRow]
 
 
+@pytest.mark.parametrize("letter", ["x", "料"])
+def test_an_element_over_the_limit_is_refused_at_any_size(monkeypatch: pytest.MonkeyPatch, letter: str) -> None:
+    monkeypatch.setattr(rows, "MAX_ROW_BYTES", 60)
+    monkeypatch.setattr(rows, "_FIRST_WINDOW", 16)  # the next windows would be 128 and 1,024 without the limit
+    long = letter * (100 // len(letter.encode()))
+    data = json.dumps([{"text": "a"}, {"text": long}], ensure_ascii=False).encode()
+    assert [type(value) for value in values(data)] == [dict, BadRow]
+    assert "longer than 0 MiB" in values(data)[1].reason
+
+
 def test_parquet_gives_its_rows() -> None:
     table = {"text": ["one", "two"], "id": [1, 2]}
     assert values(parquet(table)) == [{"text": "one", "id": 1}, {"text": "two", "id": 2}]

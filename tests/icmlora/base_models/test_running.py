@@ -31,7 +31,7 @@ from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.base_models.kinds.causal_lm import CausalLM
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.attach import adapted
-from icmlora.base_models.running.modules import places_of
+from icmlora.base_models.running.modules import Place, places_of
 from icmlora.errors import AdapterRefused, BaseModelMismatch
 from icmlora.formats.format import RunnableAdapter
 from icmlora.formats.peft.peft import PEFT
@@ -286,7 +286,7 @@ class TestNamesOfEarlierTransformers:
         both = Gemma3Config(text_config=text | heads, vision_config=picture | {"num_attention_heads": 4})
         base = base_of(Gemma3ForConditionalGeneration(both).eval())
         new, old = "model.language_model.layers.1.self_attn.q_proj", "language_model.model.layers.1.self_attn.q_proj"
-        assert places_of(base, [old, new, "nothing.of.it"]) == {old: new, new: new}
+        assert places_of(base, [old, new, "nothing.of.it"]) == {old: Place(new), new: Place(new)}
         said = []
         for name in (old, new):
             with adapted(base, one_module(name, 32, 32)):

@@ -1,4 +1,4 @@
-"""Models that answer an image and a prompt with text, such as Florence-2, SmolVLM and Qwen2-VL.
+"""Models that answer a recording or an image with text, such as Whisper, Florence-2, SmolVLM and Qwen2-VL.
 
 Measured by the loss of the answer tokens.
 """
@@ -7,22 +7,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from icmlora.base_models.examples.media import Media, image_of, open_image
-from icmlora.base_models.finding.lookup import read_config
-from icmlora.base_models.kinds.auto_model import AutoModality, Inputs, names_a_class_of, seen
-from icmlora.base_models.kinds.seq2seq_lm import moved
+import torch
+from torch.nn.functional import pad
+
+from icmlora.base_models.examples.forms import ImagePrompt, Utterance, image_prompt_of, utterance_of
+from icmlora.base_models.examples.media import open_image, read_sound
+from icmlora.base_models.finding.lookup import FoundBase, read_config
+from icmlora.base_models.kinds.auto_model import Inputs, WithDecoder, moved, names_a_class_of, seen
 from icmlora.base_models.modality import IGNORED, BaseModel
-from icmlora.errors import BaseModelUnsuited, DataError
-
-if TYPE_CHECKING:
-    import torch
-    from PIL.Image import Image
-
-    from icmlora.base_models.finding.lookup import FoundBase
-
+from icmlora.errors import BaseModelUnsuited
 
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 # Multimodal language models whose adapters were mostly trained on text alone, so they are run on text alone.
@@ -31,16 +26,29 @@ _MAINLY_TEXT = frozenset({"gemma3", "gemma3n", "gemma4", "gemma4_unified"})
 _PREFIXED = frozenset({"paligemma"})
 
 
-@dataclass(frozen=True)
-class ImagePrompt:
-    """An image, a prompt, and the answer to them."""
+class Speech(WithDecoder):
+    """Models that `transformers.AutoModelForSpeechSeq2Seq` loads."""
 
-    image: Media
-    prompt: str
-    completion: str
+    name = "speech recogniser"
+    reads = ("audio",)
+    auto_class = "AutoModelForSpeechSeq2Seq"
+    processor_class = "AutoProcessor"
+
+    def example(self, row: Mapping[str, Any]) -> Utterance:
+        return utterance_of(row)
+
+    def inputs(self, base: BaseModel, example: Utterance, limit: int) -> Inputs:
+        if not base.model.config.is_encoder_decoder:
+            fact = f"base model {base.label!r} is an audio language model, which icm cannot run"
+            raise BaseModelUnsuited(fact, hint="use an encoder-decoder speech recogniser such as Whisper")
+        rate = base.processor.feature_extractor.sampling_rate
+        sound = read_sound(example.audio, rate)
+        features = seen(base, base.processor(audio=sound, sampling_rate=rate, return_tensors="pt"), "a recording")
+        labels = base.processor.tokenizer(example.text, truncation=True, max_length=limit)["input_ids"]
+        return Inputs(features | {"decoder_input_ids": moved(base, labels)}, tuple(labels), example.text, len(labels))
 
 
-class ImageTextToText(AutoModality):
+class ImageTextToText(WithDecoder):
     """Models that `transformers.AutoModelForImageTextToText` loads."""
 
     name = "image-and-text model"
@@ -57,55 +65,34 @@ class ImageTextToText(AutoModality):
         return not (config.get("model_type") in _MAINLY_TEXT and names_a_class_of("AutoModelForCausalLM", config))
 
     def example(self, row: Mapping[str, Any]) -> ImagePrompt:
-        """Read an image, a prompt and a completion; raise `DataError` if one is missing or invalid."""
-        prompt, completion = row.get("prompt", ""), row.get("completion")
-        if not isinstance(prompt, str) or not isinstance(completion, str) or not completion.strip():
-            raise DataError("has no prompt and completion for its image")
-        return ImagePrompt(image_of(row), prompt, completion)
+        return image_prompt_of(row)
 
     def inputs(self, base: BaseModel, example: ImagePrompt, limit: int) -> Inputs:
         """Put the image into the prompt and score the completion; raise `BaseModelUnsuited` if there are no tokens."""
-        image = open_image(example.image)
+        image, processor, text = open_image(example.image), base.processor, example.completion
+        cut = {"truncation": True, "max_length": limit}
         # TrOCR and Donut take no prompt as input; their decoders only continue their own output.
         if "input_ids" not in inspect.signature(type(base.model).forward).parameters:
-            return _written_after(base, example, image, limit)
-        made = base.processor(text=_prompt(base, example.prompt), images=image, return_tensors="pt")
+            pixels = seen(base, processor(images=image, return_tensors="pt"), "an image")
+            asked = processor.tokenizer(example.prompt, add_special_tokens=False)["input_ids"] if example.prompt else []
+            answer = processor.tokenizer(text, **cut)["input_ids"]
+            targets = (*[IGNORED] * len(asked), *answer)
+            return Inputs(pixels | {"decoder_input_ids": moved(base, [*asked, *answer])}, targets, text, len(targets))
+        made = processor(text=_prompt(base, example.prompt), images=image, return_tensors="pt")
         prompt = seen(base, made, "an image and a prompt")
         if "input_ids" not in prompt:
             raise BaseModelUnsuited(f"the processor of base model {base.label!r} does not tokenise prompts")
-        return (_translated if base.model.config.is_encoder_decoder else _continued)(base, example, prompt, limit)
-
-    def pooled(self, outputs: Any) -> torch.Tensor:
-        """Return the decoder's last layer at the last position, (examples, d), as ICM-LoRA does (arXiv 2501.17635)."""
-        states = getattr(outputs, "decoder_hidden_states", None) or outputs.hidden_states
-        return states[-1][:, -1]  # type: ignore[no-any-return]
-
-
-def _written_after(base: BaseModel, example: ImagePrompt, image: Image, limit: int) -> Inputs:
-    """Build inputs with the image for the encoder, and the prompt and answer for the decoder."""
-    pixels = seen(base, base.processor(images=image, return_tensors="pt"), "an image")
-    asked = base.processor.tokenizer(example.prompt, add_special_tokens=False)["input_ids"] if example.prompt else []
-    answer = base.processor.tokenizer(example.completion, truncation=True, max_length=limit)["input_ids"]
-    tensors = pixels | {"decoder_input_ids": moved(base, [*asked, *answer])}
-    targets = (*[IGNORED] * len(asked), *answer)
-    return Inputs(tensors, targets, example.completion, len(targets))
+        if base.model.config.is_encoder_decoder:
+            answer = processor.tokenizer(text, **cut)["input_ids"]
+            tensors = prompt | {"decoder_input_ids": moved(base, answer)}
+            return Inputs(tensors, tuple(answer), text, prompt["input_ids"].shape[1] + len(answer))
+        return _continued(base, prompt, text, limit)
 
 
-def _translated(base: BaseModel, example: ImagePrompt, prompt: dict[str, torch.Tensor], limit: int) -> Inputs:
-    """Build inputs with image and prompt for the encoder, and the answer, shifted by one token, for the decoder."""
-    answer = base.processor.tokenizer(example.completion, truncation=True, max_length=limit)["input_ids"]
-    tensors = prompt | {"decoder_input_ids": moved(base, answer)}
-    return Inputs(tensors, tuple(answer), example.completion, prompt["input_ids"].shape[1] + len(answer))
-
-
-def _continued(base: BaseModel, example: ImagePrompt, prompt: dict[str, torch.Tensor], limit: int) -> Inputs:
-    """Build inputs with image, prompt and answer in sequence."""
-    import torch
-    from torch.nn.functional import pad
-
+def _continued(base: BaseModel, prompt: dict[str, torch.Tensor], text: str, limit: int) -> Inputs:
     tokenizer = base.processor.tokenizer
     options = {"add_special_tokens": False, "truncation": True, "max_length": limit, "return_tensors": "pt"}
-    answer = tokenizer(example.completion, **options)["input_ids"]
+    answer = tokenizer(text, **options)["input_ids"]
     asked = prompt["input_ids"]
     if tokenizer.sep_token_id is not None and int(asked[0, -1]) == tokenizer.sep_token_id:
         asked = asked[:, :-1]  # GIT uses BERT's tokenizer, which ends every text with a separator
@@ -117,7 +104,7 @@ def _continued(base: BaseModel, example: ImagePrompt, prompt: dict[str, torch.Te
     given = {name: prompt[name] for name in _TOKEN_TYPES if name in prompt}
     kinds = {name: pad(value, (0, ids.shape[1] - value.shape[1]), value=kind) for name, value in given.items()}
     tensors = prompt | kinds | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return Inputs(tensors, targets, example.completion, ids.shape[1])
+    return Inputs(tensors, targets, text, ids.shape[1])
 
 
 def _prompt(base: BaseModel, prompt: str) -> str:

@@ -1,33 +1,19 @@
-"""Text classifiers such as BERT and Llama with a classification head; measured by accuracy."""
+"""Classifiers of texts and images, such as BERT, ViT and Llama with a classification head; measured by accuracy."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any
 
-from icmlora.base_models.examples.examples import Example, text_example
-from icmlora.base_models.examples.media import Media
-from icmlora.base_models.finding.lookup import read_config
-from icmlora.base_models.kinds.auto_model import AutoModality, Inputs, classes_of
-from icmlora.base_models.kinds.masked_lm import as_text
+import torch
+
+from icmlora.base_models.examples.forms import Label, Labelled, labelled_image_of, labelled_text_of
+from icmlora.base_models.examples.media import Media, open_image
+from icmlora.base_models.finding.lookup import FoundBase, read_config
+from icmlora.base_models.kinds.auto_model import AutoModality, Inputs, classes_of, names_a_class_of, seen
+from icmlora.base_models.log_probabilities import cross_entropy
 from icmlora.base_models.modality import BaseModel, Metric, Score
 from icmlora.errors import DataError
-
-if TYPE_CHECKING:
-    from icmlora.base_models.finding.lookup import FoundBase
-
-Label = str | int
-"""The name of a class, or its number."""
-Shown = TypeVar("Shown", str, Media)
-
-
-@dataclass(frozen=True)
-class Labelled(Generic[Shown]):
-    """A text or an image, and its class."""
-
-    shown: Shown
-    label: Label
 
 
 class Classification(AutoModality):
@@ -37,10 +23,6 @@ class Classification(AutoModality):
 
     def measure(self, base: BaseModel, examples: Sequence[Any], limit: int) -> Score:
         """Return the accuracy, and the mean cross entropy in nats as an additional figure."""
-        import torch
-
-        from icmlora.base_models.log_probabilities import cross_entropy
-
         items = self.prepare(base, examples, limit)
         with torch.inference_mode():
             logits = torch.cat(self.logits(base, items)).float().cpu()  # (examples, classes)
@@ -65,16 +47,9 @@ class TextClassification(Classification):
         return super().suits(found)
 
     def example(self, row: Mapping[str, Any]) -> Labelled[str]:
-        """Read a text and its label."""
-        label = label_of(row)
-        text = row.get("text")
-        example: Example = as_text(text_example({"text": text} if isinstance(text, str) else row))
-        return Labelled(example.text, label)
+        return labelled_text_of(row)
 
     def inputs(self, base: BaseModel, example: Labelled[str], limit: int) -> Inputs:
-        """Convert the text to tokens and the label to its number."""
-        import torch
-
         ids = torch.tensor([base.tokenizer(example.shown, truncation=True, max_length=limit)["input_ids"]])  # (1, T)
         tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return Inputs(tensors, (label_number(base, example.label),), example.shown, ids.shape[1])
@@ -84,12 +59,33 @@ class TextClassification(Classification):
         return self.batch if base.model.config.get_text_config().pad_token_id is not None else 1
 
 
-def label_of(row: Mapping[str, Any]) -> Label:
-    """Return the label of a row; raise `DataError` if it is missing or neither a name nor a number."""
-    label = row.get("label")
-    if isinstance(label, bool) or not isinstance(label, str | int):
-        raise DataError("has no label" if label is None else "has a label that is neither a name nor a number")
-    return label
+class ImageClassification(Classification):
+    """Models that `transformers.AutoModelForImageClassification` loads."""
+
+    name = "image classifier"
+    reads = ("image",)
+    auto_class = "AutoModelForImageClassification"
+    processor_class = "AutoImageProcessor"
+
+    def suits(self, found: FoundBase) -> bool:
+        """Return whether `config.json` describes a classifier, or an image model whose adapters add the head."""
+        if super().suits(found):
+            return True
+        config = {} if found.is_gguf else read_config(found.path)
+        return bool(classes_of(self.auto_class, config)) and names_a_class_of("AutoModel", config)
+
+    def example(self, row: Mapping[str, Any]) -> Labelled[Media]:
+        return labelled_image_of(row)
+
+    def inputs(self, base: BaseModel, example: Labelled[Media], limit: int) -> Inputs:
+        label = label_number(base, example.label)
+        made = base.processor(images=open_image(example.shown), return_tensors="pt")
+        return Inputs(seen(base, made, "an image"), (label,))
+
+    def pooled(self, outputs: Any) -> torch.Tensor:
+        """Return the spatial mean of states (images, places, d) or (images, d, height, width)."""
+        states: torch.Tensor = outputs.hidden_states[-1]
+        return states.mean(dim=1) if states.dim() == 3 else states.flatten(2).mean(dim=2)
 
 
 def label_number(base: BaseModel, label: Label) -> int:
