@@ -24,8 +24,9 @@ from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import factors_of
 from icmlora.fleet.resources.workers import Tell
 from icmlora.generator.codec.codec import Codec
-from icmlora.generator.codec.encoding import Encoded, SlotChoice, Steps, measured
+from icmlora.generator.codec.encoding import Encoded, measured
 from icmlora.generator.codec.relaxed import RelaxedCode
+from icmlora.generator.codec.steps import SlotChoice, Steps
 from icmlora.generator.scales import OCTAVE
 from icmlora.training.effect import LEAST_LOST, Effect, Lost
 from icmlora.training.refinement import Refinable, RefineConfig, has_short_answers, items_for, refine
@@ -164,7 +165,9 @@ def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, origina
     def cost(slots: SlotChoice) -> float:
         return len(code(step, slots)) * math.pow(max(lost_by(step, slots=slots), LEAST_LOST), _SIZE_POWER)
 
-    choices = [SlotChoice(has_faint, for_strong) for has_faint, for_strong in product((False, True), repeat=2)]
+    choices = [
+        SlotChoice(*which) for which in product((False, True), repeat=2)
+    ]
     step, _ = near(lost, partial(lost_by, slots=choices[0]), steps.expected(_FIRST))
     slots = min(choices, key=cost)
     step, found = near(lost, partial(lost_by, slots=slots), step)

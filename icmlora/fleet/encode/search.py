@@ -15,8 +15,9 @@ from icmlora.adapter.model import Adapter
 from icmlora.fleet.encode.refiner import Coarse, Finished, Refiner, coarse_for, lost_before, refine_all
 from icmlora.fleet.resources.workers import Tell
 from icmlora.generator.codec.codec import Codec
-from icmlora.generator.codec.encoding import Steps, encode_adapter
+from icmlora.generator.codec.encoding import encode_adapter
 from icmlora.generator.codec.limits import Limits
+from icmlora.generator.codec.steps import Steps
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.io.text import human_size
 

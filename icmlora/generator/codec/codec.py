@@ -73,7 +73,8 @@ class Codec:
         Integers are read on the CPU. Another device's arithmetic may differ in the last bit.
         """
         head, parts = self.each_kind(code, lambda modules: modules, device)
-        return assembled(parts, self.config, modules=_modules_of(head), task_type=head.task_type)
+        places = [(int(kind), int(layer)) for kind, layer in np.argwhere(head.kept != ABSENT)]
+        return assembled(parts, self.config, modules=places, task_type=head.task_type)
 
     def each_kind(
         self, code: bytes, use: Callable[[Modules], _Used], device: torch.device | None = None
@@ -82,11 +83,25 @@ class Codec:
 
         Returns the code's head, and the function's result for each kind. Modules without integers are left out.
         """
-        place = device or torch.device("cpu")
         head, state, streams = self._read(code)
 
         def used(stream: Iterable[KindIntegers]) -> list[_Used]:
-            return [use(self._modules(group, state, head, place)) for group in stream]
+            found = []
+            for group in stream:
+                slots, norms = group.slots, self.quantizer.norms(group.slots, group.gain, group.residuals)
+                layer, root = torch.from_numpy(slots.layer), norm_of(norms).sqrt()
+                strengths = torch.exp2(_floats(head.strengths[slots.kind]) / STRENGTHS)  # of each layer's dW, (L,)
+                a, b = self.quantizer.dequantise(
+                    slots,
+                    norms,
+                    state,
+                    head.step,
+                    group.vectors,
+                    factors=(1 / root, strengths[layer] / root),
+                    device=device or torch.device("cpu"),
+                )
+                found.append(use(modules_of(slots.kind, layer, a, b, self.config, self.sensitivity)))
+            return found
 
         with side_by_side(None if len(code) > _LARGE else 1) as each:
             return head, list(chain.from_iterable(each(used, streams)))
@@ -140,25 +155,8 @@ class Codec:
         wrong = [len(vectors[view]) for view in VIEWS if size and view in vectors and vectors[view].shape != (size,)]
         if wrong:
             raise GeneratorError(f"a task vector has {wrong[0]} values; the generator was trained on {size}")
-        return self.net.embed(vectors).round()
-
-    def _modules(self, group: KindIntegers, state: TaskState, head: CodeHead, device: torch.device) -> Modules:
-        """Turn the integers of one kind into its modules."""
-        slots, norms = group.slots, self.quantizer.norms(group.slots, group.gain, group.residuals)
-        layer, root = torch.from_numpy(slots.layer), norm_of(norms).sqrt()
-        factors = 1 / root, _strength_of(head.strengths[slots.kind])[layer] / root
-        a, b = self.quantizer.dequantise(slots, norms, state, head.step, group.vectors, factors=factors, device=device)
-        return modules_of(slots.kind, layer, a, b, self.config, self.sensitivity)
-
-
-def _modules_of(head: CodeHead) -> list[tuple[int, int]]:
-    """Return the modules of a code, as (kind, layer)."""
-    return [(int(kind), int(layer)) for kind, layer in zip(*np.nonzero(head.kept != ABSENT), strict=True)]
-
-
-def _strength_of(strengths: NDArray[np.int8]) -> torch.Tensor:
-    """Return the factor of each layer's dW, shape (L,), from its log2 in 64ths."""
-    return torch.exp2(_floats(strengths) / STRENGTHS)
+        condition: torch.Tensor = self.net.condition(vectors)
+        return condition.round()
 
 
 def _floats(values: NDArray[np.int8]) -> torch.Tensor:

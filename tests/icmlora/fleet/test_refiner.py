@@ -17,7 +17,7 @@ from icmlora.fleet.encode import refiner
 from icmlora.fleet.encode.refiner import Coarse, Refiner, coarse_for, near, refine_all
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec.codec import Codec
-from icmlora.generator.codec.encoding import Steps
+from icmlora.generator.codec.steps import Steps
 from icmlora.training.effect import Lost
 from icmlora.training.refinement import FOR_SHARE
 from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter
@@ -73,7 +73,7 @@ def test_refinement_begins_with_the_strengths_that_lose_less(base: BaseModel, ad
     begun = coarse(base, adapter, codec, keep=0.9, lost=0.3)
     share, step = begun.share, codec.open(begun.encoded.data).head.step
     assert share is not None
-    other = share.steps.with_slots(step, replace(share.slots, for_strong=not share.slots.for_strong))
+    other = share.steps.with_slots(step, replace(share.slots, energy_weighted=not share.slots.for_strong))
     taken, left = (begun.refiner.lost(codec, data, of_few=True).of_most for data in (begun.encoded.data, other))
     assert 0.9 * taken <= left
 

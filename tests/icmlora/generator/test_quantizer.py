@@ -11,17 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.adapter.model import Adapter
-from icmlora.generator.codec.packing import split_sides
-from icmlora.generator.codec.quantizer import Norms, Slots, TokenQuantizer, centred, norm_of
+from icmlora.generator.codec.quantizer import Norms, TokenQuantizer, centred, norm_of
 from icmlora.generator.codec.runs import Nonzeros
 from icmlora.generator.files.entropy_coding import LIMIT
 from icmlora.generator.initial_a.subspace import InitialSubspace, initial_subspace
 from icmlora.generator.network.cvae import CVAE, TaskState
 from icmlora.generator.network.tokenizing import tokenize
-from icmlora.generator.network.tokens import KindTokens
+from icmlora.generator.network.tokens import KindTokens, Slots
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, centres
 from tests.icmlora.peft_made import peft_codec, peft_fleet
-from tests.icmlora.small_fleet import codec, make_adapter, with_factors
+from tests.icmlora.small_fleet import codec, make_adapter, sides_of, with_factors
 
 
 @pytest.fixture
@@ -39,7 +38,7 @@ def state(net: CVAE) -> TaskState:
 
 def first(net: CVAE, adapter: Adapter) -> tuple[KindTokens, Slots]:
     group = next(iter(tokenize(adapter, net.config, net.sensitivity)))
-    return group, Slots(group.kind, group.layer.numpy(), group.slot.numpy())
+    return group, group.slots
 
 
 @torch.no_grad()
@@ -147,7 +146,7 @@ def with_initial(task: int, modules: int) -> tuple[TokenQuantizer, KindTokens, T
 
 @torch.no_grad()
 def norms_of(quantizer: TokenQuantizer, group: KindTokens) -> tuple[Slots, Norms]:
-    slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
+    slots = group.slots
     return slots, quantizer.norms(slots, *quantizer.norm_residuals(slots, group.norm))
 
 
@@ -212,7 +211,7 @@ def test_rows_that_a_module_lacks_hold_zeros_at_the_smallest_scale() -> None:
     with torch.no_grad():
         found = quantizer.quantise(group, norms, known, -60)
     sizes = (*quantizer.sizes[group.kind], known.subspace.rows(group.kind))
-    *_, along = split_sides(found.dense(len(norms) * sum(sizes)), len(norms), sizes)
+    *_, along = sides_of(found, len(norms), sizes)
     assert along.any()
     assert not along[lacking].any()
     *_, scales = quantizer.scales(slots, norms, known.subspace, -60)

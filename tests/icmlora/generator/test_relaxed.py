@@ -19,7 +19,7 @@ from icmlora.generator.codec.relaxed import RelaxedCode
 from icmlora.generator.files.entropy_coding import Integers
 from icmlora.generator.scales import LARGEST, SMALLEST
 from tests.icmlora.peft_made import peft_codec, peft_fleet
-from tests.icmlora.small_fleet import codec, make_vectors, mixed_fleet
+from tests.icmlora.small_fleet import codec, make_vectors, mixed_fleet, sides_of
 
 TASKS = [0, 1, 2]
 Make = Callable[[int], tuple[Codec, Adapter, bytes, RelaxedCode]]
@@ -82,7 +82,8 @@ def test_moved_values_are_what_the_new_code_decodes_to(make: Make) -> None:
 def along(under: Codec, opened: OpenCode, group: KindIntegers) -> Integers:
     """Return the integers along the initial subspace, shape (n, R)."""
     kind = group.slots.kind
-    return group.sides((*under.quantizer.sizes[kind], opened.state.subspace.rows(kind)))[2]
+    sizes = (*under.quantizer.sizes[kind], opened.state.subspace.rows(kind))
+    return sides_of(group.vectors, len(group.slots.layer), sizes)[2]
 
 
 def test_a_code_that_was_moved_still_holds_the_initial_a() -> None:

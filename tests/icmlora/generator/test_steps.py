@@ -9,11 +9,11 @@ import torch
 
 from icmlora.adapter.model import Adapter
 from icmlora.generator.codec.codec import Codec
-from icmlora.generator.codec.encoding import SlotChoice, Steps
+from icmlora.generator.codec.steps import SlotChoice, Steps
 from tests.icmlora.peft_made import peft_codec, peft_fleet
 from tests.icmlora.untrained import untrained_codec, with_directions
 
-STRONGER = SlotChoice(has_faint=False, for_strong=False)
+STRONGER = SlotChoice(keep_weak=False, energy_weighted=False)
 
 
 def ranks(codec: Codec, code: bytes) -> list[int]:
@@ -31,7 +31,7 @@ def test_a_slot_whose_values_are_small_beside_the_step_is_left_out() -> None:
 def test_a_code_may_have_the_faint_slots_too() -> None:
     adapter = with_directions(1.0, 0.24)
     steps = Steps(untrained_codec(adapter), adapter, {}, None)
-    assert steps.with_slots(0, replace(STRONGER, has_faint=True)) == steps.code(0)[0]
+    assert steps.with_slots(0, replace(STRONGER, keep_weak=True)) == steps.code(0)[0]
 
 
 def test_a_finer_step_leaves_out_none() -> None:
@@ -55,7 +55,7 @@ def test_strengths_for_strong_slots_leave_these_as_long_as_they_were() -> None:
         return sum(float(torch.linalg.matrix_norm(module.b @ module.a, ord=2)) for module in adapter.modules)
 
     of_all, of_strong = (
-        codec.decode(steps.with_slots(0, replace(STRONGER, for_strong=wanted))) for wanted in (False, True)
+        codec.decode(steps.with_slots(0, replace(STRONGER, energy_weighted=wanted))) for wanted in (False, True)
     )
     assert length(of_strong) == pytest.approx(length(adapter), rel=0.05)
     assert length(of_all) > 1.05 * length(of_strong)
