@@ -165,9 +165,7 @@ def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, origina
     def cost(slots: SlotChoice) -> float:
         return len(code(step, slots)) * math.pow(max(lost_by(step, slots=slots), LEAST_LOST), _SIZE_POWER)
 
-    choices = [
-        SlotChoice(*which) for which in product((False, True), repeat=2)
-    ]
+    choices = [SlotChoice(*which) for which in product((False, True), repeat=2)]
     step, _ = near(lost, partial(lost_by, slots=choices[0]), steps.expected(_FIRST))
     slots = min(choices, key=cost)
     step, found = near(lost, partial(lost_by, slots=slots), step)

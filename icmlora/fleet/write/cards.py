@@ -215,7 +215,7 @@ class GeneratedCard:
 def _measured(guard: Guard, *, is_chosen: bool) -> str:
     """Return the rows of a card with the losses of adapter and context, and a recommendation."""
     served = f"| recommended | {guard.recommended} |\n" if is_chosen else ""
-    return f"| nats per token on {guard.told_by} | {guard.figures} |\n{served}"
+    return f"| nats per token on {guard.measured_on} | {guard.figures} |\n{served}"
 
 
 _MERGED_CARD = """\

@@ -30,7 +30,6 @@ from icmlora.generator.network.cvae import CVAE, TaskState
 from icmlora.generator.network.stack import INPUTS, OUTPUTS, places_of
 from icmlora.generator.network.tokens import KindTokens, Slots
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, STRENGTHS, centre_table
-from icmlora.generator.sensitivity import Sensitivity
 
 _CPU = torch.device("cpu")
 _SHORT = 31  # largest magnitude in the small table of centres

@@ -127,7 +127,9 @@ class Objective:
         return batch.stack.summed(joined(found))
 
 
-def _rounded(tokens: Values, mean: Sequence[torch.Tensor], scales: list[torch.Tensor], subspaces: Subspaces | None) -> _Rounded:
+def _rounded(
+    tokens: Values, mean: Sequence[torch.Tensor], scales: list[torch.Tensor], subspaces: Subspaces | None
+) -> _Rounded:
     """Round tokens as the codec does.
 
     The gradient with respect to the scales is exact. The gradient with respect to the predicted means comes from
