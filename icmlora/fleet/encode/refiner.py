@@ -28,7 +28,7 @@ from icmlora.generator.codec.encoding import Encoded, measured
 from icmlora.generator.codec.relaxed import RelaxedCode
 from icmlora.generator.codec.steps import SlotChoice, Steps
 from icmlora.generator.scales import OCTAVE
-from icmlora.training.effect import LEAST_LOST, Effect, Lost
+from icmlora.training.effect import MIN_LOST, Effect, EffectLoss
 from icmlora.training.refinement import Refinable, RefineConfig, has_short_answers, items_for, refine
 from icmlora.training.teacher import Teacher
 
@@ -72,7 +72,7 @@ class Refiner:
         teacher = Teacher(base, original, read)
         return cls(base, teacher, Effect(teacher if held is read else Teacher(base, original, held)), config)
 
-    def lost(self, codec: Codec, data: bytes, *, of_few: bool = False) -> Lost:
+    def lost(self, codec: Codec, data: bytes, *, of_few: bool = False) -> EffectLoss:
         """Return the share of the adapter's effect that the bytes of a code lose, as `Effect.lost`."""
         return self.effect.lost(factors_of(codec.decode(data)), of_few=of_few)
 
@@ -99,7 +99,7 @@ class ForShare:
     def aim(self) -> float:
         """The loss to aim at, so that nearly all codes lose less than `most`."""
         asked = 1 - self.keep
-        return max(asked + _AIM * (self.most - asked), LEAST_LOST)
+        return max(asked + _AIM * (self.most - asked), MIN_LOST)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Finished:
     """A code that was refined, or left as it was, and its loss of the adapter's effect."""
 
     encoded: Encoded
-    lost: Lost | None  # None without a share to keep
+    lost: EffectLoss | None  # None without a share to keep
     misses_limit: bool
 
     @property
@@ -163,7 +163,7 @@ def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, origina
         return refiner.lost(codec, code(step, slots), of_few=True).of_most
 
     def cost(slots: SlotChoice) -> float:
-        return len(code(step, slots)) * math.pow(max(lost_by(step, slots=slots), LEAST_LOST), _SIZE_POWER)
+        return len(code(step, slots)) * math.pow(max(lost_by(step, slots=slots), MIN_LOST), _SIZE_POWER)
 
     choices = [SlotChoice(*which) for which in product((False, True), repeat=2)]
     step, _ = near(lost, partial(lost_by, slots=choices[0]), steps.expected(_FIRST))
@@ -296,7 +296,7 @@ class _Running:
 
 def _octaves(share: float) -> float:
     """Return the logarithm, base 2, of a loss."""
-    return math.log2(max(share, LEAST_LOST))
+    return math.log2(max(share, MIN_LOST))
 
 
 def _eighths(octaves: float, power: float, most: int) -> int:

@@ -56,7 +56,7 @@ class CodeSearch:
         assert keep is not None
         self.tell(f"encoding, to keep {keep:g}")
         steps = Steps(self.codec, self.original, self.vectors, self.initial)
-        lost = lost_before(keep, refiner.effect.beyond) if self.is_refined else _SURELY * (1 - keep)
+        lost = lost_before(keep, refiner.effect.uncapped_ratio) if self.is_refined else _SURELY * (1 - keep)
         return coarse_for(keep, lost, refiner, self.codec, self.original, steps)
 
     def _plain(self) -> Finished:

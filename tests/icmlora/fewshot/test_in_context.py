@@ -87,7 +87,7 @@ def test_a_teacher_says_of_a_sample_what_the_model_predicts_behind_others(base: 
     with torch.no_grad(), added(base.model, factors_of(adapter)):
         (logits,) = base.modality.logits(base, [text])
     wanted = logits[-samples[1].count - 1 : -1].log_softmax(-1)  # of the scored tokens of the last sample
-    found = target.read.log_p[:-1, :-1]
+    found = target.log_p[:-1, :-1]
     assert torch.allclose(found, wanted.gather(-1, target.tokens[:-1]), atol=1e-5)
     assert target.count == samples[1].count
 
