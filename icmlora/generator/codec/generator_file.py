@@ -11,7 +11,7 @@ from icmlora.generator.codec.code import generator_of
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.files.file import versions_of
 from icmlora.generator.files.network_file import TrainedGenerator, generator_from_bytes
-from icmlora.generator.network.cvae import CVAE
+from icmlora.generator.files.version_delta import words_to_changed
 
 
 class GeneratorFile:
@@ -59,16 +59,10 @@ class GeneratorFile:
             chain.append(base)
         generator = generator_from_bytes(self._versions[chain[-1]].content)
         for link in reversed(chain[:-1]):
-            generator = TrainedGenerator(_changed(generator.net, self._versions[link].content), "")
+            try:
+                generator.net.load_state_dict(
+                    words_to_changed(self._versions[link].content, generator.net.state_dict())
+                )
+            except CodeError as error:
+                raise GeneratorError("the delta of a version does not fit its network") from error
         return replace(generator, digest=self._versions[number].digest)
-
-
-def _changed(net: CVAE, words: bytes) -> CVAE:
-    """Apply the differences of a version to a network, in place."""
-    from icmlora.generator.files.version_delta import words_to_changed  # the first version of a generator has none
-
-    try:
-        net.load_state_dict(words_to_changed(words, net.state_dict()))
-    except CodeError as error:
-        raise GeneratorError("the delta of a version does not fit its network") from error
-    return net

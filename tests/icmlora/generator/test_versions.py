@@ -161,7 +161,7 @@ def framed(kind: int, base: int, content: bytes, before: bytes | None = None) ->
         (framed(1, 2, differences(1)), "later one"),
         (framed(1, 9, differences(1)), "later one"),
         (framed(2, 0, differences(1)), "newer kind"),
-        (framed(0, 1, trained_file()), "newer kind"),
+        (framed(0, 1, trained_file()), "malformed frame"),
         (framed(0, 0, b"no network"), "not an icm generator"),
         (framed(0, 0, trained_file(), MAGIC_OF_VERSIONS), "damaged"),
         (MAGIC_OF_VERSIONS, "damaged"),
