@@ -179,14 +179,16 @@ class RelaxedCode:
                 for number, count in zip(layers.tolist(), counts.tolist(), strict=True)
             ],
             values=(inputs, outputs, along),
-            strength=self._factors(head.strengths[kind]),
-            boost=self._factors(head.boosts[kind]),
+            strength=nn.Parameter(_octaves(head.strengths[kind]).to(self._device)),
+            boost=nn.Parameter(_octaves(head.boosts[kind]).to(self._device)),
             fixed=moved(fixed, self._device),
         )
 
     def _modules(self, part: _Part, dtype: torch.dtype) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+        # Rounded as by the codec, with a straight-through gradient (Bengio et al., arXiv 1308.3432).
         inputs, outputs, along = (
-            self._rounded(values, scales) * self._step
+            (self._centred(values.detach().round().clamp(-LIMIT, LIMIT), scales) + (values - values.detach()))
+            * self._step
             for values, scales in zip(part.values, part.fixed.scales, strict=True)
         )
         # As `TokenQuantizer.dequantise`, then A = inputs / sqrt(s), B = outputs / sqrt(s), and channel weights undone.
@@ -206,10 +208,6 @@ class RelaxedCode:
         ):
             yield name, (a, b.T)
 
-    def _rounded(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Round as the codec does, with a straight-through gradient (Bengio et al., arXiv 1308.3432)."""
-        return self._centred(values.detach().round().clamp(-LIMIT, LIMIT), scales) + (values - values.detach())
-
     def _centred(self, whole: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Return the mean of each integer's bin: `icmlora.generator.codec.quantizer.centred`, on the device."""
         if whole.device.type != "cpu":
@@ -224,9 +222,6 @@ class RelaxedCode:
         entries = starts[indices] + whole.abs().int()
         is_listed = entries < starts[indices + 1]  # beyond, the mean is the middle of the bin
         return torch.where(is_listed, table[torch.where(is_listed, entries, 0)].copysign(whole), whole)
-
-    def _factors(self, stored: NDArray[np.int8]) -> nn.Parameter:
-        return nn.Parameter(_octaves(stored).to(self._device))
 
 
 def _bits(parts: Sequence[_Part]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,15 +97,22 @@ class Runs:
         self._blocks = np.concatenate(
             [shift + order.size * layer for order, shift in zip(orders, shifts, strict=False)]
         )
-        parts = [_runs_of(order, layer, level) for order, level in zip(orders, levels, strict=True)]
-        scales = np.concatenate([part[0] for part in parts])
-        order = np.argsort((scales - SMALLEST).astype(np.uint8), kind="stable")
-        self._scales = scales[order]  # scale index, (S,)
-        self._lengths = np.concatenate([part[1] for part in parts])[order]
-        vectors = [part[2] + side * len(layer) for side, part in enumerate(parts)]
-        self._sides = np.concatenate(vectors).astype(np.int32)[order]
-        firsts = [part[3] + shift for part, shift in zip(parts, shifts, strict=False)]
-        self._firsts = np.concatenate(firsts)[order]  # index of a run's first channel, among the channels of all sides
+        columns: list[list[NDArray[Any]]] = [[], [], [], []]
+        for side, (order, level, shift) in enumerate(zip(orders, levels, shifts[:-1], strict=True)):
+            counts = order.count[layer]
+            slot = np.repeat(np.arange(len(layer)), counts)
+            # 0, 1, ... within each slot, from the first run of its layer on.
+            begin = (np.cumsum(order.count) - order.count)[layer]
+            run = np.arange(len(slot)) - np.repeat(np.cumsum(counts) - counts - begin, counts)
+            scales = np.clip(level[slot] + order.profile[run], SMALLEST, LARGEST).astype(np.int8)
+            found = scales, order.length[run], (slot + side * len(layer)).astype(np.int32), order.first[run] + shift
+            for column, part in zip(columns, found, strict=True):
+                column.append(part)
+        scales, lengths, sides, firsts = map(np.concatenate, columns)
+        ordered = np.argsort((scales - SMALLEST).astype(np.uint8), kind="stable")
+        self._scales = scales[ordered]  # scale index, (S,)
+        self._lengths, self._sides = lengths[ordered], sides[ordered]
+        self._firsts = firsts[ordered]  # index of a run's first channel, among the channels of all sides
         self._begins = np.cumsum(self._lengths) - self._lengths  # of a run, among all integers in this order
 
     @cached_property
@@ -163,16 +171,3 @@ def starts_of(count: int, sizes: Sequence[int]) -> Places:
     origins = count * np.cumsum([0, *sizes])
     slots = np.arange(count)
     return np.concatenate([origin + size * slots for origin, size in zip(origins, sizes, strict=False)])
-
-
-def _runs_of(
-    order: ChannelOrder, layer: NDArray[np.int64], level: Places
-) -> tuple[NDArray[np.int8], Places, Places, Places]:
-    """Return scale, length, slot and first channel of each run of n slots."""
-    counts = order.count[layer]
-    slot = np.repeat(np.arange(len(layer)), counts)
-    # 0, 1, ... within each slot, from the first run of its layer on.
-    begin = (np.cumsum(order.count) - order.count)[layer]
-    run = np.arange(len(slot)) - np.repeat(np.cumsum(counts) - counts - begin, counts)
-    scales = np.clip(level[slot] + order.profile[run], SMALLEST, LARGEST).astype(np.int8)
-    return scales, order.length[run], slot, order.first[run]

@@ -129,8 +129,8 @@ def initial_from_bytes(data: bytes, config: GeneratorConfig) -> InitialA | None:
         where = ModuleShape(place.module(layer), int(ranks[kind, layer]), place.inputs, place.outputs)
         modules.append(InitialModule(int(offsets[kind, layer]), where))
     modules.sort(key=lambda module: module.offset)
-    # Overlapping draws are refused, as are offsets so large that skipping to them would take forever. PEFT draws A twice
-    # and B once for each module.
+    # Overlapping draws are refused, as are offsets so large that skipping to them would take forever. PEFT draws A
+    # twice and B once for each module.
     most = 2 * config.slots * config.layers * sum(kind.inputs + kind.outputs for kind in config.kinds)
     begins, ends = [module.offset for module in modules], [module.end for module in modules]
     is_in_order = all(end <= begin for end, begin in zip([0, *ends], [*begins, most], strict=True))

@@ -232,18 +232,12 @@ def predicted_tokens(net: CVAE, state: TaskState, modules: Sequence[tuple[int, i
         layer, slot = torch.tensor(rows).T
         norm = torch.exp2(net.norm_mean[kind, layer, slot] + gains[kind])
         ((inputs, outputs),) = net.decode(places_of(kind, layer, slot), state.features)
-        groups.append(_resized(KindTokens(kind, layer, slot, norm, inputs, outputs)))
+        # The mean direction of uncertain tokens is shorter than 1, and dW shrinks with its square. That is best in the
+        # least-squares sense, but a working adapter needs more. So the size is raised half way, in logarithms, to the
+        # predicted size of dW.
+        confidence = inputs.norm(dim=1) * outputs.norm(dim=1)  # (n,)
+        predicted, expected = (norm * confidence).square().sum().sqrt(), norm.square().sum().sqrt()
+        factor = (expected / predicted.clamp_min(1e-12)).sqrt().clamp(max=1e3) if predicted > 0 else predicted
+        root = norm[:, None] * factor.sqrt()
+        groups.append(KindTokens(kind, layer, slot, norm, root * inputs, root * outputs))
     return groups
-
-
-def _resized(group: KindTokens) -> KindTokens:
-    """Scale predicted directions to tokens whose dW is between the least-squares and the expected size."""
-    # The mean direction of uncertain tokens is shorter than 1, and dW shrinks with its square. That is best in the
-    # least-squares sense, but a working adapter needs more. So the size is raised half way, in logarithms, to the
-    # predicted size of dW.
-    confidence = group.inputs.norm(dim=1) * group.outputs.norm(dim=1)  # (n,)
-    predicted = (group.norm * confidence).square().sum().sqrt()
-    expected = group.norm.square().sum().sqrt()
-    factor = (expected / predicted.clamp_min(1e-12)).sqrt().clamp(max=1e3) if predicted > 0 else predicted
-    root = group.norm[:, None] * factor.sqrt()
-    return KindTokens(group.kind, group.layer, group.slot, group.norm, root * group.inputs, root * group.outputs)
