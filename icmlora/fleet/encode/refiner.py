@@ -283,7 +283,7 @@ class _Running:
     def _moved(self, share: ForShare, move: int) -> RelaxedCode:
         moved = self.code.relaxed(share.steps.with_slots(self.work.relaxed.step + move, share.slots))
         # Codes of text keep no more of the gain so (docs/results/LOG.md, 2026-12-02).
-        moved.go_on_from(self.work.relaxed, anew=move < 0 and self._has_short_answers)
+        moved.continue_from(self.work.relaxed, reset_zeros=move < 0 and self._has_short_answers)
         return moved
 
     @property

@@ -170,7 +170,7 @@ def test_a_code_takes_no_values_of_a_code_with_other_slots() -> None:
 
     code = of_layer(0)
     before = [values.clone() for values in code.values]
-    code.go_on_from(of_layer(1), anew=False)
+    code.continue_from(of_layer(1), reset_zeros=False)
     assert all(map(torch.equal, before, code.values))
 
 
@@ -186,7 +186,7 @@ def test_a_code_takes_what_another_step_has_fitted_but_if_anew_not_what_that_rou
     with torch.no_grad():
         for values in coarse.values:
             values.copy_(torch.where(values.round() == 0, 0.4, values))
-    fine.go_on_from(coarse, anew=anew)
+    fine.continue_from(coarse, reset_zeros=anew)
     ratio, compared = 2.0 ** ((coarse.step - fine.step) / 8), 0
     assert ratio > 1
     for values, before, earlier in zip(fine.values, untouched.values, coarse.values, strict=True):
