@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from icmlora.base_models.examples.chat_template import Templates
     from icmlora.base_models.modality import BaseModel, Score
 
-MOST_TOKENS = 1536
+MAX_TOKENS = 1536
 """Default maximum length of a context."""
 SCORED_TOKENS = 128
 """Tokens of each text that are scored after a context."""
@@ -151,7 +151,7 @@ class ContextScorer:
 def choose_context(
     scorer: ContextScorer,
     samples: Sequence[Example | Chat],
-    most_tokens: int = MOST_TOKENS,
+    most_tokens: int = MAX_TOKENS,
     *,
     total: int | None = None,
     tell: Callable[[int, int], None] = lambda done, of: None,

@@ -26,7 +26,7 @@ from icmlora.fleet.resources.workers import Tell
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.codec.encoding import Encoded, measured
 from icmlora.generator.codec.relaxed import RelaxedCode
-from icmlora.generator.codec.steps import SlotChoice, Steps
+from icmlora.generator.codec.steps import AdapterSteps, SlotChoice
 from icmlora.generator.scales import OCTAVE
 from icmlora.training.effect import MIN_LOST, Effect, EffectLoss
 from icmlora.training.refinement import Refinable, RefineConfig, has_short_answers, items_for, refine
@@ -86,7 +86,7 @@ class ForShare:
     """The share of the effect that a code must keep, and the other codes that it may become."""
 
     keep: float
-    steps: Steps
+    steps: AdapterSteps
     lost: float  # by the code before refinement
     slots: SlotChoice
 
@@ -151,7 +151,9 @@ def lost_before(keep: float, beyond: float) -> float:
     return share * math.sqrt(beyond)  # the form of answers, which counts little, comes back in few steps
 
 
-def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, original: Adapter, steps: Steps) -> Coarse:
+def coarse_for(
+    keep: float, lost: float, refiner: Refiner, codec: Codec, original: Adapter, steps: AdapterSteps
+) -> Coarse:
     """Return the plain code that loses about a share of its adapter's effect, to be refined until it keeps another.
 
     Of codes with and without faint slots, of either strengths, it would be the smallest if all had the same loss.

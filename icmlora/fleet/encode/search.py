@@ -17,7 +17,7 @@ from icmlora.fleet.resources.workers import Tell
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.codec.encoding import encode_adapter
 from icmlora.generator.codec.limits import Limits
-from icmlora.generator.codec.steps import Steps
+from icmlora.generator.codec.steps import AdapterSteps
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.io.text import human_size
 
@@ -55,7 +55,7 @@ class CodeSearch:
         assert refiner is not None
         assert keep is not None
         self.tell(f"encoding, to keep {keep:g}")
-        steps = Steps(self.codec, self.original, self.vectors, self.initial)
+        steps = AdapterSteps(self.codec, self.original, self.vectors, self.initial)
         lost = lost_before(keep, refiner.effect.uncapped_ratio) if self.is_refined else _SURELY * (1 - keep)
         return coarse_for(keep, lost, refiner, self.codec, self.original, steps)
 

@@ -18,7 +18,7 @@ from icmlora.base_models.examples.examples import spread
 from icmlora.base_models.examples.media_archive import read_examples
 from icmlora.base_models.reading import unread_examples
 from icmlora.errors import BaseModelUnsuited, DataError
-from icmlora.fewshot.context_choice import MOST_TOKENS, ContextScorer, choose_context
+from icmlora.fewshot.context_choice import MAX_TOKENS, ContextScorer, choose_context
 from icmlora.fewshot.guard import ContextAblation, Guard, left_out
 from icmlora.fleet.context import Context, has_loaders, use_case
 from icmlora.fleet.resources.code_source import StoreCodes, open_store
@@ -62,7 +62,7 @@ def set_context(
     *,
     samples: str | Path | None = None,
     count: int = COUNT,
-    tokens: int = MOST_TOKENS,
+    tokens: int = MAX_TOKENS,
     device: str = "auto",
 ) -> ContextReport:
     """Choose the context of a task, measure its effect, and keep it next to the task's adapter.

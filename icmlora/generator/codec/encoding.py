@@ -23,7 +23,7 @@ from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import GeneratorError
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.codec.limits import Limits, Measured
-from icmlora.generator.codec.steps import Rounded, Steps
+from icmlora.generator.codec.steps import AdapterSteps, Rounded
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.network.tokens import Modules
 from icmlora.generator.scales import OCTAVE
@@ -76,13 +76,13 @@ def encode_adapter(
     limits = limits or Limits(tolerance=codec.config.tolerance)
     asked = limits
     while True:
-        # A `Steps` takes as much memory as the adapter, as do integers; both are freed before the code is decoded.
+        # Steps take as much memory as the adapter, as do integers; both are freed before the code is decoded.
         if limits.size is not None:
-            data, error = _finest(Steps(codec, adapter, vectors, initial), limits.size)
+            data, error = _finest(AdapterSteps(codec, adapter, vectors, initial), limits.size)
         else:
             is_plain_wanted = asked.max_error is not None and not codec.sensitivity.is_even
             is_exact = asked.least < _SMALL_ERROR
-            steps = Steps(codec, adapter, vectors, initial, is_plain_wanted=is_plain_wanted, is_exact=is_exact)
+            steps = AdapterSteps(codec, adapter, vectors, initial, is_plain_wanted=is_plain_wanted, is_exact=is_exact)
             best = _coarsest_of(steps, asked)
             data, error = codec.close(best.head, best.groups), best.weighted_error
             del steps, best
@@ -94,7 +94,7 @@ def encode_adapter(
         asked = asked.tighter()  # it was at the limit, and float32 rounding put it beyond
 
 
-def _finest(steps: Steps, size: int) -> tuple[bytes, float]:
+def _finest(steps: AdapterSteps, size: int) -> tuple[bytes, float]:
     """Return the code of the finest step found that takes at most `size` bytes, and its weighted error."""
     low, high = map(steps.expected, (_FINEST, _COARSEST))
     high += _ABOVE
@@ -115,7 +115,7 @@ def _finest(steps: Steps, size: int) -> tuple[bytes, float]:
     return best
 
 
-def _coarsest_of(steps: Steps, limits: Limits) -> Rounded:
+def _coarsest_of(steps: AdapterSteps, limits: Limits) -> Rounded:
     """Round an adapter at the coarsest step found that keeps the limits."""
     at: Callable[[int], Rounded] = steps.at
     enough = limits.enough(steps.theory)
@@ -129,7 +129,7 @@ def _coarsest_of(steps: Steps, limits: Limits) -> Rounded:
     return coarsest(math.floor(limits.expected_step(steps.theory) + offset), limits, at, min(enough, 1.0))
 
 
-def _offset(limits: Limits, steps: Steps, at: Callable[[int], Rounded]) -> float:
+def _offset(limits: Limits, steps: AdapterSteps, at: Callable[[int], Rounded]) -> float:
     """Return how far the step that just keeps the limits is above theory, in eighths of an octave."""
     expected, offset = limits.expected_step(steps.theory), _USUAL
     for _ in range(_TRIES):

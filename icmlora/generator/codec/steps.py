@@ -68,7 +68,7 @@ class SlotChoice:
     energy_weighted: bool
 
 
-class Steps:
+class AdapterSteps:
     """The codes of one adapter at any quantiser step, log2 in eighths."""
 
     @torch.no_grad()
@@ -118,7 +118,7 @@ class Steps:
         self._tokens: Sequence[KindTokens] = tokens
         self.theory = WaterFilling(tokens, codec.sensitivity, state.subspace)
 
-    def sample(self) -> Steps:
+    def sample(self) -> AdapterSteps:
         """Return the same for every eighth module, kind by kind."""
         layers = [torch.unique_consecutive(group.layer) for group in self._tokens]
         chosen = torch.arange(sum(map(len, layers))) % _PART == _PART // 2

@@ -17,7 +17,7 @@ from icmlora.fleet.encode import refiner
 from icmlora.fleet.encode.refiner import Coarse, Refiner, coarse_for, near, refine_all
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec.codec import Codec
-from icmlora.generator.codec.steps import Steps
+from icmlora.generator.codec.steps import AdapterSteps
 from icmlora.training.effect import EffectLoss
 from icmlora.training.refinement import FOR_SHARE
 from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter
@@ -43,7 +43,7 @@ def codec(adapter: Adapter) -> Codec:
 
 def coarse(base: BaseModel, adapter: Adapter, codec: Codec, keep: float, lost: float) -> Coarse:
     found = Refiner.of(base, adapter, TEXTS, FOR_SHARE)
-    return coarse_for(keep, lost, found, codec, adapter, Steps(codec, adapter, {}, None))
+    return coarse_for(keep, lost, found, codec, adapter, AdapterSteps(codec, adapter, {}, None))
 
 
 @given(share=st.floats(0.001, 0.5), power=st.floats(1.2, 3.0), at=st.integers(-60, 0), first=st.integers(-60, 0))
@@ -96,7 +96,7 @@ def test_a_code_has_its_faint_slots_if_what_they_do_is_worth_their_bytes(
 ) -> None:
     adapter = with_directions(1.0, *[0.12] * 63)  # at 2^-1 the weak ones are faint, and take four fifths of the bytes
     codec, looking = untrained_codec(adapter), Looking(base, *[None] * 3, without)  # type: ignore[arg-type]
-    share = coarse_for(0.9, 0.1 * without, looking, codec, adapter, Steps(codec, adapter, {}, None)).share
+    share = coarse_for(0.9, 0.1 * without, looking, codec, adapter, AdapterSteps(codec, adapter, {}, None)).share
     assert share is not None
     assert share.slots.has_faint == has_faint
 
