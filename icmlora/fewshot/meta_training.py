@@ -110,7 +110,13 @@ def meta_train(
             queries = [[draw.choice(rest) for _ in range(config.query)] for _ in range(config.updates)]
         own = fleet.load(task)
         others, lengths = _without(start, own), partial(_lengths, start, learned, size, in_context=in_context)
-        units = _units(base, others, support, lengths, len(start.rates), in_context=in_context)
+        # Directions are gathered once per episode, with the current rates; only their lengths get gradients.
+        current, units = others, list[tuple[LoraModule, ...]]()
+        for step in range(len(start.rates)):
+            read = shuffled_together(base, support, step) if in_context else support
+            names = [module.name for module in others.modules]
+            units.append(unit_steps(gather_evidence(base, factors_of(current), names, read)))
+            current = plus(current, lengthened(units[-1], lengths(step).tolist()))
         losses = []  # on each query, relative to the task's own adapter
         for query in queries:
             with torch.no_grad():
@@ -138,24 +144,6 @@ def _lengths(
     rates, slopes, offsets = (row[step] for row in learned)
     sizes = torch.tensor(start.sizes, dtype=torch.float32)
     return torch.exp2(octaves(sizes, rates + offsets if in_context else rates, slopes, samples))
-
-
-def _units(
-    base: BaseModel,
-    adapter: Adapter,
-    support: Sequence[Prepared],
-    lengths: Callable[[int], torch.Tensor],
-    steps: int,
-    *,
-    in_context: bool,
-) -> list[tuple[LoraModule, ...]]:
-    """Return the directions of an episode's steps: gathered once, as only their lengths get gradients."""
-    units, names = [], [module.name for module in adapter.modules]
-    for step in range(steps):
-        read = shuffled_together(base, support, step) if in_context else support
-        units.append(unit_steps(gather_evidence(base, factors_of(adapter), names, read)))
-        adapter = plus(adapter, lengthened(units[-1], lengths(step).tolist()))
-    return units
 
 
 def _nats(base: BaseModel, factors: Factors, batch: Sequence[Prepared]) -> float:

@@ -25,7 +25,6 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -331,19 +330,15 @@ def _texts(teacher: Teacher, config: RefineConfig) -> int:
 
 
 def _batches(teacher: Teacher, sizes: Sequence[int], seed: int, start: int) -> Iterator[list[int]]:
-    """Yield the numbers of each step's samples from a step on; the teacher reads several steps' samples together."""
-    batches = islice(_drawn(len(teacher), sizes, seed), start, None)
-    while some := list(islice(batches, READ_TOGETHER)):
-        teacher.targets([number for batch in some for number in batch])
-        yield from some
-
-
-def _drawn(count: int, sizes: Sequence[int], seed: int) -> Iterator[list[int]]:
-    """Yield the numbers of each step's samples by size; every sample is drawn once before any repeats."""
+    """Yield the numbers of each step's samples from a step on; every sample is drawn once before any repeats."""
     draw = torch.Generator().manual_seed(seed)
-    waiting: list[int] = []
+    waiting, batches = list[int](), list[list[int]]()
     for texts in sizes:
         while len(waiting) < texts:
-            waiting += torch.randperm(count, generator=draw).tolist()
-        batch, waiting = waiting[:texts], waiting[texts:]
-        yield batch
+            waiting += torch.randperm(len(teacher), generator=draw).tolist()
+        batches.append(waiting[:texts])
+        waiting = waiting[texts:]
+    for first in range(start, len(batches), READ_TOGETHER):  # the teacher reads several steps' samples together
+        some = batches[first : first + READ_TOGETHER]
+        teacher.targets([number for batch in some for number in batch])
+        yield from some

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 from typing import TypeVar
 
@@ -48,7 +48,12 @@ class OpenCode:
 
     head: CodeHead
     state: TaskState
-    groups: tuple[KindIntegers, ...]
+    streams: Sequence[Iterator[KindIntegers]]  # kinds are read one after the other
+
+    @cached_property
+    def groups(self) -> tuple[KindIntegers, ...]:
+        """The integers of all kinds; raise `CodeError` if they are damaged."""
+        return tuple(chain.from_iterable(self.streams))
 
 
 class Codec:
@@ -83,7 +88,8 @@ class Codec:
 
         Returns the code's head, and the function's result for each kind. Modules without integers are left out.
         """
-        head, state, streams = self._read(code)
+        opened = self.open(code)
+        head, state = opened.head, opened.state
 
         def used(stream: Iterable[KindIntegers]) -> list[_Used]:
             found = []
@@ -104,7 +110,7 @@ class Codec:
             return found
 
         with side_by_side(None if len(code) > _LARGE else 1) as each:
-            return head, list(chain.from_iterable(each(used, streams)))
+            return head, list(chain.from_iterable(each(used, opened.streams)))
 
     @torch.no_grad()
     @one_thread()
@@ -129,11 +135,6 @@ class Codec:
 
     def open(self, code: bytes) -> OpenCode:
         """Read a code's integers without decoding them to weights."""
-        head, state, streams = self._read(code)
-        return OpenCode(head, state, tuple(chain.from_iterable(streams)))
-
-    def _read(self, code: bytes) -> tuple[CodeHead, TaskState, list[Iterator[KindIntegers]]]:
-        """Read a code's head, and its integers as one iterator over kinds per stream."""
         digest = generator_of(code)
         if digest != self.generator.digest:
             raise CodeError(f"the code belongs to generator {digest[:12]}, not {self.generator.digest[:12]}")
@@ -141,7 +142,7 @@ class Codec:
         head = parsed.head
         subspace = replace(self.subspace(head.initial), shifts=head.shifts, boosts=head.boosts)
         state = TaskState(_floats(head.condition), _floats(head.latent), subspace)
-        return head, state, unpack(self.quantizer, head, subspace, parsed.words)
+        return OpenCode(head, state, unpack(self.quantizer, head, subspace, parsed.words))
 
     def close(self, head: CodeHead, groups: Sequence[KindIntegers]) -> bytes:
         """Write a code from its head and its integers."""
