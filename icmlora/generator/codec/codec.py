@@ -94,7 +94,7 @@ class Codec:
         def used(stream: Iterable[KindIntegers]) -> list[_Used]:
             found = []
             for group in stream:
-                slots, norms = group.slots, self.quantizer.norms(group.slots, group.gain, group.residuals)
+                slots, norms = group.slots, group.norms
                 layer, root = torch.from_numpy(slots.layer), norm_of(norms).sqrt()
                 strengths = torch.exp2(_floats(head.strengths[slots.kind]) / STRENGTHS)  # of each layer's dW, (L,)
                 a, b = self.quantizer.dequantise(

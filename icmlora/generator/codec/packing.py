@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from icmlora.errors import CodeError
 from icmlora.generator.codec.code import CodeHead
-from icmlora.generator.codec.quantizer import TokenQuantizer
+from icmlora.generator.codec.quantizer import Norms, TokenQuantizer
 from icmlora.generator.codec.runs import Nonzeros
 from icmlora.generator.files.container import ABSENT
-from icmlora.generator.files.entropy_coding import IntegerReader, Integers, IntegerWriter
+from icmlora.generator.files.entropy_coding import IntegerReader, IntegerWriter
 from icmlora.generator.initial_a.subspace import InitialSubspace
 from icmlora.generator.network.tokens import Slots
 from icmlora.generator.scales import EXTREME
@@ -36,8 +36,7 @@ class KindIntegers:
     """Everything that a code stores about the tokens of one module kind; n rank slots."""
 
     slots: Slots
-    gain: int  # how far the task's mean log2 norm is above the generator's table, in eighths
-    residuals: Integers  # shape (n,): log2 norms relative to table and gain, in eighths
+    norms: Norms  # log2, in eighths, shape (n,)
     vectors: Nonzeros  # of inputs, outputs, and the part of the inputs in the initial subspace, in one row
 
 
@@ -52,9 +51,10 @@ def pack(quantizer: TokenQuantizer, head: CodeHead, subspace: InitialSubspace, g
         for kind in (slots.kind for slots in kinds if slots.kind in by_kind):  # a kind without energy has no slots
             parts = by_kind[kind]
             layer, slot = (np.concatenate([getattr(part.slots, name) for part in parts]) for name in ("layer", "slot"))
-            slots, residuals = Slots(kind, layer, slot), np.concatenate([part.residuals for part in parts])
+            slots, norms = Slots(kind, layer, slot), np.concatenate([part.norms for part in parts])
+            residuals = quantizer.norm_residuals(slots, int(head.gains[kind]), norms)
             writer.write(residuals, quantizer.norm_scales(slots))
-            runs = quantizer.runs(slots, quantizer.norms(slots, parts[0].gain, residuals), subspace, head.step)
+            runs = quantizer.runs(slots, norms, subspace, head.step)
             places, values = runs.places([part.vectors for part in parts], [len(part.slots.layer) for part in parts])
             writer.write_nonzeros(runs.sizes, places, values)
         return writer.to_bytes()
@@ -82,12 +82,12 @@ def unpack(
     def read(kinds: Sequence[Slots], data: bytes) -> Iterator[KindIntegers]:
         reader = IntegerReader(data)
         for slots in kinds:
-            residuals, gain = reader.read(quantizer.norm_scales(slots)), int(head.gains[slots.kind])
-            norms = quantizer.norms(slots, gain, residuals)
+            residuals = reader.read(quantizer.norm_scales(slots))
+            norms = quantizer.norms(slots, int(head.gains[slots.kind]), residuals)
             if (np.abs(norms) > EXTREME).any():
                 raise CodeError("the code's norms are out of range")
             runs = quantizer.runs(slots, norms, subspace, head.step)
-            yield KindIntegers(slots, gain, residuals, runs.nonzeros(*reader.read_nonzeros(runs.sizes)))
+            yield KindIntegers(slots, norms, runs.nonzeros(*reader.read_nonzeros(runs.sizes)))
 
     return [read(kinds, words[start:end]) for kinds, (start, end) in zip(streams, pairwise(ends), strict=True)]
 

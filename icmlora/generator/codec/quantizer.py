@@ -63,12 +63,15 @@ class TokenQuantizer:
         scales: Integers = self._norm_scales[slots.kind, slots.slot].astype(np.int32)
         return scales
 
-    def norm_residuals(self, slots: Slots, norm: torch.Tensor, gain: int | None = None) -> tuple[int, Integers]:
-        """Split norms (n,) into the task's gain and residuals (n,), in eighths; by default the gain is their mean."""
-        offset = _eighths(norm.log2()) - self._norms[slots.kind, slots.layer, slots.slot]
-        if gain is None:
-            gain = round(float(offset.mean())) if len(offset) else 0
-        return gain, (offset - gain).astype(np.int32)
+    def gain(self, slots: Slots, norms: Norms) -> int:
+        """Return how far the mean log2 norm of a task's slots is above the generator's table, in eighths."""
+        offset = norms - self._norms[slots.kind, slots.layer, slots.slot]
+        return round(float(offset.mean())) if len(offset) else 0
+
+    def norm_residuals(self, slots: Slots, gain: int, norms: Norms) -> Integers:
+        """Return log2 norms relative to table and gain, in eighths, shape (n,)."""
+        residuals: Integers = (norms - self._norms[slots.kind, slots.layer, slots.slot] - gain).astype(np.int32)
+        return residuals
 
     def norms(self, slots: Slots, gain: int, residuals: Integers) -> Norms:
         """Return log2 norms from gain and residuals, shape (n,)."""
@@ -156,7 +159,7 @@ class TokenQuantizer:
         shifts = np.zeros((len(config.kinds), config.slots), dtype=np.int8)
         for group in (group for group in tokens if state.subspace.knows(group.kind).any()):
             slots = group.slots
-            norms = _eighths(group.norm.log2())
+            norms = log2_norms(group.norm)
             rest = self.in_steps(group, norms, state, 0)[INPUTS].square().sum(1).numpy()  # (n,)
             level = norms + self._spreads[group.kind, INPUTS, slots.layer, slots.slot]
             profiles = np.exp2(2 / OCTAVE * self._profiles[group.kind][INPUTS]).mean(axis=1)  # (L,)
@@ -267,6 +270,11 @@ def _half_octaves(size: int) -> int:
 
 def _clipped(indices: NDArray[np.int16]) -> NDArray[np.int8]:
     return np.clip(indices, SMALLEST, LARGEST, out=indices).astype(np.int8)
+
+
+def log2_norms(norm: torch.Tensor) -> Norms:
+    """Return log2 of norms in whole eighths, shape (n,)."""
+    return _eighths(norm.log2())
 
 
 def norm_of(norms: Norms) -> torch.Tensor:

@@ -130,9 +130,8 @@ class RelaxedCode:
         groups = []
         for part in self._parts:
             slots, subspace = part.integers.slots, self._opened.state.subspace
-            norms = self._codec.quantizer.norms(slots, part.integers.gain, part.integers.residuals)
             steps = [values.detach().cpu() for values in part.values]
-            vectors = self._codec.quantizer.rounded(slots, norms, subspace, self._opened.head.step, steps)
+            vectors = self._codec.quantizer.rounded(slots, part.integers.norms, subspace, self._opened.head.step, steps)
             groups.append(replace(part.integers, vectors=vectors))
             kind, layers = slots.kind, np.unique(slots.layer)
             strengths[kind, layers] = _stored(part.strength)[layers]
@@ -145,7 +144,7 @@ class RelaxedCode:
         quantizer, slots, kind = codec.quantizer, integers.slots, integers.slots.kind
         # The tokens of the slots that the code has, in its order.
         kept = tokens[torch.from_numpy(np.isin(self._places(tokens.slots), self._places(slots)))]
-        norms = quantizer.norms(slots, integers.gain, integers.residuals)
+        norms = integers.norms
         values = quantizer.in_steps(kept, norms, state, head.step)
         layer, slot = torch.from_numpy(slots.layer), torch.from_numpy(slots.slot)
         undone = codec.sensitivity.inverse(kind, layer.device)

@@ -23,7 +23,7 @@ from icmlora.generator.codec.code import CodeHead
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.codec.limits import Limits
 from icmlora.generator.codec.packing import KindIntegers, written_slots
-from icmlora.generator.codec.quantizer import Means, norm_of
+from icmlora.generator.codec.quantizer import Means, log2_norms, norm_of
 from icmlora.generator.files.container import ABSENT
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.network.cvae import TaskState
@@ -171,10 +171,11 @@ class AdapterSteps:
             shifts=self._head.shifts.copy(),
             kept=np.where(self._head.kept == ABSENT, ABSENT, 0).astype(self._head.kept.dtype),
         )
+        for group in tokens:
+            head.gains[group.kind] = self._codec.quantizer.gain(group.slots, log2_norms(group.norm))
         for parts, strength, _, _ in found:
             for part in parts:
                 kind, layers = part.slots.kind, part.slots.layer
-                head.gains[kind] = part.gain
                 head.strengths[kind, np.unique(layers)] = strength
                 np.add.at(head.kept[kind], layers, 1)
         most = np.where(head.kept == ABSENT, 0, head.kept).max(axis=1)  # of any layer, (K,)
@@ -188,15 +189,12 @@ class AdapterSteps:
     ) -> tuple[list[KindIntegers], int, _Errors, _Errors]:
         """Round one kind, some layers at a time; return its integers, its strength, and plain and weighted errors."""
         quantizer, state = self._codec.quantizer, self._state
-        gain, _ = quantizer.norm_residuals(group.slots, group.norm)
         known = self._means[group.kind] if choice is None else []
         parts, overlaps = [], []
         # |dW|^2, <dW, dW'> and |dW'|^2 of some modules.
         plain, weighted = list[tuple[float, float, float]](), list[tuple[float, float, float]]()
         for number, tokens in enumerate(group.by_layers(_AT_A_TIME)):
-            slots = tokens.slots
-            _, residuals = quantizer.norm_residuals(slots, tokens.norm, gain)
-            norms = quantizer.norms(slots, gain, residuals)
+            slots, norms = tokens.slots, log2_norms(tokens.norm)
             means = known[number] if number < len(known) else quantizer.means(slots, norms, state)
             if self.is_small and number == len(known):
                 known.append(means)
@@ -213,8 +211,8 @@ class AdapterSteps:
             keep = written_slots(slots, is_worth.numpy())
             if not keep.all():
                 sizes = (*quantizer.sizes[group.kind], state.subspace.rows(group.kind))
-                slots, residuals, vectors = slots[keep], residuals[keep], vectors.kept(keep, sizes)
-            parts.append(KindIntegers(slots, gain, residuals, vectors))
+                slots, norms, vectors = slots[keep], norms[keep], vectors.kept(keep, sizes)
+            parts.append(KindIntegers(slots, norms, vectors))
             rebuilt.outputs[~torch.from_numpy(keep)] = 0
             left, right = (_by_module(one, self._dtype) for one in (tokens, rebuilt))
             both = _products(left, right)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.adapter.model import Adapter
-from icmlora.generator.codec.quantizer import Norms, TokenQuantizer, centred, norm_of
+from icmlora.generator.codec.quantizer import Norms, TokenQuantizer, centred, log2_norms, norm_of
 from icmlora.generator.codec.runs import Nonzeros
 from icmlora.generator.files.entropy_coding import LIMIT
 from icmlora.generator.initial_a.subspace import InitialSubspace, initial_subspace
@@ -44,7 +44,7 @@ def first(net: CVAE, adapter: Adapter) -> tuple[KindTokens, Slots]:
 @torch.no_grad()
 def rounded(net: CVAE, adapter: Adapter, step: int) -> tuple[KindTokens, Slots, Norms, Nonzeros]:
     quantizer, (group, slots) = TokenQuantizer(net), first(net, adapter)
-    norms = quantizer.norms(slots, *quantizer.norm_residuals(slots, group.norm))
+    norms = log2_norms(group.norm)
     return group, slots, norms, quantizer.quantise(group, norms, state(net), step)
 
 
@@ -83,9 +83,9 @@ def test_a_finer_step_loses_less(net: CVAE) -> None:
 
 
 def test_the_sign_of_a_pair_does_not_matter(net: CVAE) -> None:
-    quantizer, (group, slots) = TokenQuantizer(net), first(net, make_adapter(3))
+    quantizer, (group, _) = TokenQuantizer(net), first(net, make_adapter(3))
     flipped = KindTokens(group.kind, group.layer, group.slot, group.norm, -group.inputs, -group.outputs)
-    norms = quantizer.norms(slots, *quantizer.norm_residuals(slots, group.norm))
+    norms = log2_norms(group.norm)
     with torch.no_grad():
         left, right = (quantizer.quantise(tokens, norms, state(net), -40) for tokens in (group, flipped))
     assert left == right
@@ -147,7 +147,7 @@ def with_initial(task: int, modules: int) -> tuple[TokenQuantizer, KindTokens, T
 @torch.no_grad()
 def norms_of(quantizer: TokenQuantizer, group: KindTokens) -> tuple[Slots, Norms]:
     slots = group.slots
-    return slots, quantizer.norms(slots, *quantizer.norm_residuals(slots, group.norm))
+    return slots, log2_norms(group.norm)
 
 
 @pytest.mark.parametrize("modules", [2, 4])
