@@ -10,7 +10,7 @@ from icmlora.errors import CodeError, GeneratorError, NotCovered
 from icmlora.generator.codec.code import generator_of
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.files.file import versions_of
-from icmlora.generator.files.network_file import TrainedGenerator, generator_from_bytes
+from icmlora.generator.files.network_file import generator_from_bytes
 from icmlora.generator.files.version_delta import words_to_changed
 
 
@@ -30,7 +30,18 @@ class GeneratorFile:
     def codec(self, number: int) -> Codec:
         """Return the codec of a version, counted from 0; versions added later do not change it."""
         if number not in self._codecs:
-            self._codecs[number] = Codec(self._open(number))
+            # A whole network first, then the differences that lead from it to this version.
+            chain = [number]
+            while (base := self._versions[chain[-1]].base) is not None:
+                chain.append(base)
+            generator = generator_from_bytes(self._versions[chain[-1]].content)
+            for link in reversed(chain[:-1]):
+                try:
+                    changed = words_to_changed(self._versions[link].content, generator.net.state_dict())
+                    generator.net.load_state_dict(changed)
+                except CodeError as error:
+                    raise GeneratorError("the delta of a version does not fit its network") from error
+            self._codecs[number] = Codec(replace(generator, digest=self._versions[number].digest))
         return self._codecs[number]
 
     def codec_of(self, code: bytes) -> Codec:
@@ -51,18 +62,3 @@ class GeneratorFile:
     def covering(self, layout: Sequence[ModuleShape]) -> list[int]:
         """Return the numbers of the versions that have every module, layer and rank of an adapter, oldest first."""
         return [number for number, config in enumerate(self.configs) if config.covers(layout)]
-
-    def _open(self, number: int) -> TrainedGenerator:
-        """Read a version's network: a whole network first, then the differences that lead from it to this version."""
-        chain = [number]
-        while (base := self._versions[chain[-1]].base) is not None:
-            chain.append(base)
-        generator = generator_from_bytes(self._versions[chain[-1]].content)
-        for link in reversed(chain[:-1]):
-            try:
-                generator.net.load_state_dict(
-                    words_to_changed(self._versions[link].content, generator.net.state_dict())
-                )
-            except CodeError as error:
-                raise GeneratorError("the delta of a version does not fit its network") from error
-        return replace(generator, digest=self._versions[number].digest)

@@ -36,8 +36,6 @@ _SHORT = 31  # largest magnitude in the small table of centres
 
 Means = tuple[torch.Tensor, torch.Tensor]  # the generator's predictions, shapes (n, in) and (n, out)
 Norms = NDArray[np.int64]  # log2 norms, in eighths
-SideScales = tuple[Scales, Scales, Scales]  # scale indices of integers of shapes (n, in), (n, out) and (n, R)
-Levels = tuple[Norms, Norms, Norms]  # scale indices of the integers of each slot, before profiles, shapes (n,)
 
 
 class TokenQuantizer:
@@ -78,22 +76,22 @@ class TokenQuantizer:
         norms: Norms = self._norms[slots.kind, slots.layer, slots.slot] + gain + residuals
         return norms
 
-    def scales(self, slots: Slots, norms: Norms, subspace: InitialSubspace, step: int) -> SideScales:
+    def scales(self, slots: Slots, norms: Norms, subspace: InitialSubspace, step: int) -> list[Scales]:
         """Return the scale indices of the integers of each slot, shapes (n, in), (n, out) and (n, R)."""
         profiles = (*self._profiles[slots.kind], _profiles_along(subspace, slots.kind))
         levels = self._levels(slots, norms, subspace, step)
-        inputs, outputs, along = (
+        return [
             _clipped(profile[slots.layer] + level.astype(np.int16)[:, None])
             for profile, level in zip(profiles, levels, strict=True)
-        )
-        return inputs, outputs, along
+        ]
 
     def runs(self, slots: Slots, norms: Norms, subspace: InitialSubspace, step: int) -> Runs:
         """Return the same scale indices as runs, in the row of inputs (n, in), outputs (n, out) and along (n, R)."""
         orders = (*self._orders(slots.kind), ChannelOrder(_profiles_along(subspace, slots.kind)))
         return Runs(orders, slots.layer, self._levels(slots, norms, subspace, step))
 
-    def _levels(self, slots: Slots, norms: Norms, subspace: InitialSubspace, step: int) -> Levels:
+    def _levels(self, slots: Slots, norms: Norms, subspace: InitialSubspace, step: int) -> list[Norms]:
+        """Return the scale indices of the integers of each slot and side, before profiles, shapes (n,)."""
         spread = self._spreads[slots.kind, :, slots.layer, slots.slot]  # (n, 2): numpy moves the indexed axes first
         wide = [_half_octaves(size) for size in self.sizes[slots.kind]]  # log2 sqrt(size) of both sides
         level = norms[:, None] - step - np.array(wide) + spread  # (n, 2)
@@ -103,10 +101,7 @@ class TokenQuantizer:
         rows = [_half_octaves(max(rank, 1)) for rank in subspace.ranks_of(slots.kind).tolist()]
         along = norms - step - np.array(rows, dtype=np.int64)[slots.layer]
         # Profiles are within EXTREME, so clipping a level here does not change its clipped indices.
-        inputs, outputs, along = (
-            np.clip(values, SMALLEST - EXTREME, LARGEST + EXTREME) for values in (level[:, 0], level[:, 1], along)
-        )
-        return inputs, outputs, along
+        return [np.clip(values, SMALLEST - EXTREME, LARGEST + EXTREME) for values in (*level.T, along)]
 
     def quantise(
         self, group: KindTokens, norms: Norms, state: TaskState, step: int, means: Means | None = None

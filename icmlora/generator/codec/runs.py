@@ -10,7 +10,7 @@ few runs of one scale each. Runs are ordered by scale; within a run, integers fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -134,9 +134,21 @@ class Runs:
 
         The parts have consecutive slots; `counts` are their numbers of slots.
         """
+        # Distance from an integer's place among the ordered channels to its place in all runs, by vector and scale.
+        # Runs that were clipped to one scale are consecutive in both, so the first one's distance holds for all.
+        shifts = np.zeros((len(self._starts), LARGEST - SMALLEST + 1), dtype=np.int64)
+        keys = self._sides[::-1], self._scales[::-1].astype(np.int64) - SMALLEST
+        shifts[keys] = (self._begins - self._firsts)[::-1]
+        sides = np.cumsum([0, *(len(order.channels) for order in self._orders)])
+        ordered = np.concatenate([order.places + side for order, side in zip(self._orders, sides, strict=False)])
+        sizes, begin = [order.size for order in self._orders], 0
         # One byte of each integer is written to its place: several times as fast as sorting the nonzeros.
         row, far = np.zeros(int(self._lengths.sum()), dtype=np.int8), [(np.zeros(0, np.int64), np.zeros(0, np.int32))]
-        for part, at in zip(parts, self._places_of_parts(parts, counts), strict=True):
+        for part, count in zip(parts, counts, strict=True):
+            slots = np.arange(begin, begin := begin + count)
+            whose = (np.arange(len(sizes))[:, None] * sum(counts) + slots).ravel()  # the part's vectors among all
+            at = ordered.take(part.places + (self._blocks[whose] - starts_of(count, sizes)).take(part.sides))
+            at += shifts.ravel().take((shifts.shape[1] * whose - SMALLEST).take(part.sides) + part.scales)
             row[at] = np.clip(part.values, -_BYTE, _BYTE)
             beyond = np.flatnonzero(np.abs(part.values) > _BYTE)
             far.append((at.take(beyond), part.values.take(beyond)))
@@ -145,25 +157,6 @@ class Runs:
         far_places, far_values = (np.concatenate(column) for column in zip(*far, strict=True))
         values[np.searchsorted(places, far_places)] = far_values
         return places, values
-
-    def _places_of_parts(self, parts: Sequence[Nonzeros], counts: Sequence[int]) -> Iterator[Places]:
-        """Yield the places of each part's integers in the runs."""
-        # Distance from an integer's place among the ordered channels to its place in all runs, by vector and scale.
-        # Runs that were clipped to one scale are consecutive in both, so the first one's distance holds for all.
-        shifts = np.zeros((len(self._starts), LARGEST - SMALLEST + 1), dtype=np.int64)
-        backwards = slice(None, None, -1)
-        shifts[self._sides[backwards], self._scales[backwards].astype(np.int64) - SMALLEST] = (
-            self._begins - self._firsts
-        )[backwards]
-        sides = np.cumsum([0, *(len(order.channels) for order in self._orders)])
-        places = np.concatenate([order.places + side for order, side in zip(self._orders, sides, strict=False)])
-        sizes, begin = [order.size for order in self._orders], 0
-        for part, count in zip(parts, counts, strict=True):
-            slots = np.arange(begin, begin := begin + count)
-            whose = (np.arange(len(sizes))[:, None] * sum(counts) + slots).ravel()  # the part's vectors among all
-            at: Places = places.take(part.places + (self._blocks[whose] - starts_of(count, sizes)).take(part.sides))
-            keys = (shifts.shape[1] * whose - SMALLEST).take(part.sides) + part.scales
-            yield at + shifts.ravel().take(keys)
 
 
 def starts_of(count: int, sizes: Sequence[int]) -> Places:

@@ -74,7 +74,12 @@ class Objective:
         latent = net.posterior(batch.stack, condition) + of_latent  # (B, Z)
         features = features_of(condition, latent)
         mean, scale = net.latent_prior(condition)
-        norm_offsets, norm_scales, missed = self._norms(batch, net.gain(features))
+        # The log-norms are coded around table + gain. The gains are compared with the predicted ones.
+        above = batch.stack.log_norm - net.norm_mean.flatten().index_select(0, batch.norm_means)  # (n,)
+        gain = torch.zeros_like(batch.kind_counts).index_add(0, batch.kinds, above) / batch.kind_counts
+        norm_offsets = (above - gain.index_select(0, batch.kinds)) * OCTAVE
+        norm_scales = torch.exp2(net.norm_spread.flatten().index_select(0, batch.norm_spreads)) * OCTAVE
+        missed = (gain - net.gain(features).flatten()).index_select(0, batch.has_kind) * OCTAVE  # (P,)
         values = torch.cat([(latent - mean).flatten(), norm_offsets, missed])
         scales = torch.cat([scale.flatten(), norm_scales, torch.full_like(missed, OCTAVE / 2)])
         sizes = [latent.numel(), len(norm_offsets), len(missed)]
@@ -85,15 +90,6 @@ class Objective:
             tokens=self._tokens(batch, features),
             prior=torch.zeros_like(batch.parameters).index_add(0, batch.kind_owners, of_gains),
         )
-
-    def _norms(self, batch: Batch, predicted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the log-norms around table + gain (n,), their scales, and the gains around the predicted ones (P,)."""
-        net = self._net
-        offset = batch.stack.log_norm - net.norm_mean.flatten().index_select(0, batch.norm_means)
-        gain = torch.zeros_like(batch.kind_counts).index_add(0, batch.kinds, offset) / batch.kind_counts
-        spread = torch.exp2(net.norm_spread.flatten().index_select(0, batch.norm_spreads))
-        missed = (gain - predicted.flatten()).index_select(0, batch.has_kind)
-        return (offset - gain.index_select(0, batch.kinds)) * OCTAVE, spread * OCTAVE, missed * OCTAVE
 
     def _tokens(self, batch: Batch, features: torch.Tensor) -> torch.Tensor:
         """Return the bits of the integers of all tokens of each adapter, shape (B,)."""
