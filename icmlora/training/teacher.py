@@ -101,15 +101,15 @@ class Teacher:
             with added(self.base.model, self.original):
                 rows = self.base.modality.logits(self.base, items)  # (T, V) each
             for number, item, logits in zip(some, items, rows, strict=True):
-                answers = self.base.modality.answers(item)
-                counts = None if answers is None else uploaded(answers, logits.device).bool()
-                self._targets[number] = target(self.base, item, logits, counts)
+                self._targets[number] = target(self.base, item, logits)
             del rows, logits  # they take much memory, and the next pass makes others
         return [self._targets[number] for number in numbers]
 
 
-def target(base: BaseModel, item: Any, logits: torch.Tensor, counts: torch.Tensor | None) -> Target:
-    """Reduce an item's logits (T, V) to a target; counts is (T,), or None where all predictions count."""
+def target(base: BaseModel, item: Any, logits: torch.Tensor, counts: torch.Tensor | None = None) -> Target:
+    """Reduce an item's logits (T, V) to a target; counts is (T,), by default the item's answer, if it has one."""
+    if counts is None and (answers := base.modality.answers(item)) is not None:
+        counts = uploaded(answers, logits.device).bool()
     tokens = logits.topk(min(KEPT, logits.shape[-1] - 1), dim=-1).indices
     wanted, own = None, base.modality.wanted(item)
     if own is not None:

@@ -15,7 +15,7 @@ from icmlora.generator.codec.codec import Codec
 from icmlora.generator.codec.runs import Nonzeros
 from icmlora.generator.config import GeneratorConfig, config_for
 from icmlora.generator.files.entropy_coding import Integers
-from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.files.network_file import generator_to_bytes
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.sensitivity import Sensitivity, even
 from icmlora.training.config import TrainConfig
@@ -152,7 +152,7 @@ def trained_file(sets: int = 2) -> bytes:
 
 def codec(sets: int = 2) -> Codec:
     """Return a codec of its own under the trained generator."""
-    return Codec(generator_from_bytes(trained_file(sets)))
+    return Codec.of(trained_file(sets))
 
 
 def sides_of(vectors: Nonzeros, count: int, sizes: Sequence[int]) -> list[Integers]:

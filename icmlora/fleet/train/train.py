@@ -41,7 +41,7 @@ from icmlora.generator.codec.codec import Codec
 from icmlora.generator.codec.encoding import Encoded, encode_adapter
 from icmlora.generator.codec.generator_file import GeneratorFile
 from icmlora.generator.codec.limits import Limits
-from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.files.network_file import generator_to_bytes
 from icmlora.training.ranks import Ranks, joined
 from registry.manifests import CodeLimits, Generator, WithRelativeError
 
@@ -237,7 +237,7 @@ def _train_base(
     network = before = parent = None
     if previous is not None:
         before, parent = float(str(previous.config["tolerance"])), str(previous.blob)
-        network = GeneratorFile(store.blobs.read(parent)).codec(0).generator.net
+        network = GeneratorFile(store.blobs.read(parent)).codec(0).net
     config, options = config_of(source, network, before), schedule_of(source, device)
     run, state = open_run(context, store, source, device, network, config, options, parent=parent, resume=resume)
     first = state.step
@@ -289,7 +289,7 @@ def _publish(
     """Write the generator, encode every task with the file as it is read back, and publish both."""
     started = time.monotonic()
     label, data = source.base_model, generator_to_bytes(state.net)
-    codec = Codec(generator_from_bytes(data))
+    codec = Codec.of(data)
     codes, left_out, known_seeds = _encode_all(context, source, run, codec)
     _refuse_none(label, codes, left_out)
     seconds = round(time.monotonic() - started, 3)
@@ -322,7 +322,7 @@ def _encode_all(
         The codes by task, the tasks without one with the reasons, and the number of adapters with a known seed.
     """
     codes, left_out, known_seeds = dict[str, Encoded](), dict(source.left_out), 0
-    with run.codes(codec.generator.digest) as saved:
+    with run.codes(codec.digest) as saved:
         for number, name in enumerate(source.names):
             task = source.task(number)
             found = saved.get(task)

@@ -11,6 +11,7 @@ An adapter is encoded by icmlora/generator/codec/encoding.py, which searches for
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -28,9 +29,9 @@ from icmlora.generator.codec.code import Code, CodeHead, generator_of
 from icmlora.generator.codec.packing import KindIntegers, pack, unpack
 from icmlora.generator.codec.quantizer import TokenQuantizer, norm_of
 from icmlora.generator.files.container import ABSENT
-from icmlora.generator.files.network_file import TrainedGenerator
+from icmlora.generator.files.network_file import network_from_bytes
 from icmlora.generator.initial_a.subspace import initial_subspace
-from icmlora.generator.network.cvae import VIEWS, TaskState, predicted_tokens
+from icmlora.generator.network.cvae import CVAE, VIEWS, TaskState, predicted_tokens
 from icmlora.generator.network.tokens import Modules, assembled, detokenize, modules_of
 from icmlora.generator.scales import STRENGTHS
 from icmlora.io.threads import one_thread, side_by_side
@@ -61,9 +62,9 @@ class Codec:
 
     # With a tolerance near 1, the code of a well-predicted adapter is condition and latent, without integers.
 
-    def __init__(self, generator: TrainedGenerator) -> None:
-        self.generator = generator
-        self.net = generator.net.eval()
+    def __init__(self, net: CVAE, digest: str) -> None:
+        """Use a network that was read from a file; codes name it by the file's SHA-256, in hexadecimal."""
+        self.net, self.digest = net.eval(), digest
         self.sensitivity = self.net.sensitivity
         self.quantizer = TokenQuantizer(self.net)
         # Drawing an initial A takes a third of the time of decoding. All codes tried for an adapter have the same one,
@@ -71,6 +72,11 @@ class Codec:
         self.config = config = self.net.config
         sensitivity = self.sensitivity  # not self, which the cache would keep alive
         self.subspace = lru_cache(_SUBSPACES)(lambda initial: initial_subspace(initial, config, sensitivity))
+
+    @classmethod
+    def of(cls, data: bytes) -> Codec:
+        """Open a generator file of one version; raise `GeneratorError` if it is damaged or has other tables."""
+        return cls(network_from_bytes(data), hashlib.sha256(data).hexdigest())
 
     def decode(self, code: bytes, device: torch.device | None = None) -> Adapter:
         """Decode one code to float32 factors on a device (by default the CPU).
@@ -136,8 +142,8 @@ class Codec:
     def open(self, code: bytes) -> OpenCode:
         """Read a code's integers without decoding them to weights."""
         digest = generator_of(code)
-        if digest != self.generator.digest:
-            raise CodeError(f"the code belongs to generator {digest[:12]}, not {self.generator.digest[:12]}")
+        if digest != self.digest:
+            raise CodeError(f"the code belongs to generator {digest[:12]}, not {self.digest[:12]}")
         parsed = Code.from_bytes(code, self.config)
         head = parsed.head
         subspace = replace(self.subspace(head.initial), shifts=head.shifts, boosts=head.boosts)
@@ -148,7 +154,7 @@ class Codec:
         """Write a code from its head and its integers."""
         subspace = replace(self.subspace(head.initial), shifts=head.shifts)
         words = pack(self.quantizer, head, subspace, groups)
-        return Code(self.generator.digest, head, words).to_bytes(self.config)
+        return Code(self.digest, head, words).to_bytes(self.config)
 
     def condition(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Embed task vectors (hidden,) as integers, (C,); raise `GeneratorError` if one has the wrong length."""

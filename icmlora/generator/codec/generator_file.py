@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import CodeError, GeneratorError, NotCovered
 from icmlora.generator.codec.code import generator_of
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.files.file import versions_of
-from icmlora.generator.files.network_file import generator_from_bytes
+from icmlora.generator.files.network_file import network_from_bytes
 from icmlora.generator.files.version_delta import words_to_changed
 
 
@@ -34,14 +33,14 @@ class GeneratorFile:
             chain = [number]
             while (base := self._versions[chain[-1]].base) is not None:
                 chain.append(base)
-            generator = generator_from_bytes(self._versions[chain[-1]].content)
+            net = network_from_bytes(self._versions[chain[-1]].content)
             for link in reversed(chain[:-1]):
                 try:
-                    changed = words_to_changed(self._versions[link].content, generator.net.state_dict())
-                    generator.net.load_state_dict(changed)
+                    changed = words_to_changed(self._versions[link].content, net.state_dict())
+                    net.load_state_dict(changed)
                 except CodeError as error:
                     raise GeneratorError("the delta of a version does not fit its network") from error
-            self._codecs[number] = Codec(replace(generator, digest=self._versions[number].digest))
+            self._codecs[number] = Codec(net, self.digests[number])
         return self._codecs[number]
 
     def codec_of(self, code: bytes) -> Codec:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -41,14 +40,6 @@ _ZERO = -(1 << 12)  # exponent of a row of zeros
 _SIDE = 3 * OCTAVE  # scale index of numbers stored per row or tensor
 
 
-@dataclass(frozen=True, eq=False)
-class TrainedGenerator:
-    """A trained network read from a file."""
-
-    net: CVAE
-    digest: str  # SHA-256, in hexadecimal, of the file that ended with this version; its codes name it
-
-
 def generator_to_bytes(net: CVAE, notes: Mapping[str, str] | None = None) -> bytes:
     """Serialise a network; equal parameters give equal bytes."""
     own = {"config": net.config.to_json(), "shapes": _shapes_digest(net), "tables": tables_digest()}
@@ -56,7 +47,7 @@ def generator_to_bytes(net: CVAE, notes: Mapping[str, str] | None = None) -> byt
     return write_container(MAGIC, header.encode(), parameters_to_words(net.state_dict()))
 
 
-def generator_from_bytes(data: bytes) -> TrainedGenerator:
+def network_from_bytes(data: bytes) -> CVAE:
     """Read a generator file of one version; raise `GeneratorError` if it is damaged or has other tables."""
     header, words = split_network(data)
     if header.get("tables") != tables_digest():
@@ -80,7 +71,7 @@ def generator_from_bytes(data: bytes) -> TrainedGenerator:
         net.load_state_dict(words_to_parameters(words, {name: one.shape for name, one in net.state_dict().items()}))
     except (CodeError, RuntimeError, TypeError, ValueError) as error:
         raise GeneratorError(mismatch) from error
-    return TrainedGenerator(net.eval(), hashlib.sha256(data).hexdigest())
+    return net.eval()
 
 
 def _shapes_digest(net: CVAE) -> str:

@@ -73,7 +73,7 @@ def test_refinement_begins_with_the_strengths_that_lose_less(base: BaseModel, ad
     begun = coarse(base, adapter, codec, keep=0.9, lost=0.3)
     share, step = begun.share, codec.open(begun.encoded.data).head.step
     assert share is not None
-    other = share.steps.with_slots(step, replace(share.slots, energy_weighted=not share.slots.for_strong))
+    other = share.steps.with_slots(step, replace(share.slots, energy_weighted=not share.slots.energy_weighted))
     taken, left = (begun.refiner.lost(codec, data, of_few=True).of_most for data in (begun.encoded.data, other))
     assert 0.9 * taken <= left
 
@@ -90,15 +90,15 @@ class Looking(Refiner):
         return EffectLoss(*[share * (self.without if all(len(module.a) == 1 for module in modules) else 1.0)] * 2)
 
 
-@pytest.mark.parametrize(("without", "has_faint"), [(1.1, False), (10.0, True)])
+@pytest.mark.parametrize(("without", "keep_weak"), [(1.1, False), (10.0, True)])
 def test_a_code_has_its_faint_slots_if_what_they_do_is_worth_their_bytes(
-    base: BaseModel, without: float, *, has_faint: bool
+    base: BaseModel, without: float, *, keep_weak: bool
 ) -> None:
     adapter = with_directions(1.0, *[0.12] * 63)  # at 2^-1 the weak ones are faint, and take four fifths of the bytes
     codec, looking = untrained_codec(adapter), Looking(base, *[None] * 3, without)  # type: ignore[arg-type]
     share = coarse_for(0.9, 0.1 * without, looking, codec, adapter, AdapterSteps(codec, adapter, {}, None)).share
     assert share is not None
-    assert share.slots.has_faint == has_faint
+    assert share.slots.keep_weak == keep_weak
 
 
 @pytest.mark.parametrize(("keep", "is_finer"), [(0.999, True), (0.3, False)])

@@ -25,7 +25,7 @@ from tests.icmlora.small_fleet import codec, make_adapter, sides_of, with_factor
 
 @pytest.fixture
 def net() -> CVAE:
-    return codec().generator.net
+    return codec().net
 
 
 def nothing_known(net: CVAE) -> InitialSubspace:
@@ -60,7 +60,7 @@ def products(group: KindTokens) -> torch.Tensor:
 
 
 def test_the_same_tokens_give_the_same_integers(net: CVAE) -> None:
-    left, right = rounded(net, make_adapter(3), -40)[3], rounded(codec().generator.net, make_adapter(3), -40)[3]
+    left, right = rounded(net, make_adapter(3), -40)[3], rounded(codec().net, make_adapter(3), -40)[3]
     assert left == right
 
 
@@ -139,7 +139,7 @@ def with_initial(task: int, modules: int) -> tuple[TokenQuantizer, KindTokens, T
     assert initial is not None
     subspace = initial_subspace(replace(initial, modules=initial.modules[:modules]), under.config, under.sensitivity)
     tokens = tokenize(peft_fleet().load(task, None), under.config, under.sensitivity)
-    plain = replace(state(under.generator.net), subspace=subspace)
+    plain = replace(state(under.net), subspace=subspace)
     shifts = under.quantizer.shifts(tokens, plain)
     return under.quantizer, tokens[0], replace(plain, subspace=replace(subspace, shifts=shifts))
 
