@@ -50,8 +50,7 @@ def between(first: Adapter, second: Adapter, part: float) -> Adapter:
 def truncated(adapter: Adapter, rank: int) -> Adapter:
     """Return the best adapter of a smaller rank, in the Frobenius norm of dW."""
     # Canonical slots are sorted by singular value, so the first slots are the best (Eckart and Young).
-    cut = [LoraModule(module.name, module.a[:rank], module.b[:, :rank]) for module in canonicalize(adapter).modules]
-    return replace(adapter, modules=tuple(cut))
+    return replace(adapter, modules=tuple(module.cut(rank) for module in canonicalize(adapter).modules))
 
 
 def mean_adapter(adapters: Iterable[Adapter], rank: int) -> Adapter:

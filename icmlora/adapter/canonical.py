@@ -12,7 +12,7 @@ Singular values descend along the rank slots; the largest entry of each row of A
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -34,7 +34,10 @@ def canonicalize(adapter: Adapter) -> Adapter:
     groups: defaultdict[tuple[int, ...], list[LoraModule]] = defaultdict(list)
     for module in adapter.modules:
         groups[module.shape[1:]].append(module)
-    parts = [part for group in groups.values() for part in _parts(group)]
+    parts = []
+    for group in groups.values():
+        count = together(group[0].shape)
+        parts += [group[begin : begin + count] for begin in range(0, len(group), count)]
     done: dict[str, LoraModule] = {}
     with side_by_side() as each:
         for modules, (a, b) in zip(parts, each(_balanced, parts), strict=True):
@@ -52,12 +55,6 @@ def _balanced(modules: list[LoraModule]) -> tuple[torch.Tensor, torch.Tensor]:
     unused = (0, 0, 0, modules[0].shape.rank - a.shape[1])
     padded = [torch.nn.functional.pad(rows.to(torch.float32), unused) for rows in (a, b)]
     return padded[0], padded[1].mT
-
-
-def _parts(modules: list[LoraModule]) -> Iterator[list[LoraModule]]:
-    """Split modules of one shape into batches of bounded size."""
-    count = together(modules[0].shape)
-    yield from (modules[begin : begin + count] for begin in range(0, len(modules), count))
 
 
 def together(shape: ModuleShape) -> int:

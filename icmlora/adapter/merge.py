@@ -64,38 +64,6 @@ def _merged(
     parts: Sequence[tuple[LoraModule, float]], method: MergeMethod, rank: int | None, density: float
 ) -> LoraModule:
     modules, weights = zip(*parts, strict=True)
-    _check(modules, method)
-    first = modules[0].shape
-    layer = nn.Linear(first.inputs, first.outputs, bias=False, device="meta")
-    layer.weight = nn.Parameter(torch.zeros(1, 1).expand(first.outputs, first.inputs), requires_grad=False)
-    network = nn.ModuleDict({"merged": layer})
-    names = [str(number) for number in range(len(modules))]
-    model = LoraModel(network, {names[0]: _config(modules[0])}, names[0])
-    for name, module in zip(names[1:], modules[1:], strict=True):
-        model.peft_config[name] = _config(module)
-        model.inject_adapter(network, name)
-    factors: Any = network["merged"]
-    for name, module in zip(names, modules, strict=True):
-        factors.lora_A[name].weight.copy_(module.a)
-        factors.lora_B[name].weight.copy_(module.b)
-    model.add_weighted_adapter(
-        names,
-        list(weights),
-        "all",
-        combination_type=method,
-        svd_rank=rank,
-        svd_full_matrices=False,
-        density=density if method in WITH_DENSITY else None,
-    )
-    return LoraModule(first.module, factors.lora_A["all"].weight.detach(), factors.lora_B["all"].weight.detach())
-
-
-def _config(module: LoraModule) -> LoraConfig:
-    rank = len(module.a)
-    return LoraConfig(r=rank, lora_alpha=rank, target_modules=["merged"])  # the scale is in B
-
-
-def _check(modules: Sequence[LoraModule], method: MergeMethod) -> None:
     first = modules[0].shape
     for shape in (module.shape for module in modules):
         if (shape.inputs, shape.outputs) != (first.inputs, first.outputs):
@@ -105,3 +73,28 @@ def _check(modules: Sequence[LoraModule], method: MergeMethod) -> None:
             fact = f"{method} needs equal ranks, but {first.module} has ranks {first.rank} and {shape.rank}"
             other = "svd" if method == "linear" else f"{method}_svd"
             raise DataError(fact, hint=f"use --method {other}")
+    layer = nn.Linear(first.inputs, first.outputs, bias=False, device="meta")
+    layer.weight = nn.Parameter(torch.zeros(1, 1).expand(first.outputs, first.inputs), requires_grad=False)
+    network = nn.ModuleDict({"merged": layer})
+    configs = {  # the scale is in B
+        str(number): LoraConfig(r=module.shape.rank, lora_alpha=module.shape.rank, target_modules=["merged"])
+        for number, module in enumerate(modules)
+    }
+    model = LoraModel(network, {"0": configs["0"]}, "0")
+    for name, config in list(configs.items())[1:]:
+        model.peft_config[name] = config
+        model.inject_adapter(network, name)
+    factors: Any = network["merged"]
+    for name, module in zip(configs, modules, strict=True):
+        factors.lora_A[name].weight.copy_(module.a)
+        factors.lora_B[name].weight.copy_(module.b)
+    model.add_weighted_adapter(
+        list(configs),
+        list(weights),
+        "all",
+        combination_type=method,
+        svd_rank=rank,
+        svd_full_matrices=False,
+        density=density if method in WITH_DENSITY else None,
+    )
+    return LoraModule(first.module, factors.lora_A["all"].weight.detach(), factors.lora_B["all"].weight.detach())

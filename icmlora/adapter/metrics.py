@@ -104,8 +104,7 @@ def total_norm(norms: Mapping[str, float]) -> float:
 @one_thread()
 def module_norms(adapter: Adapter) -> dict[str, float]:
     """Return the Frobenius norm of each module's dW."""
-    exact = map(_exact, adapter.modules)
-    return {module.name: math.sqrt(max(_inner(module, module), 0.0)) for module in exact}
+    return {module.name: math.sqrt(max(_inner(module, module), 0.0)) for module in map(_exact, adapter.modules)}
 
 
 @one_thread()

@@ -33,6 +33,10 @@ class LoraModule:
         """The module's name, rank and widths."""
         return ModuleShape(self.name, self.a.shape[0], self.a.shape[1], self.b.shape[0])
 
+    def cut(self, rank: int) -> LoraModule:
+        """Return the module with its first `rank` slots."""
+        return LoraModule(self.name, self.a[:rank], self.b[:, :rank])
+
 
 @dataclass(frozen=True, eq=False)
 class Adapter:

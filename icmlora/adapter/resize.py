@@ -59,9 +59,7 @@ class RankedSlots:
         ranks = [1] * len(self.adapter.modules)
         for number in self.order[:count]:
             ranks[number] += 1
-        pairs = zip(self.adapter.modules, ranks, strict=True)
-        modules = tuple(LoraModule(module.name, module.a[:rank], module.b[:, :rank]) for module, rank in pairs)
-        return replace(self.adapter, modules=modules)
+        return replace(self.adapter, modules=tuple(map(LoraModule.cut, self.adapter.modules, ranks)))
 
     def within(self, values: float) -> int:
         """Return how many removable slots fit into `values`; 0 even if one slot per module does not fit."""

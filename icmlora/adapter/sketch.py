@@ -15,7 +15,6 @@ is about 5 %.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Literal
 
@@ -63,29 +62,15 @@ def near_pairs(sketches: Floats, norms: npt.NDArray[np.float64], limit: float) -
     ||dW|| are (n,) and positive.
     """
     order = np.argsort(norms, kind="stable")
-    found = list(_blocks(sketches[order], norms[order], limit))
-    if not found:
-        return []
-    estimates, left, right = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    one, other = np.sort([order[left], order[right]], axis=0)
-    # Round the estimates to get the same order on every processor.
-    nearest = np.lexsort((other, one, np.round(estimates / _NOISE**2)))
-    return list(zip(one[nearest].tolist(), other[nearest].tolist(), strict=True))
-
-
-_Found = tuple[npt.NDArray[np.float64], npt.NDArray[np.intp], npt.NDArray[np.intp]]
-
-
-def _blocks(sketches: Floats, norms: npt.NDArray[np.float64], limit: float) -> Iterator[_Found]:
-    """Yield squared estimates and indices of candidates, by blocks of a matrix product; `norms` ascend."""
+    sketches, norms, count = sketches[order], norms[order], len(norms)
     cut = max(_MARGIN * limit, _NOISE) ** 2
     # ||dW - dW'|| is at least the difference of the norms: compare only adapters of similar norm.
     reach = np.searchsorted(norms, norms / (1 - limit) * (1 + _ROUNDING), side="right")
     # Unit length: the squares of very large and very small values are beyond float32.
     units = sketches / norms[:, None].astype(np.float32)
     squares = np.einsum("ij,ij->i", units, units, dtype=np.float64)
-    count = len(norms)
-    for start in range(0, count, _BLOCK):
+    found = []
+    for start in range(0, count, _BLOCK):  # by blocks of a matrix product
         rows = slice(start, min(start + _BLOCK, count))
         for other in range(start, int(reach[rows.stop - 1]), _BLOCK):
             columns = slice(other, min(other + _BLOCK, count))
@@ -95,7 +80,14 @@ def _blocks(sketches: Floats, norms: npt.NDArray[np.float64], limit: float) -> I
             left, right = np.nonzero(estimates <= cut)
             ahead = left + start < right + other  # each pair once; the column has the larger norm
             left, right = left[ahead], right[ahead]
-            yield estimates[left, right], left + start, right + other
+            found.append((estimates[left, right], left + start, right + other))
+    if not found:
+        return []
+    estimates, left, right = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    first, second = np.sort([order[left], order[right]], axis=0)
+    # Round the estimates to get the same order on every processor.
+    nearest = np.lexsort((second, first, np.round(estimates / _NOISE**2)))
+    return list(zip(first[nearest].tolist(), second[nearest].tolist(), strict=True))
 
 
 @lru_cache(maxsize=32)  # a model has few widths

@@ -48,14 +48,14 @@ def adapt(
     current = start.adapter
     names = [module.name for module in current.modules]
     for step, support in enumerate(supports(samples, len(start.rates))):
-        read = behind_each_other(base, support, step) if in_context else support
+        read = shuffled_together(base, support, step) if in_context else support
         evidence = gather_evidence(base, factors_of(current), names, read, batch_size=1 if in_context else batch_size)
         lengths = [start.length(step, number, len(support), in_context=in_context) for number in range(len(names))]
         current = plus(current, lengthened(unit_steps(evidence), lengths))
         yield Adapted(current, evidence.nats)
 
 
-def behind_each_other(base: BaseModel, samples: Sequence[Prepared], seed: int) -> list[Prepared]:
+def shuffled_together(base: BaseModel, samples: Sequence[Prepared], seed: int) -> list[Prepared]:
     """Return the samples joined into a few texts, in random order."""
     shuffled = random.Random(seed).sample(list(samples), len(samples))  # noqa: S311 - an order, not secrets
     return base.modality.joined(base, shuffled, JOINED)

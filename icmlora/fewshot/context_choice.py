@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from icmlora.base_models.examples.chat_template import Templates
     from icmlora.base_models.modality import BaseModel, Score
 
-MOST_TOKENS = 1536
+MAX_TOKENS = 1536
 """Default maximum length of a context."""
 SCORED_TOKENS = 128
 """Tokens of each text that are scored after a context."""
@@ -54,7 +54,7 @@ class ChosenContext:
 
 
 @dataclass(frozen=True, eq=False)
-class Prompted:
+class ContextScorer:
     """Reads examples after a context, with the base model's current adapter."""
 
     base: BaseModel
@@ -76,17 +76,15 @@ class Prompted:
             return [example for part in parts for example in part]
         return [item if isinstance(item, Example) else one for one, item in zip(examples, read.items, strict=True)]
 
-    def written(self, context: TaskContext) -> TaskContext:
-        """Add to a context of chats its text in the chat template, for use before plain text."""
-        if context.text:
-            return context
-        answers = [place for place, turn in enumerate(context.messages) if turn["role"] == "assistant"]
-        read = self.base.modality.readable(self.base, [Chat(context.messages, tuple(answers))], self.template)
-        return replace(context, text=read.items[0].text) if read.items else context
-
     def context_of(self, samples: Sequence[Example | Chat], length: int) -> ChosenContext:
         """Make a context of samples, in order; a long one of plain texts fills whole token blocks."""
-        return self.chosen(self.written(TaskContext.of(self._in_blocks(samples))), samples, length)
+        context = TaskContext.of(self._in_blocks(samples))
+        if not context.text:  # one of chats also has its text in the chat template, for use before plain text
+            answers = [place for place, turn in enumerate(context.messages) if turn["role"] == "assistant"]
+            chats = [Chat(context.messages, tuple(answers))]
+            read = self.base.modality.readable(self.base, chats, self.template)
+            context = replace(context, text=read.items[0].text) if read.items else context
+        return self.chosen(context, samples, length)
 
     def chosen(self, context: TaskContext, samples: Sequence[Example | Chat] = (), length: int = 0) -> ChosenContext:
         """Count the tokens of a context."""
@@ -109,7 +107,10 @@ class Prompted:
         taken: list[Example | Chat] = []
         for sample in samples:
             one = self._cut(sample, length)
-            used = self._size(one)
+            if isinstance(one, Chat):  # roughly: rendering every chat would be slow
+                used = sum(self._count(turn["content"]) + _OF_A_TURN for turn in one.messages)
+            else:
+                used = self._count(TaskContext.of([one]).text)
             if used <= most:
                 taken.append(one)
                 most -= used
@@ -143,20 +144,14 @@ class Prompted:
         text = str(self.base.tokenizer.decode(ids[:length], clean_up_tokenization_spaces=False))
         return replace(sample, completion=text.rstrip("\N{REPLACEMENT CHARACTER}"))  # a split character
 
-    def _size(self, sample: Example | Chat) -> int:
-        """Return roughly how many tokens a sample takes; rendering every chat would be slow."""
-        if isinstance(sample, Chat):
-            return sum(self._count(turn["content"]) + _OF_A_TURN for turn in sample.messages)
-        return self._count(TaskContext.of([sample]).text)
-
     def _count(self, text: str) -> int:
         return len(self.base.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def choose_context(
-    prompted: Prompted,
+    scorer: ContextScorer,
     samples: Sequence[Example | Chat],
-    most_tokens: int = MOST_TOKENS,
+    most_tokens: int = MAX_TOKENS,
     *,
     total: int | None = None,
     tell: Callable[[int, int], None] = lambda done, of: None,
@@ -164,7 +159,7 @@ def choose_context(
     """Choose a context with the base model's current adapter.
 
     Args:
-        prompted: Reads and scores the samples.
+        scorer: Reads and scores the samples.
         samples: The samples.
         most_tokens: Limit of the context's length.
         total: Number of samples in the end, if further ones are to be filled in.
@@ -173,88 +168,54 @@ def choose_context(
     Raises:
         DataError: No sample fits.
     """
-    most, total = prompted.limit(most_tokens), total or len(samples)
+    most, total = scorer.limit(most_tokens), total or len(samples)
     every = max(_MIN_STRIDE, -(-len(samples) // _MAX_HELD_OUT))
-    others = samples[::every] if len(samples) >= 2 * _MIN_STRIDE else []
-    pool = [sample for place, sample in enumerate(samples) if not others or place % every]
+    held = samples[::every] if len(samples) >= 2 * _MIN_STRIDE else []
+    pool = [sample for place, sample in enumerate(samples) if not held or place % every]
     length = min(_MAX_LENGTH, max(_MIN_LENGTH, most // total - _BETWEEN))
     # The pool's share of the limit, or a candidate would be longer than the context that it represents.
     room = max(most * len(pool) // total, min(most, _MAX_LENGTH))
-    first = prompted.fitting(pool, length, room) or prompted.fitting(pool, length, most)
-    if not first:
+    best = scorer.fitting(pool, length, room) or scorer.fitting(pool, length, most)
+    if not best:
         raise DataError(f"no sample is short enough for a context of {most} tokens", hint="allow more tokens")
-    if not others:
-        return prompted.context_of(first, length)
-    search = _Search(prompted, others, tell)
-    best = search.best(first, length, pool, room)
-    fewer = search.fewer(best.samples)
-    is_enough = len(fewer) < len(best.samples)
-    chosen = replace(prompted.context_of(fewer, best.length), is_enough=is_enough)
-    return prompted.filled(chosen, others, most)
+    if not held:
+        return scorer.context_of(best, length)
+    scores: dict[tuple[int, ...], tuple[Sequence[Any], torch.Tensor]] = {}
 
+    def nats(chosen: Sequence[Example | Chat]) -> torch.Tensor:
+        """Return the loss of each held-out sample after some samples, in nats per token."""
+        key = tuple(map(id, chosen))
+        if key not in scores:
+            of_each = scorer.score(scorer.context_of(chosen, 0).context if chosen else None, held).of_each
+            scores[key] = chosen, torch.tensor(of_each, dtype=torch.float64)
+            tell(len(scores), max(_USUAL, len(scores)))
+        return scores[key][1]
 
-@dataclass(frozen=True)
-class _Candidate:
-    samples: Sequence[Example | Chat]
-    length: int
-
-
-class _Search:
-    """Compares candidates; each is read once."""
-
-    def __init__(self, prompted: Prompted, others: Sequence[Example | Chat], tell: Callable[[int, int], None]) -> None:
-        self._prompted, self._others, self._tell = prompted, others, tell
-        self._known: dict[tuple[int, ...], tuple[Sequence[Any], torch.Tensor]] = {}
-
-    def best(
-        self, first: Sequence[Example | Chat], length: int, pool: Sequence[Example | Chat], room: int
-    ) -> _Candidate:
-        """Return the first candidate, or a clearly better one with longer, shorter or other texts."""
-        found = _Candidate(first, length)
-        fit = self._prompted.fitting
-        if all(isinstance(one, Example) and not one.prompt for one in pool):
-            for other in (2 * length, length // 2):
-                found = self._better(found, _Candidate(fit(pool, other, room), other))
-        if len(found.samples) < len(pool):
-            for seed in range(_DRAWS):
-                found = self._better(found, _Candidate(fit(_shuffled(pool, seed), found.length, room), found.length))
-        return found
-
-    def fewer(self, samples: Sequence[Example | Chat]) -> Sequence[Example | Chat]:
-        """Drop the first half repeatedly, as long as that clearly costs next to nothing."""
-        allowed = _HARDLY * max(0.0, float((self._nats(()) - self._nats(samples)).mean()))
-        all_of_them = samples
-        while len(samples) > 1:
-            half = samples[len(samples) // 2 :]
-            mean, error = estimate(self._nats(half) - self._nats(all_of_them))
-            if mean + _SURE * error > allowed:
-                break
-            samples = half
-        return samples
-
-    def _better(self, one: _Candidate, other: _Candidate) -> _Candidate:
-        if not other.samples:
-            return one
-        mean, error = estimate(self._nats(one.samples) - self._nats(other.samples))
+    def better(one: list[Example | Chat], other: list[Example | Chat]) -> list[Example | Chat]:
+        mean, error = estimate(nats(one) - nats(other)) if other else (0.0, 0.0)
         return other if mean > _SURE * error else one
 
-    def _nats(self, samples: Sequence[Example | Chat]) -> torch.Tensor:
-        """Return the loss of each held-out sample after some samples, in nats per token."""
-        key = tuple(map(id, samples))
-        if key not in self._known:
-            context = self._prompted.context_of(samples, 0).context if samples else None
-            of_each = self._prompted.score(context, self._others).of_each
-            self._known[key] = samples, torch.tensor(of_each, dtype=torch.float64)
-            self._tell(len(self._known), max(_USUAL, len(self._known)))
-        return self._known[key][1]
+    # A clearly better candidate has longer, shorter or other texts.
+    texts = all(isinstance(one, Example) and not one.prompt for one in pool)
+    for other in (2 * length, length // 2) if texts else ():
+        if (found := better(best, scorer.fitting(pool, other, room))) is not best:
+            best, length = found, other
+    for seed in range(_DRAWS) if len(best) < len(pool) else ():
+        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed)).tolist()
+        best = better(best, scorer.fitting([pool[place] for place in order], length, room))
+    # Drop the first half repeatedly, as long as that clearly costs next to nothing.
+    fewer, allowed = best, _HARDLY * max(0.0, float((nats(()) - nats(best)).mean()))
+    while len(fewer) > 1:
+        half = fewer[len(fewer) // 2 :]
+        mean, error = estimate(nats(half) - nats(best))
+        if mean + _SURE * error > allowed:
+            break
+        fewer = half
+    chosen = replace(scorer.context_of(fewer, length), is_enough=len(fewer) < len(best))
+    return scorer.filled(chosen, held, most)
 
 
 def estimate(differences: torch.Tensor) -> tuple[float, float]:
     """Return the mean of some differences and its standard error, infinite for a single difference."""
     error = float(differences.std() / len(differences) ** 0.5) if len(differences) > 1 else float("inf")
     return float(differences.mean()), error
-
-
-def _shuffled(samples: Sequence[Example | Chat], seed: int) -> list[Example | Chat]:
-    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [samples[place] for place in order]

@@ -28,7 +28,12 @@ def described_samples(base: BaseModel, about: str, count: int, tokens: int, *, s
     """
     from icmlora.base_models.kinds.continuations import variants
 
-    written = variants(base, _prompt(base, about), count, tokens, seed=seed)
+    prompt = Prompt(_PLAIN.format(about=about.strip()))
+    if getattr(base.tokenizer, "chat_template", None):
+        asked = {"role": "user", "content": _ASKED.format(about=about.strip())}
+        answered = {"role": "assistant", "content": "..."}  # shows where the answer begins
+        (prompt,) = given_prompts(base, [{"messages": [asked, answered]}])
+    written = variants(base, prompt, count, tokens, seed=seed)
     texts = [text for text in dict.fromkeys(text.strip() for text in written) if len(text) >= _MIN_CHARACTERS]
     if not texts:
         raise DataError(f"{base.label} wrote no text for this description", hint="add samples with --samples FILE")
@@ -38,11 +43,3 @@ def described_samples(base: BaseModel, about: str, count: int, tokens: int, *, s
 def described_context(about: str) -> TaskContext:
     """Return the description itself as a context: texts generated from it add nothing."""
     return TaskContext(f"{about.strip()}{SEPARATOR}", ({"role": "system", "content": about.strip()},))
-
-
-def _prompt(base: BaseModel, about: str) -> Prompt:
-    if not getattr(base.tokenizer, "chat_template", None):
-        return Prompt(_PLAIN.format(about=about.strip()))
-    asked = {"role": "user", "content": _ASKED.format(about=about.strip())}
-    answered = {"role": "assistant", "content": "..."}  # shows where the answer begins
-    return given_prompts(base, [{"messages": [asked, answered]}])[0]

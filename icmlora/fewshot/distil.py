@@ -77,26 +77,36 @@ class PromptedTeacher(Teacher):
         original: Factors to add to it.
         samples: Two or more.
         config: Its seed draws the halves.
+
+    Raises:
+        DataError: No two samples fit into what the base model reads.
     """
 
     def __init__(self, base: BaseModel, original: Factors, samples: Sequence[Prepared], config: DistilConfig) -> None:
         super().__init__(base, original, list(samples))
+        longest, room = max(item.size for item in samples) + _BETWEEN, base.within(_TOGETHER)
+        if room < 2 * longest:
+            fact = f"two samples of {longest} tokens exceed the {room} tokens that the base model reads"
+            raise DataError(fact, hint="leave out --distil")
         order = list(range(len(samples)))
         random.Random(config.seed).shuffle(order)  # noqa: S311 - an order, not secrets
+        # Groups of about equal size, with at least two samples in each.
+        count = max(1, min(len(order) // 2, math.ceil(len(order) / min(_GROUP, room // longest))))
+        bounds = (len(order) * number // count for number in range(count + 1))
         with torch.no_grad(), added(base.model, original):
-            for group in _groups(order, _size_of_group(base, samples)):
-                half = len(group) // 2
-                self._read(group[:half], group[half:])
-                self._read(group[half:], group[:half])
+            for first, end in itertools.pairwise(bounds):
+                middle = first + (end - first) // 2
+                self._read(order[first:middle], order[middle:end])
+                self._read(order[middle:end], order[first:middle])
 
-    def _read(self, before: Sequence[int], behind: Sequence[int]) -> None:
+    def _read(self, before: Sequence[int], after: Sequence[int]) -> None:
         """Store the predictions for samples that follow others."""
-        modality, items = self.base.modality, [self._items[number] for number in (*before, *behind)]
+        modality, items = self.base.modality, [self._items[number] for number in (*before, *after)]
         (text,) = modality.joined(self.base, items, _TOGETHER)
         (logits,) = modality.logits(self.base, [text])
         rows = logits[self._scored(text, len(logits))]
-        counts = [self._items[number].count for number in behind]
-        for number, predicted in zip(behind, torch.split(rows[-sum(counts) :], counts), strict=True):
+        counts = [self._items[number].count for number in after]
+        for number, predicted in zip(after, torch.split(rows[-sum(counts) :], counts), strict=True):
             item = self._items[number]
             scored = self._scored(item, item.size)
             spread = predicted.new_zeros(item.size, predicted.shape[-1])
@@ -109,19 +119,3 @@ class PromptedTeacher(Teacher):
         first = predictions - len(wanted)
         marks = [place >= first and wanted[place - first] != IGNORED for place in range(predictions)]
         return uploaded(marks, self.base.device).bool()
-
-
-def _groups(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """Split an order into groups of about equal size, at least two in each."""
-    count = max(1, min(len(order) // 2, math.ceil(len(order) / size)))
-    bounds = (len(order) * number // count for number in range(count + 1))
-    return (order[first:end] for first, end in itertools.pairwise(bounds))
-
-
-def _size_of_group(base: BaseModel, samples: Sequence[Prepared]) -> int:
-    """Return how many samples to read together; raise `DataError` if no two fit into what the base model reads."""
-    longest, room = max(item.size for item in samples) + _BETWEEN, base.within(_TOGETHER)
-    if room < 2 * longest:
-        fact = f"two samples of {longest} tokens exceed the {room} tokens that the base model reads"
-        raise DataError(fact, hint="leave out --distil")
-    return min(_GROUP, room // longest)

@@ -51,7 +51,13 @@ def gather_evidence(
     """Run the samples forward and backward once, with factors A (r, in) and B (out, r) on the base model."""
     # Needs 4 * in * out bytes per module in addition to the base model's activations, for any number of samples.
     # Made beforehand: backward reaches the modules in reverse order, and some, such as experts, not at all.
-    sums = {name: _zeros(base, name) for name in modules}
+    sums = {}
+    for name in modules:
+        module = base.model.get_submodule(name)
+        if (shape := matrix_shape(module)) is None:
+            raise ValueError(f"{name} is neither a linear layer nor a plain convolution")
+        device, (outputs, inputs) = next(module.parameters()).device, shape
+        sums[name] = [torch.zeros(size, device=device) for size in ((outputs, inputs), (inputs,), (outputs,))]
     nats, tokens = 0.0, sum(item.count for item in samples)
     for first in range(0, len(samples), batch_size):
         batch = samples[first : first + batch_size]
@@ -110,16 +116,6 @@ def _summing(model: nn.Module, real: torch.Tensor | None, sums: Mapping[str, lis
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _zeros(base: BaseModel, name: str) -> list[torch.Tensor]:
-    module = base.model.get_submodule(name)
-    found = matrix_shape(module)
-    if found is None:
-        raise ValueError(f"{name} is neither a linear layer nor a plain convolution")
-    outputs, inputs = found
-    device = next(module.parameters()).device
-    return [torch.zeros(shape, device=device) for shape in ((outputs, inputs), (inputs,), (outputs,))]
 
 
 class _Watched(torch.autograd.Function):

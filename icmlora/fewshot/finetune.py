@@ -55,8 +55,10 @@ def descend(
 ) -> Iterator[tuple[float, Adapter]]:
     """Minimise a loss over random samples; yields each step's loss and adapter."""
     # Every sample is drawn once before any is drawn again.
-    pairs = {m.name: (_leaf(m.a, device), _leaf(m.b, device)) for m in adapter.modules}
-    weights = [factor for pair in pairs.values() for factor in pair]
+    # The copies of leaves are needed because the next step changes these in place.
+    weights = [one.detach().to(device).clone().requires_grad_() for m in adapter.modules for one in (m.a, m.b)]
+    names = [module.name for module in adapter.modules]
+    pairs = dict(zip(names, zip(weights[::2], weights[1::2], strict=True), strict=True))
     optimizer = torch.optim.Adam(weights, lr=config.learning_rate)
     draw = random.Random(config.seed)  # noqa: S311 - the order of samples, not secrets
     waiting: list[int] = []
@@ -71,13 +73,6 @@ def descend(
             loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(weights, _GRADIENT_LIMIT)
         optimizer.step()
-        modules = [LoraModule(name, _copy(a), _copy(b)) for name, (a, b) in pairs.items()]
+        copies = [factor.detach().clone().cpu() for factor in weights]
+        modules = map(LoraModule, names, copies[::2], copies[1::2])
         yield loss.item(), replace(adapter, modules=tuple(modules))
-
-
-def _leaf(factor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return factor.detach().to(device).clone().requires_grad_()
-
-
-def _copy(factor: torch.Tensor) -> torch.Tensor:
-    return factor.detach().clone().cpu()  # the next step changes the leaf in place

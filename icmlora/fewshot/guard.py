@@ -20,7 +20,7 @@ from icmlora.io.text import counted
 
 if TYPE_CHECKING:
     from icmlora.base_models.modality import Score
-    from icmlora.fewshot.context_choice import ChosenContext, Prompted
+    from icmlora.fewshot.context_choice import ChosenContext, ContextScorer
 
 Served = Literal["neither", "context", "adapter", "both"]
 Sample = TypeVar("Sample")
@@ -45,7 +45,7 @@ class Guard:
     least: float = 0.0  # minimum gain of the context by itself, in nats per token
 
     @classmethod
-    def of(cls, bare: BothWays | None, adapted: BothWays | None, *, in_turn: bool) -> Guard | None:
+    def of(cls, bare: ContextAblation | None, adapted: ContextAblation | None, *, in_turn: bool) -> Guard | None:
         """Combine the losses of the base model with and without an adapter; None if there are none.
 
         Where only the base model was measured, the context's gain has to exceed its standard error.
@@ -53,8 +53,9 @@ class Guard:
         if bare is None:
             return None
         if adapted is None:
-            return cls(bare.without, bare.behind, None, None, bare.samples, in_turn, bare.error)
-        return cls(bare.without, bare.behind, adapted.without, adapted.behind, bare.samples, in_turn)
+            return cls(bare.without, bare.with_context, None, None, bare.samples, in_turn, bare.error)
+        both = adapted.with_context
+        return cls(bare.without, bare.with_context, adapted.without, both, bare.samples, in_turn)
 
     @property
     def losses(self) -> dict[Served, float]:
@@ -68,7 +69,7 @@ class Guard:
         return {name: nats for name, nats in every.items() if nats is not None}
 
     @property
-    def told_by(self) -> str:
+    def measured_on(self) -> str:
         """Description of the samples that were measured."""
         return counted(self.samples, "sample") + (", each after the others" if self.in_turn else " held out")
 
@@ -104,36 +105,41 @@ class Guard:
 
 
 @dataclass(frozen=True)
-class BothWays:
+class ContextAblation:
     """Loss of samples without and with a context, in nats per token, with the base model's current adapter."""
 
     without: float
-    behind: float
+    with_context: float
     samples: int
     error: float = 0.0  # standard error of the mean difference, for leave-one-out
 
     @classmethod
-    def of(cls, prompted: Prompted, chosen: ChosenContext, held: Sequence[Any]) -> BothWays | None:
-        """Measure held-out samples, which the context does not contain; None if there are none."""
-        if not held:
-            return None
-        return cls(prompted.score(None, held).value, prompted.score(chosen.context, held).value, len(held))
+    def of(
+        cls, scorer: ContextScorer, chosen: ChosenContext, samples: Sequence[Any], *, leave_one_out: bool = False
+    ) -> ContextAblation | None:
+        """Measure samples after a context that lacks them, or with `leave_one_out` each one after all others.
 
-    @classmethod
-    def in_turn(cls, prompted: Prompted, chosen: ChosenContext, samples: Sequence[Any]) -> BothWays | None:
-        """Measure each sample of a context after the others (leave-one-out); None if no sample allows it."""
+        Returns None if no sample can be measured.
+        """
+        if not leave_one_out:
+            if not samples:
+                return None
+            return cls(scorer.score(None, samples).value, scorer.score(chosen.context, samples).value, len(samples))
         pairs: list[tuple[Score, Score]] = []
         for place, sample in enumerate(samples):
-            others = prompted.fitting([*samples[:place], *samples[place + 1 :]], chosen.length, chosen.tokens)
+            others = scorer.fitting([*samples[:place], *samples[place + 1 :]], chosen.length, chosen.tokens)
             if others:
-                context = prompted.context_of(others, chosen.length).context
+                context = scorer.context_of(others, chosen.length).context
                 with suppress(DataError):  # a sample of a single token has no loss; the others still count
-                    pairs.append((prompted.score(None, [sample]), prompted.score(context, [sample])))
+                    pairs.append((scorer.score(None, [sample]), scorer.score(context, [sample])))
         if not pairs:
             return None
-        without, behind = zip(*pairs, strict=True)
+        without, with_context = (
+            sum(score.value * score.count for score in side) / sum(score.count for score in side)
+            for side in zip(*pairs, strict=True)
+        )
         _, error = estimate(torch.tensor([alone.value - read.value for alone, read in pairs], dtype=torch.float64))
-        return cls(_pooled(without), _pooled(behind), len(pairs), error)
+        return cls(without, with_context, len(pairs), error)
 
 
 def left_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
@@ -145,7 +151,3 @@ def left_out(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
     for place, sample in enumerate(samples):
         parts[place not in places].append(sample)
     return parts
-
-
-def _pooled(scores: Sequence[Score]) -> float:
-    return sum(score.value * score.count for score in scores) / sum(score.count for score in scores)

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -29,7 +30,7 @@ from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.base_models.modality import BaseModel, Prepared
 from icmlora.base_models.running.lora_hooks import Factors, factors_of
 from icmlora.errors import GeneratorError
-from icmlora.fewshot.adapt import JOINED, behind_each_other
+from icmlora.fewshot.adapt import JOINED, shuffled_together
 from icmlora.fewshot.evidence import gather_evidence, mean_loss
 from icmlora.fewshot.start import FewShotStart, octaves
 from icmlora.fewshot.step import lengthened, unit_steps
@@ -78,47 +79,14 @@ class EpisodeSource(Protocol):
         """Return two or more samples of a task, from the modality's `prepare`."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Rates:
-    """Learned numbers, in eighths: rates (steps, modules), slopes and in-context offsets (steps,)."""
-
-    rates: torch.Tensor
-    slopes: torch.Tensor
-    in_context: torch.Tensor
-
-    @classmethod
-    def of(cls, start: FewShotStart) -> _Rates:
-        """Copy the numbers from a start."""
-        rows = (start.rates, start.slopes, start.in_context)
-        return cls(*(torch.tensor(row, dtype=torch.float32, requires_grad=True) for row in rows))
-
-    @property
-    def every(self) -> list[torch.Tensor]:
-        """All learned tensors."""
-        return [self.rates, self.slopes, self.in_context]
-
-    def lengths(self, start: FewShotStart, step: int, samples: int, *, in_context: bool) -> torch.Tensor:
-        """Return the lengths of a step, shape (modules,)."""
-        sizes = torch.tensor(start.sizes, dtype=torch.float32)
-        rates = self.rates[step] + self.in_context[step] if in_context else self.rates[step]
-        return torch.exp2(octaves(sizes, rates, self.slopes[step], samples))
-
-    def is_finite(self) -> bool:
-        """Return whether all numbers are finite, so they can be rounded to integers."""
-        return all(bool(torch.isfinite(one).all()) for one in self.every)
-
-    def into(self, start: FewShotStart) -> FewShotStart:
-        """Return the start with these numbers, rounded as stored."""
-        whole = [one.detach().round().clamp(-_LIMIT, _LIMIT).int().tolist() for one in self.every]
-        return replace(start, rates=tuple(map(tuple, whole[0])), slopes=tuple(whole[1]), in_context=tuple(whole[2]))
-
-
 def meta_train(
     base: BaseModel, start: FewShotStart, fleet: EpisodeSource, config: MetaConfig
 ) -> Iterator[tuple[Episode, FewShotStart]]:
     """Learn a start's step lengths; yields it after each episode. Raise `GeneratorError` if one diverges."""
-    learned = _Rates.of(start)
-    optimizer = torch.optim.Adam(learned.every, lr=config.learning_rate, betas=(0.9, 0.95))
+    # In eighths: rates (steps, modules), slopes and in-context offsets (steps,).
+    rows = (start.rates, start.slopes, start.in_context)
+    learned = [torch.tensor(row, dtype=torch.float32, requires_grad=True) for row in rows]
+    optimizer = torch.optim.Adam(learned, lr=config.learning_rate, betas=(0.9, 0.95))
     draw = random.Random(config.seed)  # noqa: S311 - training noise, not secrets
     order: list[int] = []
     for number in range(config.episodes):
@@ -129,64 +97,53 @@ def meta_train(
         size = draw.choice(config.support)
         turn, place = divmod(number, fleet.tasks())
         in_context = base.modality.takes_context and (turn + place) % 2 == 1  # other tasks in the next round
-        support, queries = _split(fleet.samples(task), size, config, draw, in_context=in_context)
-        if in_context:
-            queries = [base.modality.joined(base, query, JOINED) for query in queries]
-        loss = _episode(base, start, fleet.load(task), support, queries, learned, optimizer, in_context=in_context)
-        if not (math.isfinite(loss) and learned.is_finite()):
+        samples = list(fleet.samples(task))
+        shuffled = draw.sample(samples, len(samples))
+        # At most half of the samples are support, to leave some as queries.
+        size = min(size, max(1, len(shuffled) // 2))
+        support, rest = shuffled[:size], shuffled[size:] or shuffled
+        if in_context:  # no sample follows itself
+            count = min(config.query_in_context, len(rest))
+            drawn = [draw.sample(rest, count) for _ in range(config.updates)]
+            queries = [base.modality.joined(base, query, JOINED) for query in drawn]
+        else:
+            queries = [[draw.choice(rest) for _ in range(config.query)] for _ in range(config.updates)]
+        own = fleet.load(task)
+        others, lengths = _without(start, own), partial(_lengths, start, learned, size, in_context=in_context)
+        # Directions are gathered once per episode, with the current rates; only their lengths get gradients.
+        current, units = others, list[tuple[LoraModule, ...]]()
+        for step in range(len(start.rates)):
+            read = shuffled_together(base, support, step) if in_context else support
+            names = [module.name for module in others.modules]
+            units.append(unit_steps(gather_evidence(base, factors_of(current), names, read)))
+            current = plus(current, lengthened(units[-1], lengths(step).tolist()))
+        losses = []  # on each query, relative to the task's own adapter
+        for query in queries:
+            with torch.no_grad():
+                # Nats per token of the bare base model and of the task's own adapter: 1 and 0 on the loss's scale.
+                nothing, best = (_nats(base, factors, query) for factors in ({}, factors_of(own)))
+            optimizer.zero_grad()
+            with mean_loss(base, _stepped(others, units, lengths), query) as nats:
+                loss = (nats - best) / max(nothing - best, _MIN_GAIN)
+                loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(loss.item())
+        mean = sum(losses) / len(losses)
+        if not (math.isfinite(mean) and all(bool(torch.isfinite(row).all()) for row in learned)):
             hint = "run again with another --seed; the stored few-shot start is unchanged"
-            raise GeneratorError(f"episode {number + 1}, of {len(support)} samples, diverged", hint=hint)
-        yield Episode(number + 1, config.episodes, task, len(support), in_context, loss), learned.into(start)
+            raise GeneratorError(f"episode {number + 1}, of {size} samples, diverged", hint=hint)
+        rates, slopes, offsets = (row.detach().round().clamp(-_LIMIT, _LIMIT).int().tolist() for row in learned)
+        after = replace(start, rates=tuple(map(tuple, rates)), slopes=tuple(slopes), in_context=tuple(offsets))
+        yield Episode(number + 1, config.episodes, task, size, in_context, mean), after
 
 
-def _split(
-    samples: Sequence[Prepared], size: int, config: MetaConfig, draw: random.Random, *, in_context: bool
-) -> tuple[list[Prepared], list[list[Prepared]]]:
-    """Draw support samples, and each update's query samples from the rest."""
-    shuffled = draw.sample(list(samples), len(samples))
-    # At most half of the samples are support, to leave some as queries.
-    size = min(size, max(1, len(shuffled) // 2))
-    support, rest = shuffled[:size], shuffled[size:] or shuffled
-    if in_context:  # no sample follows itself
-        count = min(config.query_in_context, len(rest))
-        return support, [draw.sample(rest, count) for _ in range(config.updates)]
-    return support, [[draw.choice(rest) for _ in range(config.query)] for _ in range(config.updates)]
-
-
-def _episode(
-    base: BaseModel,
-    start: FewShotStart,
-    own: Adapter,
-    support: Sequence[Prepared],
-    queries: Sequence[Sequence[Prepared]],
-    learned: _Rates,
-    optimizer: torch.optim.Optimizer,
-    *,
-    in_context: bool,
-) -> float:
-    """Step through one task and update the rates on each query; return the mean loss."""
-    others = _without(start, own)
-    # Directions are gathered once per episode, with the current rates; only their lengths get gradients.
-    current, units = others, list[tuple[LoraModule, ...]]()
-    names = [module.name for module in others.modules]
-    for step in range(len(start.rates)):
-        read = behind_each_other(base, support, step) if in_context else support
-        units.append(unit_steps(gather_evidence(base, factors_of(current), names, read)))
-        lengths = learned.lengths(start, step, len(support), in_context=in_context).tolist()
-        current = plus(current, lengthened(units[-1], lengths))
-    losses = []  # on each query, relative to the task's own adapter
-    for query in queries:
-        with torch.no_grad():
-            # Nats per token of the bare base model and of the task's own adapter: 1 and 0 on the scale of the loss.
-            nothing, best = (_nats(base, factors, query) for factors in ({}, factors_of(own)))
-        every = [learned.lengths(start, step, len(support), in_context=in_context) for step in range(len(units))]
-        optimizer.zero_grad()
-        with mean_loss(base, _stepped(others, units, every), query) as nats:
-            loss = (nats - best) / max(nothing - best, _MIN_GAIN)
-            loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        losses.append(loss.item())
-    return sum(losses) / len(losses)
+def _lengths(
+    start: FewShotStart, learned: Sequence[torch.Tensor], samples: int, step: int, *, in_context: bool
+) -> torch.Tensor:
+    """Return the lengths of a step, shape (modules,), with gradients to the learned numbers."""
+    rates, slopes, offsets = (row[step] for row in learned)
+    sizes = torch.tensor(start.sizes, dtype=torch.float32)
+    return torch.exp2(octaves(sizes, rates + offsets if in_context else rates, slopes, samples))
 
 
 def _nats(base: BaseModel, factors: Factors, batch: Sequence[Prepared]) -> float:
@@ -204,12 +161,14 @@ def _without(start: FewShotStart, own: Adapter) -> Adapter:
     return plus(replace(start.adapter, modules=tuple(mean)), times(rest, -1 / (start.tasks - 1)))
 
 
-def _stepped(adapter: Adapter, units: Sequence[Sequence[LoraModule]], lengths: Sequence[torch.Tensor]) -> Factors:
+def _stepped(
+    adapter: Adapter, units: Sequence[Sequence[LoraModule]], lengths: Callable[[int], torch.Tensor]
+) -> Factors:
     """Concatenate the factors of an adapter and of some steps, with gradients to the steps' lengths (modules,)."""
     parts = {module.name: ([module.a], [module.b]) for module in adapter.modules}
-    for step, length in zip(units, lengths, strict=True):
-        for number, unit in enumerate(step):
+    for step, directions in enumerate(units):
+        for unit, length in zip(directions, lengths(step), strict=True):
             a, b = parts[unit.name]
             a.append(unit.a)
-            b.append(length[number] * unit.b)
+            b.append(length * unit.b)
     return {name: (torch.cat(a), torch.cat(b, dim=1)) for name, (a, b) in parts.items()}

@@ -64,16 +64,12 @@ def fewshot_start_from_bytes(data: bytes, decode: Callable[[bytes], Adapter]) ->
         )
     except (CodeError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise GeneratorError(f"the few-shot start is damaged or belongs to another generator ({error})") from error
-    if not _fits(start):
+    # One size and rate per module, and one slope per step.
+    rows, steps = {len(start.sizes), *map(len, start.rates)}, {len(start.slopes), len(start.in_context)}
+    fits = rows == {len(start.adapter.modules)} and steps == {len(start.rates)}
+    if not fits or start.tasks < 1 or not 1 <= len(start.rates) <= _STEPS_LIMIT:
         raise GeneratorError("the header of the few-shot start does not match its mean")
     return start
-
-
-def _fits(start: FewShotStart) -> bool:
-    """Return whether a start has one size and rate per module and one slope per step."""
-    rows, steps = {len(start.sizes), *map(len, start.rates)}, {len(start.slopes), len(start.in_context)}
-    is_right = rows == {len(start.adapter.modules)} and steps == {len(start.rates)}
-    return is_right and start.tasks >= 1 and 1 <= len(start.rates) <= _STEPS_LIMIT
 
 
 def _whole(values: object, limit: int = _EXPONENT_LIMIT) -> tuple[int, ...]:

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 
 import torch
 
-from icmlora.adapter.arithmetic import times
 from icmlora.adapter.model import LoraModule
 from icmlora.errors import GeneratorError
-from icmlora.fewshot.evidence import Evidence, ModuleEvidence
+from icmlora.fewshot.evidence import Evidence
 
 RANK = 16  # directions kept of each step
 _DAMPING = 0.05  # share of the mean that is added to every mean square: a few samples say little about quiet channels
@@ -26,29 +25,28 @@ _ITERATIONS = 2  # passes over the matrix and back that sharpen the sketch
 _SEED = 0
 
 
+@torch.no_grad()
 def unit_steps(evidence: Evidence, rank: int = RANK) -> tuple[LoraModule, ...]:
     """Return the downhill direction of each module with |dW| = 1, or zeros where there is no gradient."""
     # The same evidence gives the same directions: the random sketch of the singular vectors is seeded.
     draw = torch.Generator().manual_seed(_SEED)
-    return tuple(_unit_step(name, module, rank, draw) for name, module in evidence.modules.items())
+    units = []
+    for name, module in evidence.modules.items():
+        scaled = module.gradient / _root(module.outputs)[:, None] / _root(module.inputs)  # (out, in)
+        if not torch.isfinite(scaled).all():
+            fact = f"the gradient of the loss on the samples is not finite ({name})"
+            raise GeneratorError(fact, hint="leave out samples that are not ordinary text")
+        u, s, v = strongest(scaled, min(rank + _OVERSAMPLING, *scaled.shape), draw)
+        u, s, v = u[:, :rank], s[:rank], v[:, :rank]
+        # Balanced factors with |B A| = 1; the sign makes the step go downhill.
+        root = (s / s.norm().clamp_min(torch.finfo(s.dtype).tiny)).sqrt()
+        units.append(LoraModule(name, (v * root).T.contiguous(), -(u * root)))
+    return tuple(units)
 
 
 def lengthened(units: Sequence[LoraModule], lengths: Sequence[float]) -> list[LoraModule]:
     """Scale each direction to its length."""
-    return [module for unit, length in zip(units, lengths, strict=True) for module in times([unit], length)]
-
-
-@torch.no_grad()
-def _unit_step(name: str, evidence: ModuleEvidence, rank: int, draw: torch.Generator) -> LoraModule:
-    scaled = evidence.gradient / _root(evidence.outputs)[:, None] / _root(evidence.inputs)  # (out, in)
-    if not torch.isfinite(scaled).all():
-        fact = f"the gradient of the loss on the samples is not finite ({name})"
-        raise GeneratorError(fact, hint="leave out samples that are not ordinary text")
-    u, s, v = strongest(scaled, min(rank + _OVERSAMPLING, *scaled.shape), draw)
-    u, s, v = u[:, :rank], s[:rank], v[:, :rank]
-    # Balanced factors with |B A| = 1; the sign makes the step go downhill.
-    root = (s / s.norm().clamp_min(torch.finfo(s.dtype).tiny)).sqrt()
-    return LoraModule(name, (v * root).T.contiguous(), -(u * root))
+    return [LoraModule(unit.name, unit.a, length * unit.b) for unit, length in zip(units, lengths, strict=True)]
 
 
 def strongest(

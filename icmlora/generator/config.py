@@ -147,18 +147,18 @@ class GeneratorConfig:
 
 def tolerance_of(quality: int) -> float:
     """Return the weighted squared error of a quality, 1 (smallest) to 8; raise `GeneratorError` for any other."""
-    return _of_quality(_TOLERANCES, quality)
+    return _TOLERANCES[_place_of(quality)]
 
 
 def keep_of(quality: int) -> float:
     """Return the share of an adapter's effect of a quality, 1 (smallest) to 8; raise `GeneratorError` for any other."""
-    return _of_quality(_KEEPS, quality)
+    return _KEEPS[_place_of(quality)]
 
 
-def _of_quality(values: Sequence[float], quality: int) -> float:
-    if not 1 <= quality <= len(values):
-        raise GeneratorError(f"invalid quality {quality}; use 1 to {len(values)}")
-    return values[quality - 1]
+def _place_of(quality: int) -> int:
+    if not 1 <= quality <= len(_KEEPS):
+        raise GeneratorError(f"invalid quality {quality}; use 1 to {len(_KEEPS)}")
+    return quality - 1
 
 
 def quality_of(tolerance: float) -> int:

@@ -18,7 +18,7 @@ from functools import cached_property
 import torch
 
 from icmlora.adapter.model import LoraModule
-from icmlora.generator.config import GeneratorConfig, ModuleKind
+from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.scales import OCTAVE
 
 # By dotted module name: mean squares of inputs (in,) and of output gradients (out,).
@@ -72,9 +72,8 @@ class Sensitivity:
             return
         for values, weights in zip((inputs, outputs), self.inverse(kind, inputs.device), strict=True):
             rows = max(1, _AT_A_TIME // values.shape[1])
-            for part, of_part in zip(
-                torch.split(values, rows), torch.split(layer.to(values.device), rows), strict=True
-            ):
+            layers = torch.split(layer.to(values.device), rows)
+            for part, of_part in zip(torch.split(values, rows), layers, strict=True):
                 part.mul_(weights.index_select(0, of_part))
 
     def inverse(self, kind: int, device: torch.device) -> _Sides:
@@ -94,31 +93,28 @@ class Sensitivity:
 
 def even(config: GeneratorConfig) -> Sensitivity:
     """Return weights of 1 for all channels, for use without a base model."""
-    sizes = [(kind.inputs, kind.outputs) for kind in config.kinds]
-    left = tuple(torch.zeros(config.layers, size) for size, _ in sizes)
-    return Sensitivity(left, tuple(torch.zeros(config.layers, size) for _, size in sizes))
+    left = tuple(torch.zeros(config.layers, kind.inputs) for kind in config.kinds)
+    return Sensitivity(left, tuple(torch.zeros(config.layers, kind.outputs) for kind in config.kinds))
 
 
 def sensitivity_of(config: GeneratorConfig, measured: MeanSquares) -> Sensitivity:
     """Turn mean squares into weights, whose log2 has a mean of about 0 over all measured modules."""
     weights = even(config)
-    places = [(kind, layer) for kind in range(len(config.kinds)) for layer in range(config.layers)]
-    known = [(k, layer, *found) for k, layer in places if (found := _measured(config.kinds[k], layer, measured))]
+    nothing, known = torch.empty(0), []
+    for number, kind in enumerate(config.kinds):
+        for layer in range(config.layers):
+            squares, gradients = measured.get(kind.module(layer), (nothing, nothing))
+            if (len(squares), len(gradients)) == (kind.inputs, kind.outputs):
+                known.append((number, layer, squares, gradients))
     if not known:
         return weights
     levels = torch.stack([_log2(squares.mean()) + _log2(gradients.sum()) for _, _, squares, gradients in known])
     levels = (levels - levels.mean()) * _LEVEL_POWER / 4  # half for the root, and half of that per side
-    for (kind, layer, squares, gradients), level in zip(known, levels, strict=True):
+    for (number, layer, squares, gradients), level in zip(known, levels, strict=True):
         for target, values in ((weights.inputs, squares), (weights.outputs, gradients)):
             relative = _log2(values / values.mean().clamp_min(torch.finfo(torch.float32).tiny) + _FLOOR)
-            target[kind][layer] = ((relative * _CHANNEL_POWER / 2 + level).clamp(-_RANGE, _RANGE) * 2).round() / 2
+            target[number][layer] = ((relative * _CHANNEL_POWER / 2 + level).clamp(-_RANGE, _RANGE) * 2).round() / 2
     return weights
-
-
-def _measured(kind: ModuleKind, layer: int, measured: MeanSquares) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return a module's measured mean squares, or None if they do not match its widths."""
-    squares, gradients = measured.get(kind.module(layer), (torch.empty(0), torch.empty(0)))
-    return (squares, gradients) if (len(squares), len(gradients)) == (kind.inputs, kind.outputs) else None
 
 
 def _log2(values: torch.Tensor) -> torch.Tensor:

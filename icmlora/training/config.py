@@ -16,12 +16,12 @@ _MAX_TURN = 8
 
 # Default steps and learning rates; the help of `icm train` shows these.
 SMALL_FLEET = 16  # runs with fewer tasks are short: training hardly pays there
-SMALL_STEPS_PER_TASK, LEAST_SMALL_STEPS, SMALL_RATE = 20, 200, 8e-3
-STEPS_PER_ADAPTER, LEAST_STEPS, MOST_STEPS, RATE = 8, 1_000, 20_000, 4e-3
+SMALL_STEPS_PER_TASK, MIN_SMALL_STEPS, SMALL_RATE = 20, 200, 8e-3
+STEPS_PER_ADAPTER, MIN_STEPS, MAX_STEPS, RATE = 8, 1_000, 20_000, 4e-3
 # Small adapters offer little to learn: 300 adapters of 896 or 1,792 parameters take 158.6 kB with their generator, both
 # after 500 steps and after 1,000.
 FREE_STEPS, PARAMETERS_PER_STEP = 500, 1_000  # above the first, at most one step per that many parameters
-LEAST_STACKED_STEPS = 150  # optimiser steps of a run whose steps see several adapters each
+MIN_STACKED_STEPS = 150  # optimiser steps of a run whose steps see several adapters each
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class TrainConfig:
         is the number of adapters per optimiser step.
         """
         small = is_small(tasks, steps)
-        few = max(LEAST_SMALL_STEPS, SMALL_STEPS_PER_TASK * tasks)
+        few = max(MIN_SMALL_STEPS, SMALL_STEPS_PER_TASK * tasks)
         default_steps = stretched(few if small else steps_for(adapters, parameters), stacked)
         default_rate = SMALL_RATE if small else RATE
         mean = 0 if parameters is None else parameters // max(adapters, 1)
@@ -113,10 +113,10 @@ def stretched(steps: int, stacked: int) -> int:
     A run needs a minimum of optimiser steps, however many adapters each sees. Ten adapters took 0.7 % more bytes after
     100 steps of eight than after 200 steps of one, but no more after 150 (docs/results/LOG.md).
     """
-    return steps if stacked == 1 else max(steps, stacked * min(LEAST_STACKED_STEPS, 3 * steps // 4))
+    return steps if stacked == 1 else max(steps, stacked * min(MIN_STACKED_STEPS, 3 * steps // 4))
 
 
 def steps_for(adapters: int, parameters: int | None = None) -> int:
     """Return the number of training steps for adapters (checkpoints included) with `parameters` in all."""
-    wanted = min(MOST_STEPS, max(LEAST_STEPS, STEPS_PER_ADAPTER * adapters))
+    wanted = min(MAX_STEPS, max(MIN_STEPS, STEPS_PER_ADAPTER * adapters))
     return wanted if parameters is None else min(wanted, max(FREE_STEPS, parameters // PARAMETERS_PER_STEP))

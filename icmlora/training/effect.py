@@ -30,7 +30,7 @@ import torch
 from icmlora.base_models.running.lora_hooks import Factors
 from icmlora.training.teacher import Shortfall, Teacher, shortfalls
 
-LEAST_LOST = 1e-4
+MIN_LOST = 1e-4
 """Smaller shares of an effect are not distinguished."""
 
 _FEW = 3  # stride through the texts for a quick estimate
@@ -44,7 +44,7 @@ _MAX_OF_ANSWERS = 0.5
 
 def bounded(lost: torch.Tensor, fewest: int) -> torch.Tensor:
     """Return the shares lost on texts (T,), outliers clamped if each text has enough predictions."""
-    return lost if fewest < _LONG else lost.clamp_max(_OUTLIER * lost.median().clamp_min(LEAST_LOST))
+    return lost if fewest < _LONG else lost.clamp_max(_OUTLIER * lost.median().clamp_min(MIN_LOST))
 
 
 def bounded_answers(lost: torch.Tensor) -> torch.Tensor:
@@ -52,7 +52,7 @@ def bounded_answers(lost: torch.Tensor) -> torch.Tensor:
     if len(lost) == 1:
         return lost
     of_others = (lost.sum() - lost) / (len(lost) - 1)
-    return lost.clamp_max(_OUTLIER * of_others.clamp_min(LEAST_LOST))
+    return lost.clamp_max(_OUTLIER * of_others.clamp_min(MIN_LOST))
 
 
 def share_of_right(less_right: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ def lost_of_right(less_right: torch.Tensor) -> float:
     return max(float(share_of_right(less_right - error)), 0.0)
 
 
-class Lost(NamedTuple):
+class EffectLoss(NamedTuple):
     """Shares of an adapter's effect that other factors lose: 0 for the adapter itself, 1 for none."""
 
     of_all: float  # on all texts
@@ -93,7 +93,11 @@ class Effect:
     @cached_property
     def noise(self) -> float:
         """Divergence from the rounding of the base model's arithmetic alone, in nats."""
-        rounded = {name: _rescaled(*pair) for name, pair in self._teacher.original.items()}
+        rounded = {}
+        for name, (a, b) in self._teacher.original.items():
+            # Other factors of the same dW: no scale is a power of two, which would round alike.
+            scales = torch.linspace(1.1, 1.9, len(a), device=a.device)
+            rounded[name] = a.float() * scales[:, None], b.float() / scales
         return float(self._shortfall(rounded, _FEW).divergence)
 
     @cached_property
@@ -102,11 +106,11 @@ class Effect:
         return min(self._all, _MAX_OF_ANSWERS) if self._teacher.has_prompts else self._all
 
     @property
-    def beyond(self) -> float:
+    def uncapped_ratio(self) -> float:
         """Ratio of the uncapped effect to the effect that counts."""
         return self._all / self.whole
 
-    def lost(self, factors: Factors, *, of_few: bool = False) -> Lost:
+    def lost(self, factors: Factors, *, of_few: bool = False) -> EffectLoss:
         """Return the share that other factors lose; `of_few` reads a third of the texts."""
         every = _FEW if of_few else 1
         short, of_the_base = self._shortfall(factors, every), self._of_the_base.of_each.clamp_min(_MIN_EFFECT)
@@ -114,9 +118,9 @@ class Effect:
         of_each = (short.of_each - self.noise) / whole
         if self._teacher.has_prompts and short.fewest < _LONG:
             of_answers = float(bounded_answers(of_each).mean())
-            return Lost(of_all=of_answers, of_most=of_answers, of_right=lost_of_right(short.less_right))
+            return EffectLoss(of_all=of_answers, of_most=of_answers, of_right=lost_of_right(short.less_right))
         of_most = bounded(of_each, short.fewest).mean()
-        return Lost(of_all=(float(short.divergence) - self.noise) / whole, of_most=float(of_most))
+        return EffectLoss(of_all=(float(short.divergence) - self.noise) / whole, of_most=float(of_most))
 
     @cached_property
     def _all(self) -> float:
@@ -130,9 +134,3 @@ class Effect:
     def _shortfall(self, factors: Factors, every: int = 1) -> Shortfall:
         (short,) = shortfalls(self._teacher.base, [(self._teacher, factors, range(0, len(self._teacher), every))])
         return short
-
-
-def _rescaled(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return other factors of the same dW, (r, in) and (out, r), whose values all round differently."""
-    scales = torch.linspace(1.1, 1.9, len(a), device=a.device)  # none is a power of two, which would round alike
-    return a.float() * scales[:, None], b.float() / scales

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import torch
 
@@ -31,8 +32,10 @@ def fresh_network(
     seed_everything(seed)
     net = CVAE(config)
     net.sensitivity = sensitivity or even(config)
-    _standardise(net.condition, fleet)
-    _set_norms(net, fleet)
+    tasks = range(0, fleet.tasks(), -(-fleet.tasks() // _SAMPLE) or 1)  # evenly spaced, or all of a small fleet
+    if len(net.condition.views):
+        _standardise(net.condition, fleet, tasks)
+    _set_norms(net, fleet, tasks)
     return net
 
 
@@ -43,10 +46,15 @@ def grown_network(
     # New kinds, layers and slots start fresh. The standardisation of task vectors is kept, so the previous network's
     # condition keeps its meaning. The channel weights are kept too, unless there are new ones.
     old = previous.config
-    net = fresh_network(config, fleet, seed, sensitivity or _grown_weights(config, previous))
+    places = torch.tensor([config.kinds.index(kind) for kind in old.kinds])
+    if sensitivity is None:  # modules that the previous network lacks get even weights
+        sensitivity, known = even(config), previous.sensitivity
+        for number, place in enumerate(places.tolist()):
+            sensitivity.inputs[place][: old.layers] = known.inputs[number]
+            sensitivity.outputs[place][: old.layers] = known.outputs[number]
+    net = fresh_network(config, fleet, seed, sensitivity)
     if old.condition_size == config.condition_size:
         net.condition.load_state_dict(previous.condition.state_dict())
-    places = torch.tensor([config.kinds.index(kind) for kind in old.kinds])
     sides = torch.stack([2 * places, 2 * places + 1], dim=1).flatten()
     with torch.no_grad():
         for name in ("prior", "enter", "mix", "modulate", "leave"):
@@ -76,26 +84,10 @@ def tunable_network(previous: CVAE) -> CVAE:
     return net
 
 
-def _grown_weights(config: GeneratorConfig, previous: CVAE) -> Sensitivity:
-    """Return the previous network's weights; modules that it lacks get even ones."""
-    weights, old = even(config), previous.sensitivity
-    for number, kind in enumerate(previous.config.kinds):
-        place, layers = config.kinds.index(kind), previous.config.layers
-        weights.inputs[place][:layers], weights.outputs[place][:layers] = old.inputs[number], old.outputs[number]
-    return weights
-
-
-def _sample(fleet: AdapterSource) -> range:
-    """Choose evenly spaced tasks, or all of a small fleet."""
-    return range(0, fleet.tasks(), -(-fleet.tasks() // _SAMPLE) or 1)
-
-
-def _standardise(condition: ConditionNet, fleet: AdapterSource) -> None:
-    if not len(condition.views):
-        return
+def _standardise(condition: ConditionNet, fleet: AdapterSource, tasks: Iterable[int]) -> None:
     count = torch.zeros(len(VIEWS), 1)
     total, squares = torch.zeros((2, *condition.shift.shape), dtype=torch.float64)
-    for task in _sample(fleet):
+    for task in tasks:
         for support_set in range(fleet.support_sets(task)):
             for view, vector in fleet.vectors(task, support_set).items():
                 row = VIEWS.index(view)
@@ -111,10 +103,10 @@ def _standardise(condition: ConditionNet, fleet: AdapterSource) -> None:
 
 
 @torch.no_grad()
-def _set_norms(net: CVAE, fleet: AdapterSource) -> None:
+def _set_norms(net: CVAE, fleet: AdapterSource, tasks: Iterable[int]) -> None:
     # float64: the variance is the difference of two nearly equal numbers.
     count, total, squares = torch.zeros((3, *net.norm_mean.shape), dtype=torch.float64)
-    for task in _sample(fleet):
+    for task in tasks:
         for group in tokenize(fleet.load(task, None), net.config, net.sensitivity):
             places = (torch.full_like(group.layer, group.kind), group.layer, group.slot)
             log = group.norm.double().log2()

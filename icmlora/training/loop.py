@@ -19,11 +19,10 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 
-from icmlora.adapter.model import Adapter, LoraModule
+from icmlora.adapter.model import LoraModule
 from icmlora.generator.initial_a.subspace import initial_subspace
 from icmlora.generator.network.batch import Batch, PreparedAdapter, batched, prepare
 from icmlora.generator.network.cvae import CVAE
@@ -32,7 +31,7 @@ from icmlora.generator.network.tokenizing import tokenize
 from icmlora.generator.network.tokens import refuse_overflow
 from icmlora.io.devices import moved
 from icmlora.io.threads import ahead, one_thread
-from icmlora.training.config import STACKED, STEP_PARAMETERS
+from icmlora.training.config import STACKED, STEP_PARAMETERS, TrainConfig
 from icmlora.training.ranks import ALONE, Ranks
 from icmlora.training.source import AdapterSource
 from icmlora.training.state import TrainState
@@ -61,38 +60,45 @@ class TrainStep:
     learning_rate: float
 
 
-class _Seen(NamedTuple):
-    """Input of one step."""
-
-    task: int  # of the last draw
-    batch: Batch
-
-
 def fit(state: TrainState, fleet: AdapterSource, ranks: Ranks = ALONE) -> Iterator[TrainStep]:
     """Train for the configured number of draws; yields a record per step, on a card per ten steps."""
     # The caller may save `state` between any two records.
-    device = next(state.net.parameters()).device
+    net, config = state.net, state.config
+    device = next(net.parameters()).device
     draws = draws_of(device)
-    adapters, objective = _Adapters(fleet, state.net), Objective(state.net)
+    adapters, objective = _Adapters(fleet, net), Objective(net)
 
-    def seen(step: int) -> _Seen:
-        first, last = step + ranks.rank * draws, state.config.steps - 1
+    def seen(step: int) -> tuple[int, Batch]:
+        """Return the task of the last draw of a step, and its batch."""
+        first, last = step + ranks.rank * draws, config.steps - 1
         numbers = range(first, min(first + draws, last + 1)) or [last]  # beyond the last, a draw counts for nothing
-        drawn = [_draw(state, fleet, adapters, number) for number in numbers]
-        batch = batched(state.net.config, *zip(*((one.adapter, one.vectors, one.noise) for one in drawn), strict=True))
-        return _Seen(drawn[-1].task, moved(batch, device))
+        tasks, drawn, vectors, noise = zip(*(_draw(config, fleet, adapters, number) for number in numbers), strict=True)
+        return tasks[-1], moved(batched(net.config, drawn, vectors, noise), device)
 
     measured = list[torch.Tensor]()
     # A step's operations are too small to split among threads: two took up to twice as long. But another thread reads
     # the next step's input while one is computed.
     with one_thread():
-        for now in ahead(map(seen, range(state.step, state.config.steps, ranks.count * draws))):
-            rate = state.config.rate_at(state.step) * math.sqrt(ranks.count * draws)
-            measured.append(_advance(state, objective, now.batch, rate, ranks, draws))
-            if draws == 1 or len(measured) == _READ_EVERY or state.step == state.config.steps:
-                bits, latent, norms, tokens = torch.stack(measured).mean(0).tolist()
+        for task, batch in ahead(map(seen, range(state.step, config.steps, ranks.count * draws))):
+            # Progress counts draws, and the mean of n gradients takes longer steps.
+            rate = config.rate_at(state.step) * math.sqrt(ranks.count * draws)
+            for group in state.optimizer.param_groups:
+                group["lr"] = rate
+            state.optimizer.zero_grad(set_to_none=True)
+            bits = objective.bits(batch)
+            parts = torch.stack([bits.total, bits.latent, bits.norms, bits.tokens])  # (4, B)
+            means = (parts / batch.parameters).mean(1)  # in bits per parameter
+            means[0].backward()  # type: ignore[no-untyped-call]
+            left = config.steps - state.step
+            done, means = ranks.average(net.parameters(), means.detach(), draws=draws, left=left)
+            torch.nn.utils.clip_grad_norm_(net.parameters(), _GRADIENT_LIMIT)
+            state.optimizer.step()
+            state.step += done
+            measured.append(means)
+            if draws == 1 or len(measured) == _READ_EVERY or state.step == config.steps:
+                loss, latent, norms, tokens = torch.stack(measured).mean(0).tolist()
                 measured.clear()
-                yield TrainStep(state.step, state.config.steps, now.task, bits, latent, norms, tokens, rate)
+                yield TrainStep(state.step, config.steps, task, loss, latent, norms, tokens, rate)
 
 
 class Probe:
@@ -126,38 +132,22 @@ def draws_of(device: torch.device) -> int:
     return 1 if device.type == "cpu" else STACKED
 
 
-class _Draw(NamedTuple):
-    task: int
-    adapter: PreparedAdapter
-    vectors: dict[str, torch.Tensor]  # by view, each (hidden,)
-    noise: torch.Generator
-
-
-def _draw(state: TrainState, fleet: AdapterSource, adapters: _Adapters, number: int) -> _Draw:
-    draw = random.Random(f"{state.config.seed}/{number}")  # noqa: S311 - training noise, not secrets
+def _draw(
+    config: TrainConfig, fleet: AdapterSource, adapters: _Adapters, number: int
+) -> tuple[int, PreparedAdapter, dict[str, torch.Tensor], torch.Generator]:
+    """Return a draw's task, one of its adapters, vectors (hidden,) by view, and noise."""
+    draw = random.Random(f"{config.seed}/{number}")  # noqa: S311 - training noise, not secrets
     noise = torch.Generator().manual_seed(draw.getrandbits(62))
-    task, checkpoint = _turn(state, fleet, number)
-    vectors = _vectors(state, fleet, task, draw)
-    return _Draw(task, adapters(task, checkpoint, draw), vectors, noise)
-
-
-def _turn(state: TrainState, fleet: AdapterSource, number: int) -> tuple[int, int | None]:
-    """Draw the task of the current turn, and one of its adapters."""
-    draw = random.Random(f"{state.config.seed}/turn/{number // state.config.turn}")  # noqa: S311 - as above
-    task, checkpoint = draw.randrange(fleet.tasks()), None
-    if fleet.checkpoints(task) and draw.random() >= state.config.final_share:
-        checkpoint = draw.randrange(fleet.checkpoints(task))
-    return task, checkpoint
-
-
-def _vectors(state: TrainState, fleet: AdapterSource, task: int, draw: random.Random) -> dict[str, torch.Tensor]:
-    """Draw one of a task's support sets, sometimes without one view."""
-    vectors: dict[str, torch.Tensor] = {}
-    if fleet.support_sets(task):
-        vectors = dict(fleet.vectors(task, draw.randrange(fleet.support_sets(task))))
-    if draw.random() < state.config.view_dropout:
+    # All draws of a turn see the same adapter.
+    turn = random.Random(f"{config.seed}/turn/{number // config.turn}")  # noqa: S311 - as above
+    task, checkpoint = turn.randrange(fleet.tasks()), None
+    if fleet.checkpoints(task) and turn.random() >= config.final_share:
+        checkpoint = turn.randrange(fleet.checkpoints(task))
+    sets = fleet.support_sets(task)
+    vectors = dict(fleet.vectors(task, draw.randrange(sets))) if sets else {}
+    if draw.random() < config.view_dropout:
         vectors.pop("adapted", None)
-    return vectors
+    return task, adapters(task, checkpoint, draw), vectors, noise
 
 
 class _Adapters:
@@ -178,7 +168,10 @@ class _Adapters:
         if found is None:
             adapter = self._fleet.load(task, checkpoint)
             modules = some_modules(adapter.modules, draw)
-            found = self._prepare(task, replace(adapter, modules=modules))
+            tokens = tokenize(replace(adapter, modules=modules), self._config, self._sensitivity)
+            refuse_overflow(tokens, self._config)
+            subspace = self._subspace(self._fleet.initial(task))
+            found = prepare(tokens, subspace, self._sensitivity, self._config.tolerance)
             if len(modules) < len(adapter.modules):  # the next step sees others
                 return found
             self._bytes += found.parameters * _KEPT
@@ -186,23 +179,14 @@ class _Adapters:
         while self._bytes > _CACHE_BYTES:
             _, dropped = self._cache.popitem(last=False)
             self._bytes -= dropped.parameters * _KEPT
-        return found if found.parameters <= _WHOLE else _half(found, draw)
-
-    def _prepare(self, task: int, adapter: Adapter) -> PreparedAdapter:
-        tokens = tokenize(adapter, self._config, self._sensitivity)
-        refuse_overflow(tokens, self._config)
-        subspace = self._subspace(self._fleet.initial(task))
-        return prepare(tokens, subspace, self._sensitivity, self._config.tolerance)
-
-
-def _half(adapter: PreparedAdapter, draw: random.Random) -> PreparedAdapter:
-    """Draw half of the layers of each kind of module."""
-    groups = []
-    for group in adapter.tokens:
-        layers: list[int] = torch.unique(group.layer).tolist()
-        chosen = torch.tensor(draw.sample(layers, (len(layers) + 1) // 2))
-        groups.append(group[torch.isin(group.layer, chosen)])
-    return replace(adapter, tokens=tuple(groups))
+        if found.parameters <= _WHOLE:
+            return found
+        groups = []
+        for group in found.tokens:  # half of the layers of each kind of module
+            layers: list[int] = torch.unique(group.layer).tolist()
+            chosen = torch.tensor(draw.sample(layers, (len(layers) + 1) // 2))
+            groups.append(group[torch.isin(group.layer, chosen)])
+        return replace(found, tokens=tuple(groups))
 
 
 def some_modules(modules: Sequence[LoraModule], draw: random.Random) -> tuple[LoraModule, ...]:
@@ -216,22 +200,3 @@ def some_modules(modules: Sequence[LoraModule], draw: random.Random) -> tuple[Lo
             break
         chosen.append(number)
     return tuple(modules[number] for number in sorted(chosen))
-
-
-def _advance(
-    state: TrainState, objective: Objective, batch: Batch, rate: float, ranks: Ranks, draws: int
-) -> torch.Tensor:
-    """Run one step; return the means of the loss and three of its parts, in bits per parameter, shape (4,)."""
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
-    state.optimizer.zero_grad(set_to_none=True)
-    bits = objective.bits(batch)
-    parts = torch.stack([bits.total, bits.latent, bits.norms, bits.tokens])  # (4, B)
-    means = (parts / batch.parameters).mean(1)
-    means[0].backward()  # type: ignore[no-untyped-call]
-    left = state.config.steps - state.step
-    done, measured = ranks.average(state.net.parameters(), means.detach(), draws=draws, left=left)
-    torch.nn.utils.clip_grad_norm_(state.net.parameters(), _GRADIENT_LIMIT)
-    state.optimizer.step()
-    state.step += done
-    return measured

@@ -99,12 +99,14 @@ class Ranks:
         lengths[: len(parts)] = torch.tensor([len(part) for part in parts], dtype=torch.int64)
         with self._noticing():
             dist.broadcast(lengths, 0)
-            sizes = [int(size) for size in lengths if size]
-            if not sizes:
-                return []
+        sizes = [int(size) for size in lengths if size]
+        if not sizes:
+            return []
+        if self.is_first:
+            data = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
+        else:
             data = torch.empty(sum(sizes), dtype=torch.uint8)
-            if self.is_first:
-                data = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
+        with self._noticing():
             dist.broadcast(data, 0)
         whole = data.numpy().tobytes()
         return [whole[start:end] for start, end in pairwise(accumulate(sizes, initial=0))]
@@ -201,7 +203,11 @@ class Ranks:
         """Turn a broken connection or a timeout into `OtherProcessFailed`."""
         try:
             yield
-        except RuntimeError as error:  # all that torch.distributed raises
+        except RuntimeError as error:  # torch.distributed raises this class, and subclasses of it
+            import torch
+
+            if isinstance(error, torch.OutOfMemoryError):  # of this process: the others are told by `leave`
+                raise
             self._is_over = True
             raise OtherProcessFailed("another process of this training run was killed or hangs", hint=_AGAIN) from error
 

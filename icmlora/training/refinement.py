@@ -25,7 +25,6 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -37,8 +36,8 @@ from icmlora.base_models.running.modules import not_matrix
 from icmlora.errors import BaseModelUnsuited, DataError
 from icmlora.generator.codec.relaxed import RelaxedCode
 from icmlora.training.config import REFINE_STEPS
-from icmlora.training.effect import LEAST_LOST, Effect, bounded, share_of_right
-from icmlora.training.teacher import READ_TOGETHER, Shortfall, Teacher, shortfalls, texts_with_gradients
+from icmlora.training.effect import MIN_LOST, Effect, bounded, share_of_right
+from icmlora.training.teacher import READ_TOGETHER, Teacher, shortfalls, texts_with_gradients
 
 WITHOUT_REFINE = "encode it without --refine"  # hint where a code cannot be refined
 _READ = 3  # minimum number of samples learned from per held-out sample
@@ -124,7 +123,7 @@ class Refinable:
     def compare(self, elsewhere: float) -> None:
         """Update `optimism` from the share lost on other examples, which is the share that counts."""
         if self.lost:
-            here = max(float(_worst(torch.stack(tuple(self.lost)))), LEAST_LOST)
+            here = max(float(_worst(torch.stack(tuple(self.lost)))), MIN_LOST)
             self.optimism = min(max(elsewhere / here, 1.0), _MAX_OPTIMISM)
             self.lost.clear()
 
@@ -173,8 +172,11 @@ def _refined(
     ]
     on_card = base.device.type != "cpu"
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=on_card)
-    ending = [code for code in codes if steps.stop == config.steps and has_short_answers(code.teacher, config)]
-    averages = [_Average(code.relaxed, config.steps) for code in ending]
+    averaged: list[torch.Tensor] = []
+    for code in codes:
+        if steps.stop == config.steps and has_short_answers(code.teacher, config):
+            averaged += [*code.relaxed.values, *code.relaxed.strengths]
+    means = [parameter.detach().clone() for parameter in averaged]
     later = max(config.texts, math.ceil(texts / 2))
     sizes = [texts if step < _FULL * config.steps else later for step in range(steps.stop)]
     batches = [_batches(code.teacher, sizes, config.seed, steps.start) for code in codes]
@@ -183,41 +185,30 @@ def _refined(
     size = texts_with_gradients(base) if len(codes) == 1 else texts
     for step in steps:
         optimizer.zero_grad()
-        factors = [_Detached(code.relaxed.factors(base.input_dtype)) for code in codes]
-        missed = _descended(base, codes, factors, list(map(next, batches)), size, config)
+        factors = [code.relaxed.factors(base.input_dtype) for code in codes]
+        # As leaves, factors accumulate the gradients of several passes before these flow on to the codes.
+        leaves = [{name: (_leaf(a), _leaf(b)) for name, (a, b) in own.items()} for own in factors]
+        missed = _descended(base, codes, leaves, list(map(next, batches)), size, config)
         length = math.sqrt(1 - step / config.steps)
-        for code, price, own, one, group in zip(codes, prices, factors, missed, optimizer.param_groups, strict=False):
-            own.backward(weight := price.follow(one))
+        for number, (code, price) in enumerate(zip(codes, prices, strict=True)):
+            weight = price.follow(missed[number])
+            pairs = zip(_flat(factors[number]), _flat(leaves[number]), strict=True)
+            reached = [(factor, leaf.grad) for factor, leaf in pairs if leaf.grad is not None]
+            ends, gradients = zip(*reached, strict=True)
+            torch.autograd.backward(ends, torch._foreach_mul(gradients, weight))
             (price.of_a_bit * code.relaxed.bits()).backward()  # type: ignore[no-untyped-call]
-            code.look_ahead(weight * one.nats, config.learning_rate)
+            code.look_ahead(weight * missed[number].nats, config.learning_rate)
             rate = config.learning_rate * length * code.pace
-            group["lr"] = rate if on_card else float(rate)  # `float` would wait for a card
+            optimizer.param_groups[number]["lr"] = rate if on_card else float(rate)  # `float` would wait for a card
         optimizer.param_groups[-1]["lr"] = config.strength_rate * length
         optimizer.step()
-        for average in averages:
-            average.follow()
+        if averaged:
+            with torch.no_grad():
+                torch._foreach_lerp_(means, averaged, min(1 / (_AVERAGED * config.steps), 1.0))
         yield step + 1
-    for average in averages:
-        average.take()
-
-
-class _Average:
-    """The running average of a code's parameters over roughly the last steps."""
-
-    def __init__(self, code: RelaxedCode, steps: int) -> None:
-        self._parameters: list[torch.Tensor] = [*code.values, *code.strengths]
-        self._weight = min(1 / (_AVERAGED * steps), 1.0)
-        self._means = [parameter.detach().clone() for parameter in self._parameters]
-
-    @torch.no_grad()
-    def follow(self) -> None:
-        """Add the parameters after a step to the average."""
-        torch._foreach_lerp_(self._means, self._parameters, self._weight)
-
-    @torch.no_grad()
-    def take(self) -> None:
-        """Set the parameters to their average."""
-        torch._foreach_copy_(self._parameters, self._means)
+    if averaged:
+        with torch.no_grad():
+            torch._foreach_copy_(averaged, means)
 
 
 class _Missed(NamedTuple):
@@ -228,37 +219,9 @@ class _Missed(NamedTuple):
     less_right: torch.Tensor  # as `Shortfall.less_right`, averaged
     fewest: int
 
-    @classmethod
-    def of(cls, short: Shortfall, code: Refinable, config: RefineConfig, share: float) -> _Missed:
-        """Weight the loss of a pass by its share of the samples."""
-        answers = (short.loss + config.margin * code.effect.whole).clamp_min(0)
-        nats = short.divergence + config.prompts * short.of_prompts + config.answers * answers
-        divergence, less_right = short.divergence.detach(), short.less_right.mean()
-        return cls(share * nats, share * divergence, share * less_right, short.fewest)
 
-    @classmethod
-    def of_passes(cls, parts: Sequence[_Missed]) -> _Missed:
-        """Sum the losses of a step's passes."""
-        nats, divergence, less_right, fewest = zip(*parts, strict=True)
-        total = torch.stack(nats).sum().detach()
-        return cls(total, torch.stack(divergence).sum(), torch.stack(less_right).sum(), min(fewest))
-
-
-class _Detached:
-    """A code's factors as leaves, which accumulate gradients of several passes before they flow on to the code."""
-
-    def __init__(self, factors: Factors) -> None:
-        self._factors = factors
-        self.leaves: Factors = {
-            name: (a.detach().requires_grad_(), b.detach().requires_grad_()) for name, (a, b) in factors.items()
-        }
-
-    def backward(self, weight: torch.Tensor) -> None:
-        """Propagate the gradients, times a weight, to the code."""
-        pairs = zip(_flat(self._factors), _flat(self.leaves), strict=True)
-        reached = [(factor, leaf.grad) for factor, leaf in pairs if leaf.grad is not None]
-        factors, gradients = zip(*reached, strict=True)
-        torch.autograd.backward(factors, torch._foreach_mul(gradients, weight))
+def _leaf(factor: torch.Tensor) -> torch.Tensor:
+    return factor.detach().requires_grad_()
 
 
 def _flat(factors: Factors) -> Iterator[torch.Tensor]:
@@ -268,7 +231,7 @@ def _flat(factors: Factors) -> Iterator[torch.Tensor]:
 def _descended(
     base: BaseModel,
     codes: Sequence[Refinable],
-    factors: Sequence[_Detached],
+    leaves: Sequence[Factors],
     batches: Sequence[Sequence[int]],
     size: int,
     config: RefineConfig,
@@ -277,13 +240,22 @@ def _descended(
     passes = []
     for start in range(0, len(batches[0]), size):
         some = [batch[start : start + size] for batch in batches]
-        asked = zip((code.teacher for code in codes), (one.leaves for one in factors), some, strict=True)
         share = len(some[0]) / len(batches[0])
-        pairs = zip(shortfalls(base, list(asked)), codes, strict=True)
-        missed = [_Missed.of(short, code, config, share) for short, code in pairs]
+        shorts = shortfalls(base, list(zip((code.teacher for code in codes), leaves, some, strict=True)))
+        missed = []
+        for short, code in zip(shorts, codes, strict=True):
+            answers = (short.loss + config.margin * code.effect.whole).clamp_min(0)
+            nats = share * (short.divergence + config.prompts * short.of_prompts + config.answers * answers)
+            less_right = share * short.less_right.mean()
+            missed.append(_Missed(nats, share * short.divergence.detach(), less_right, short.fewest))
         torch.stack([one.nats for one in missed]).sum().backward()  # type: ignore[no-untyped-call]
         passes.append(missed)
-    return [_Missed.of_passes(of_code) for of_code in zip(*passes, strict=True)]
+    totals = []
+    for parts in zip(*passes, strict=True):
+        *columns, fewest = zip(*parts, strict=True)
+        nats, divergence, less_right = (torch.stack(column).sum().detach() for column in columns)
+        totals.append(_Missed(nats, divergence, less_right, min(fewest)))
+    return totals
 
 
 class _Price:
@@ -308,7 +280,7 @@ class _Price:
         last[:, 0] = bounded(last[:, 0], missed.fewest)
         lost[-1] = last[-1]
         if self._allowed is not None:
-            factor = (self._allowed / _worst(last).clamp_min(LEAST_LOST)) ** _STEEPNESS
+            factor = (self._allowed / _worst(last).clamp_min(MIN_LOST)) ** _STEEPNESS
             self.of_a_bit = self._first * factor.clamp(1 / _MAX_FALL, _MAX_RISE) / self._bits
         return torch.where(last[-1, 0] < share, last[-1, 0] / share, 1.0) / effect.whole
 
@@ -358,19 +330,15 @@ def _texts(teacher: Teacher, config: RefineConfig) -> int:
 
 
 def _batches(teacher: Teacher, sizes: Sequence[int], seed: int, start: int) -> Iterator[list[int]]:
-    """Yield the numbers of each step's samples from a step on; the teacher reads several steps' samples together."""
-    batches = islice(_drawn(len(teacher), sizes, seed), start, None)
-    while some := list(islice(batches, READ_TOGETHER)):
-        teacher.targets([number for batch in some for number in batch])
-        yield from some
-
-
-def _drawn(count: int, sizes: Sequence[int], seed: int) -> Iterator[list[int]]:
-    """Yield the numbers of each step's samples by size; every sample is drawn once before any repeats."""
+    """Yield the numbers of each step's samples from a step on; every sample is drawn once before any repeats."""
     draw = torch.Generator().manual_seed(seed)
-    waiting: list[int] = []
+    waiting, batches = list[int](), list[list[int]]()
     for texts in sizes:
         while len(waiting) < texts:
-            waiting += torch.randperm(count, generator=draw).tolist()
-        batch, waiting = waiting[:texts], waiting[texts:]
-        yield batch
+            waiting += torch.randperm(len(teacher), generator=draw).tolist()
+        batches.append(waiting[:texts])
+        waiting = waiting[texts:]
+    for first in range(start, len(batches), READ_TOGETHER):  # the teacher reads several steps' samples together
+        some = batches[first : first + READ_TOGETHER]
+        teacher.targets([number for batch in some for number in batch])
+        yield from some

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -43,14 +43,12 @@ class Target:
     wanted: torch.Tensor | None  # int64, shape (T,): the example's own; None where its loss takes more than predictions
     counts: torch.Tensor | None  # bool, shape (T,): whether it answers a prompt; None where there is no prompt
     count: int  # number of predictions that count
-    read: _Read  # the adapter's result on the example
-
-
-class _Read(NamedTuple):
-    """Result of a model with some factors on an example, with gradients if the factors have them."""
-
     log_p: torch.Tensor  # float32, shape (T, K + 1): log probabilities of the tokens, and of all others together
     loss: torch.Tensor  # of the example, summed: a scalar; 0 where it does not follow from the predictions
+
+    def read(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `log_p` and `loss` of another model's logits (T, V), with gradients if these have them."""
+        return _read(logits, self.tokens, self.wanted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,28 +97,26 @@ class Teacher:
         """Return the adapter's predictions for some examples."""
         missing = [number for number in dict.fromkeys(numbers) if number not in self._targets]
         for some in _batches(missing, _at_once(self.base)):
-            self._targets |= zip(some, self._predicted(some), strict=True)
+            items = [self._items[number] for number in some]
+            with added(self.base.model, self.original):
+                rows = self.base.modality.logits(self.base, items)  # (T, V) each
+            for number, item, logits in zip(some, items, rows, strict=True):
+                self._targets[number] = target(self.base, item, logits)
+            del rows, logits  # they take much memory, and the next pass makes others
         return [self._targets[number] for number in numbers]
 
-    def _predicted(self, numbers: Sequence[int]) -> list[Target]:
-        """Read some examples in one pass."""
-        items = [self._items[number] for number in numbers]
-        with added(self.base.model, self.original):
-            rows = self.base.modality.logits(self.base, items)  # (T, V) each
-        return [self._target(item, logits) for item, logits in zip(items, rows, strict=True)]
 
-    def _target(self, item: Any, logits: torch.Tensor) -> Target:
-        answers = self.base.modality.answers(item)
-        counts = None if answers is None else uploaded(answers, logits.device).bool()
-        return target(self.base, item, logits, counts)
-
-
-def target(base: BaseModel, item: Any, logits: torch.Tensor, counts: torch.Tensor | None) -> Target:
-    """Reduce an item's logits (T, V) to a target; counts is (T,), or None where all predictions count."""
+def target(base: BaseModel, item: Any, logits: torch.Tensor, counts: torch.Tensor | None = None) -> Target:
+    """Reduce an item's logits (T, V) to a target; counts is (T,), by default the item's answer, if it has one."""
+    if counts is None and (answers := base.modality.answers(item)) is not None:
+        counts = uploaded(answers, logits.device).bool()
     tokens = logits.topk(min(KEPT, logits.shape[-1] - 1), dim=-1).indices
-    wanted = _wanted(base, item, logits, counts)
+    wanted, own = None, base.modality.wanted(item)
+    if own is not None:
+        wanted = uploaded([*[IGNORED] * (len(logits) - len(own)), *own], logits.device)
+        wanted = wanted if counts is None else wanted.masked_fill(~counts, IGNORED)
     count = len(logits) if counts is None else int(counts.sum())
-    return Target(item, tokens, wanted, counts, count, _read(logits, tokens, wanted))
+    return Target(item, tokens, wanted, counts, count, *_read(logits, tokens, wanted))
 
 
 def shortfalls(base: BaseModel, asked: Sequence[tuple[Teacher, Factors, Sequence[int]]]) -> list[Shortfall]:
@@ -136,25 +132,39 @@ def shortfalls(base: BaseModel, asked: Sequence[tuple[Teacher, Factors, Sequence
     every = [target for of_task in targets for target in of_task]
     several = [factors for _, factors, _ in asked]
     single = len(several) == 1
+    reads = []
     with added(base.model, several[0]) if single else added_by_rows(base.model, several, len(every)):
         # One task's texts need not share a pass: batches that suit the device waste no time on padding.
-        size = _at_once(base) if single else len(every)
-        reads = iter([read for some in _batches(every, size) for read in _reads(base, some)])
-    return [_shortfall([(target, next(reads)) for target in of_task]) for of_task in targets]
+        for some in _batches(every, _at_once(base) if single else len(every)):
+            rows = base.modality.logits(base, [target.item for target in some])  # (T, V) each
+            reads += [target.read(logits) for target, logits in zip(some, rows, strict=True)]
+            del rows
+    following = iter(reads)
+    return [_shortfall(of_task, [next(following) for _ in of_task]) for of_task in targets]
 
 
-def _shortfall(pairs: Sequence[tuple[Target, _Read]]) -> Shortfall:
-    each = [_nats(target, read) for target, read in pairs]
-    nats = torch.stack([one for one, _ in each])
-    counts = [target.count for target, _ in pairs]
-    within = sum(len(read.log_p) for _, read in pairs) - sum(counts)
+def _shortfall(targets: Sequence[Target], reads: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Shortfall:
+    counts = [target.count for target in targets]
+    nats, of_prompts, losses, less_right = [], [], [], []
+    for target, (log_p, loss) in zip(targets, reads, strict=True):
+        of_each = (target.log_p.exp() * (target.log_p - log_p)).sum(dim=-1)  # KL(target || other)
+        losses.append(loss - target.loss)
+        if target.counts is None:
+            nats.append(of_each.sum())
+            of_prompts.append(of_each.new_zeros(()))
+            less_right.append(target.loss.new_zeros(()))
+        else:
+            nats.append(torch.where(target.counts, of_each, 0.0).sum())
+            of_prompts.append(torch.where(target.counts, 0.0, of_each).sum())
+            less_right.append((-target.loss).exp() - (-loss.detach()).exp())
+    within = sum(len(log_p) for log_p, _ in reads) - sum(counts)
     return Shortfall(
-        divergence=nats.sum() / sum(counts),
+        divergence=torch.stack(nats).sum() / sum(counts),
         of_each=torch.stack([one / count for one, count in zip(nats, counts, strict=True)]),
         fewest=min(counts),
-        loss=torch.stack([read.loss - target.read.loss for target, read in pairs]).sum() / sum(counts),
-        of_prompts=torch.stack([prompt for _, prompt in each]).sum() / max(within, 1),
-        less_right=torch.stack([_less_right(target, read) for target, read in pairs]),
+        loss=torch.stack(losses).sum() / sum(counts),
+        of_prompts=torch.stack(of_prompts).sum() / max(within, 1),
+        less_right=torch.stack(less_right),
     )
 
 
@@ -175,41 +185,11 @@ def _batches(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _reads(base: BaseModel, targets: Sequence[Target]) -> list[_Read]:
-    """Read the examples of targets in one pass with the current model; its memory is free again afterwards."""
-    rows = base.modality.logits(base, [target.item for target in targets])  # (T, V) each
-    return [_read(row, target.tokens, target.wanted) for row, target in zip(rows, targets, strict=True)]
-
-
-def _wanted(base: BaseModel, item: Any, logits: torch.Tensor, counts: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the correct class of each prediction, or `IGNORED`, (T,); None as `Modality.wanted`."""
-    wanted = base.modality.wanted(item)
-    if wanted is None:
-        return None
-    found = uploaded([*[IGNORED] * (len(logits) - len(wanted)), *wanted], logits.device)
-    return found if counts is None else found.masked_fill(~counts, IGNORED)
-
-
-def _read(logits: torch.Tensor, tokens: torch.Tensor, wanted: torch.Tensor | None) -> _Read:
-    """Extract a result from logits (T, V), reading them once; tokens are (T, K), wanted is (T,)."""
+def _read(logits: torch.Tensor, tokens: torch.Tensor, wanted: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `Target.log_p` and `Target.loss` of logits (T, V), reading them once; tokens are (T, K), wanted (T,)."""
     chosen = tokens if wanted is None else torch.cat([tokens, wanted.clamp_min(0)[:, None]], dim=-1)
     log_p = log_probabilities(logits, chosen)
     listed = log_p[:, : tokens.shape[1]]
     rest = (1 - listed.exp().sum(dim=-1, keepdim=True)).clamp_min(_MIN_PROBABILITY)
     loss = log_p.new_zeros(()) if wanted is None else -torch.where(wanted == IGNORED, 0.0, log_p[:, -1]).sum()
-    return _Read(torch.cat([listed, rest.log()], dim=-1), loss)
-
-
-def _nats(target: Target, read: _Read) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return KL(target || read) in nats, summed over the predictions of one example that count, and over the others."""
-    log_p = target.read.log_p
-    nats = (log_p.exp() * (log_p - read.log_p)).sum(dim=-1)
-    if target.counts is None:
-        return nats.sum(), nats.new_zeros(())
-    return torch.where(target.counts, nats, 0.0).sum(), torch.where(target.counts, 0.0, nats).sum()
-
-
-def _less_right(target: Target, read: _Read) -> torch.Tensor:
-    """Return the drop in probability of an example's whole answer, a scalar; 0 if it answers no prompt."""
-    loss = target.read.loss
-    return loss.new_zeros(()) if target.counts is None else (-loss).exp() - (-read.loss.detach()).exp()
+    return torch.cat([listed, rest.log()], dim=-1), loss

@@ -23,7 +23,7 @@ from icmlora.formats.peft.peft import CONFIG_NAME
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.codec.encoding import encode_adapter
 from icmlora.generator.config import config_for
-from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.files.network_file import generator_to_bytes
 from icmlora.training.config import TrainConfig
 from icmlora.training.initialisation import fresh_network
 from icmlora.training.loop import fit
@@ -50,7 +50,7 @@ def train(fleet: Path, factor: float) -> dict[str, Any] | None:
             return None
         last = bits[-len(bits) // 10 :]
         data = generator_to_bytes(state.net)
-        codec = Codec(generator_from_bytes(data))
+        codec = Codec.of(data)
         codes = [len(encode_adapter(codec, adapter, {}).data) for adapter in adapters]
         return {
             "processes": ranks.count,

@@ -68,9 +68,11 @@ def fields_of(head: CodeHead, config: GeneratorConfig) -> dict[str, bytes]:
 
 def _norm_bytes(codec: Codec, data: bytes) -> int:
     bits = 0.0
-    for group in codec.open(data).groups:
+    opened = codec.open(data)
+    for group in opened.groups:
         scales = torch.from_numpy(codec.quantizer.norm_scales(group.slots))
-        bits += float(bin_bits(torch.from_numpy(group.residuals), torch.exp2(scales.float() / 8)).sum())
+        residuals = codec.quantizer.norm_residuals(group.slots, int(opened.head.gains[group.slots.kind]), group.norms)
+        bits += float(bin_bits(torch.from_numpy(residuals), torch.exp2(scales.float() / 8)).sum())
     return round(bits / 8)
 
 

@@ -28,7 +28,7 @@ from icmlora.fleet.resources.adapter_source import StoreAdapterSource  # noqa: E
 from icmlora.formats.discovery.folder import load_adapter  # noqa: E402
 from icmlora.generator.codec.codec import Codec  # noqa: E402
 from icmlora.generator.config import config_for  # noqa: E402
-from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes  # noqa: E402
+from icmlora.generator.files.network_file import generator_to_bytes  # noqa: E402
 from icmlora.training.initialisation import fresh_network  # noqa: E402
 from icmlora.training.loop import draws_of  # noqa: E402
 from registry.store import Store  # noqa: E402
@@ -65,7 +65,7 @@ def count(store: Path, adapters: Path, base_folder: Path) -> dict[str, Any]:
         layouts = source.layouts()
         config = config_for(source.base_model, layouts, tasks=_TASKS, condition_size=0, quality=4)
         net = fresh_network(config, source, 0)
-        codec = Codec(generator_from_bytes(generator_to_bytes(net)))
+        codec = Codec.of(generator_to_bytes(net))
         training, steps = workloads.training(net, source)
     fleet.train(steps=1, device="cpu", refine=0, evaluate=False)
     base = CausalLM().load(inspect_base(source.base_model, base_folder), device=workloads.CARD)

@@ -12,7 +12,6 @@ from icmlora.adapter.metrics import squared_error
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource
 from icmlora.formats.discovery.folder import load_adapter, save_adapter
 from icmlora.generator.codec.codec import Codec
-from icmlora.generator.files.network_file import generator_from_bytes
 from registry.store import Store
 from tests.cli.coded import codes, current
 from tests.cli.conftest import Ran
@@ -44,7 +43,7 @@ def seeded(template: Path, tmp_path: Path) -> Path:
 
 def seeds_in_codes(path: Path) -> dict[str, int | None]:
     with Store.open(path) as store:
-        codec = Codec(generator_from_bytes(store.blobs.read(current(path).blob)))
+        codec = Codec.of(store.blobs.read(current(path).blob))
         heads = {name: codec.open(store.blobs.read(code.blob)).head for name, code in codes(path).items()}
     return {task: head.initial.seed if head.initial else None for task, head in heads.items()}
 

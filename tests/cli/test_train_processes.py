@@ -155,7 +155,7 @@ with Store.open(Path(sys.argv[1]), read_only=True) as store:
         code = store.blobs.read(task.code.blob)
         opened = GeneratorFile(store.blobs.read(task.code.generator)).codec_of(code).open(code)
         for group in opened.groups:
-            for part in (group.residuals, group.vectors.places, group.vectors.values):
+            for part in (group.norms, group.vectors.places, group.vectors.values):
                 digest.update(part.tobytes())
 print(digest.hexdigest())
 """

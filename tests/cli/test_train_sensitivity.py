@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from icmlora.generator.files.network_file import generator_from_bytes
+from icmlora.generator.files.network_file import network_from_bytes
 from icmlora.generator.sensitivity import Sensitivity
 from registry.store import Store
 from tests.cli.coded import current
@@ -23,7 +23,7 @@ TRAIN = ("train", "--no-eval", "--refine", "0", "--device", "cpu", "--steps", ST
 
 def weights(store: Path) -> Sensitivity:
     with Store.open(store, read_only=True) as opened:
-        return generator_from_bytes(opened.blobs.read(current(store).blob)).net.sensitivity
+        return network_from_bytes(opened.blobs.read(current(store).blob)).sensitivity
 
 
 def is_even(sensitivity: Sensitivity) -> bool:

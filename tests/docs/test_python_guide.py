@@ -19,7 +19,7 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """Run every example of the page in one program, in a folder that holds what the page speaks of."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hub"))
-    for steps in ("SMALL_STEPS_PER_TASK", "LEAST_SMALL_STEPS"):
+    for steps in ("SMALL_STEPS_PER_TASK", "MIN_SMALL_STEPS"):
         monkeypatch.setattr(f"icmlora.training.config.{steps}", 10)
     write_tiny_base(Path("base"))
     for seed, name in enumerate(("dog-detection", "street-signs", "ripe-fruit"), start=1):

@@ -18,7 +18,7 @@ from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.formats.peft.config import PREFIX
 from icmlora.generator.codec.codec import Codec
-from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.files.network_file import generator_to_bytes
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.initial_a.search import SeedSearch
 from icmlora.training.loop import fit
@@ -111,4 +111,4 @@ def peft_file() -> bytes:
 
 def peft_codec() -> Codec:
     """Return a codec of its own under that generator."""
-    return Codec(generator_from_bytes(peft_file()))
+    return Codec.of(peft_file())

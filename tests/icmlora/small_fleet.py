@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
+import numpy as np
 import torch
 
 from icmlora.adapter.layout import ModuleShape, target_modules
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.generator.codec.codec import Codec
+from icmlora.generator.codec.runs import Nonzeros
 from icmlora.generator.config import GeneratorConfig, config_for
-from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.files.entropy_coding import Integers
+from icmlora.generator.files.network_file import generator_to_bytes
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.sensitivity import Sensitivity, even
 from icmlora.training.config import TrainConfig
@@ -149,7 +152,14 @@ def trained_file(sets: int = 2) -> bytes:
 
 def codec(sets: int = 2) -> Codec:
     """Return a codec of its own under the trained generator."""
-    return Codec(generator_from_bytes(trained_file(sets)))
+    return Codec.of(trained_file(sets))
+
+
+def sides_of(vectors: Nonzeros, count: int, sizes: Sequence[int]) -> list[Integers]:
+    """Return all integers of the vectors of some slots by side, (count, size) each."""
+    ends = np.cumsum([count * size for size in sizes])
+    parts = np.split(vectors.dense(int(ends[-1])), ends[:-1])
+    return [part.reshape(count, size) for part, size in zip(parts, sizes, strict=True)]
 
 
 def same(left: Adapter, right: Adapter) -> bool:

@@ -7,7 +7,7 @@ import torch
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.config import config_for
-from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.files.network_file import generator_to_bytes
 from icmlora.generator.network.cvae import CVAE
 
 WIDTH = 256
@@ -18,7 +18,7 @@ def untrained_codec(*adapters: Adapter) -> Codec:
     torch.manual_seed(0)
     layouts = [adapter.layout for adapter in adapters]
     net = CVAE(config_for(adapters[0].base_model, layouts, tasks=64, condition_size=0, quality=4))
-    return Codec(generator_from_bytes(generator_to_bytes(net)))
+    return Codec.of(generator_to_bytes(net))
 
 
 def with_directions(*sizes: float) -> Adapter:

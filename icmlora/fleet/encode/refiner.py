@@ -24,10 +24,11 @@ from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import factors_of
 from icmlora.fleet.resources.workers import Tell
 from icmlora.generator.codec.codec import Codec
-from icmlora.generator.codec.encoding import Encoded, SlotChoice, Steps, measured
+from icmlora.generator.codec.encoding import Encoded, measured
 from icmlora.generator.codec.relaxed import RelaxedCode
+from icmlora.generator.codec.steps import AdapterSteps, SlotChoice
 from icmlora.generator.scales import OCTAVE
-from icmlora.training.effect import LEAST_LOST, Effect, Lost
+from icmlora.training.effect import MIN_LOST, Effect, EffectLoss
 from icmlora.training.refinement import Refinable, RefineConfig, has_short_answers, items_for, refine
 from icmlora.training.teacher import Teacher
 
@@ -71,7 +72,7 @@ class Refiner:
         teacher = Teacher(base, original, read)
         return cls(base, teacher, Effect(teacher if held is read else Teacher(base, original, held)), config)
 
-    def lost(self, codec: Codec, data: bytes, *, of_few: bool = False) -> Lost:
+    def lost(self, codec: Codec, data: bytes, *, of_few: bool = False) -> EffectLoss:
         """Return the share of the adapter's effect that the bytes of a code lose, as `Effect.lost`."""
         return self.effect.lost(factors_of(codec.decode(data)), of_few=of_few)
 
@@ -81,7 +82,7 @@ class Share:
     """The share of the effect that a code must keep, and the other codes that it may become."""
 
     keep: float
-    steps: Steps
+    steps: AdapterSteps
     lost: float  # by the code before refinement
     slots: SlotChoice
 
@@ -94,7 +95,7 @@ class Share:
     def aim(self) -> float:
         """The loss to aim at, so that nearly all codes lose less than `most`."""
         asked = 1 - self.keep
-        return max(asked + _AIM * (self.most - asked), LEAST_LOST)
+        return max(asked + _AIM * (self.most - asked), MIN_LOST)
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class TrialCode:
     original: Adapter
     encoded: Encoded
     share: Share | None = None  # None for the code of a generated adapter
-    lost: Lost | None = None  # of the adapter's effect; None if not measured
+    lost: EffectLoss | None = None  # of the adapter's effect; None if not measured
 
     @property
     def misses_limit(self) -> bool:
@@ -128,7 +129,9 @@ def lost_before(keep: float, beyond: float) -> float:
     return share * math.sqrt(beyond)  # the form of answers, which counts little, comes back in few steps
 
 
-def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, original: Adapter, steps: Steps) -> TrialCode:
+def coarse_for(
+    keep: float, lost: float, refiner: Refiner, codec: Codec, original: Adapter, steps: AdapterSteps
+) -> TrialCode:
     """Return the plain code that loses about a share of its adapter's effect, to be refined until it keeps another.
 
     Of codes with and without faint slots, of either strengths, it would be the smallest if all had the same loss.
@@ -140,9 +143,9 @@ def coarse_for(keep: float, lost: float, refiner: Refiner, codec: Codec, origina
         return refiner.lost(codec, code(step, slots), of_few=True).of_most
 
     def cost(slots: SlotChoice) -> float:
-        return len(code(step, slots)) * math.pow(max(lost_by(step, slots=slots), LEAST_LOST), _SIZE_POWER)
+        return len(code(step, slots)) * math.pow(max(lost_by(step, slots=slots), MIN_LOST), _SIZE_POWER)
 
-    choices = [SlotChoice(has_faint, for_strong) for has_faint, for_strong in product((False, True), repeat=2)]
+    choices = [SlotChoice(*which) for which in product((False, True), repeat=2)]
     step, _ = near(lost, partial(lost_by, slots=choices[0]), steps.expected(_FIRST))
     slots = min(choices, key=cost)
     step, found = near(lost, partial(lost_by, slots=slots), step)
@@ -263,16 +266,16 @@ class _Refinement:
     def _moved(self, share: Share, move: int) -> RelaxedCode:
         moved = self._code.relaxed(share.steps.with_slots(self.work.relaxed.step + move, share.slots))
         # Codes of text keep no more of the gain so (docs/results/LOG.md, 2026-12-02).
-        moved.go_on_from(self.work.relaxed, anew=move < 0 and self._has_short_answers)
+        moved.continue_from(self.work.relaxed, reset_zeros=move < 0 and self._has_short_answers)
         return moved
 
-    def _lost(self, relaxed: RelaxedCode, *, of_few: bool = False) -> Lost:
+    def _lost(self, relaxed: RelaxedCode, *, of_few: bool = False) -> EffectLoss:
         return self._code.refiner.lost(self._code.codec, relaxed.to_code(), of_few=of_few)
 
 
 def _octaves(share: float) -> float:
     """Return the logarithm, base 2, of a loss."""
-    return math.log2(max(share, LEAST_LOST))
+    return math.log2(max(share, MIN_LOST))
 
 
 def _eighths(octaves: float, power: float, most: int) -> int:

@@ -31,8 +31,9 @@ from icmlora.fleet.resources.texts import read_samples
 from icmlora.fleet.resources.workers import Tell, naming
 from icmlora.formats.catalogue import format_named
 from icmlora.generator.codec.codec import Codec
-from icmlora.generator.codec.encoding import Encoded, Steps, encode_adapter
+from icmlora.generator.codec.encoding import Encoded, encode_adapter
 from icmlora.generator.codec.limits import Limits
+from icmlora.generator.codec.steps import AdapterSteps
 from icmlora.generator.config import keep_of, quality_of, tolerance_of
 from icmlora.generator.initial_a.draw import InitialA
 from icmlora.io.devices import gradient_dtype
@@ -223,8 +224,8 @@ class CodeSearch:
         assert refiner is not None
         assert keep is not None
         self.tell(f"encoding, to keep {keep:g}")
-        steps = Steps(self.codec, self.original, self.vectors, self.initial)
-        lost = lost_before(keep, refiner.effect.beyond) if self.is_refined else _SURELY * (1 - keep)
+        steps = AdapterSteps(self.codec, self.original, self.vectors, self.initial)
+        lost = lost_before(keep, refiner.effect.uncapped_ratio) if self.is_refined else _SURELY * (1 - keep)
         return coarse_for(keep, lost, refiner, self.codec, self.original, steps)
 
     def best(self) -> tuple[Encoded, float | None, bool]:

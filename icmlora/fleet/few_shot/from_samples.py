@@ -22,12 +22,12 @@ from icmlora.base_models.modality import BaseModel, Prepared
 from icmlora.base_models.reading import examples_for
 from icmlora.base_models.running.lora_hooks import added, factors_of
 from icmlora.errors import DataError
-from icmlora.fewshot.adapt import adapt, behind_each_other, supports
-from icmlora.fewshot.context_choice import ChosenContext, Prompted, choose_context
+from icmlora.fewshot.adapt import adapt, shuffled_together, supports
+from icmlora.fewshot.context_choice import ChosenContext, ContextScorer, choose_context
 from icmlora.fewshot.described import described_context, described_samples
 from icmlora.fewshot.distil import DistilConfig, distil
 from icmlora.fewshot.finetune import FinetuneConfig, finetune
-from icmlora.fewshot.guard import BothWays, Guard, left_out
+from icmlora.fewshot.guard import ContextAblation, Guard, left_out
 from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.context import Context
 from icmlora.fleet.few_shot.task_context import usable_samples
@@ -108,7 +108,7 @@ def make_from(
     maker = _Maker(context, base, start, recipe)
     if recipe.context_tokens == 0 or not base.modality.takes_context:
         return Made(maker.adapted(samples), None, None)
-    prompted = Prompted(base)
+    prompted = ContextScorer(base)
     if source.data is None:
         return Made(maker.adapted(samples), prompted.chosen(described_context(str(source.description))), None)
     usable = usable_samples(prompted, source.data, source.path, source.count)
@@ -149,7 +149,7 @@ class _Maker:
     start: FewShotStart
     recipe: Recipe
 
-    def tried(self, prompted: Prompted, held: Sequence[Any], others: Sequence[Any], *, in_context: bool) -> _Trial:
+    def tried(self, prompted: ContextScorer, held: Sequence[Any], others: Sequence[Any], *, in_context: bool) -> _Trial:
         """Make an adapter from samples, with or without a context, choose the context, and measure the others."""
         base = self.base
         read = base.modality.prepare(base, base.modality.readable(base, others).items, SAMPLE_TOKENS)
@@ -158,10 +158,10 @@ class _Maker:
             tell = partial(self.context.progress, note="choosing the context")
             most, total = self.recipe.context_tokens, len(held) + len(others)
             chosen = choose_context(prompted, others, most, total=total, tell=tell)
-            adapted = BothWays.of(prompted, chosen, held)
+            adapted = ContextAblation.of(prompted, chosen, held)
         # If none is held out, the adapter has seen all of them, but the base model has not.
-        in_turn = not held and not self.recipe.distil
-        bare = BothWays.in_turn(prompted, chosen, others) if in_turn else BothWays.of(prompted, chosen, held)
+        leave_one_out = not held and not self.recipe.distil
+        bare = ContextAblation.of(prompted, chosen, others if leave_one_out else held, leave_one_out=leave_one_out)
         return _Trial(in_context, adapter, chosen, Guard.of(bare, adapted, in_turn=not held))
 
     def adapted(self, samples: Sequence[Prepared], *, in_context: bool = False) -> Adapter:
@@ -171,7 +171,7 @@ class _Maker:
         if recipe.refine:
             read, config = samples, FinetuneConfig(recipe.refine)
             if in_context:
-                read = [text for order in range(_ORDERS) for text in behind_each_other(base, samples, order)]
+                read = [text for order in range(_ORDERS) for text in shuffled_together(base, samples, order)]
                 config = replace(config, batch=1)  # such a text has several samples
             for done, (nats, refined) in enumerate(finetune(base, adapter, read, config), start=1):
                 adapter = refined

@@ -25,7 +25,7 @@ from icmlora.base_models.examples.examples import Examples
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import added, factors_of
 from icmlora.errors import DataError, NotCovered
-from icmlora.fewshot.context_choice import MOST_TOKENS
+from icmlora.fewshot.context_choice import MAX_TOKENS
 from icmlora.fewshot.guard import Guard
 from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.context import Context, base_name, has_loaders, use_case
@@ -107,7 +107,7 @@ def generate(
     device: str = "auto",
     dtype: str = "bfloat16",
     register: bool = False,
-    context_tokens: int = MOST_TOKENS,
+    context_tokens: int = MAX_TOKENS,
     force: bool = False,
 ) -> Generated:
     """Generate an adapter for a new task from a few samples of it, and write it as a PEFT folder with its context.

@@ -18,8 +18,8 @@ from icmlora.base_models.examples.examples import spread
 from icmlora.base_models.examples.media_archive import read_examples
 from icmlora.base_models.reading import unread_examples
 from icmlora.errors import BaseModelUnsuited, DataError
-from icmlora.fewshot.context_choice import MOST_TOKENS, Prompted, choose_context
-from icmlora.fewshot.guard import BothWays, Guard, left_out
+from icmlora.fewshot.context_choice import MAX_TOKENS, ContextScorer, choose_context
+from icmlora.fewshot.guard import ContextAblation, Guard, left_out
 from icmlora.fleet.context import Context, has_loaders, use_case
 from icmlora.fleet.resources.code_source import StoreCodes
 from icmlora.fleet.resources.decoding import read_context
@@ -63,7 +63,7 @@ def set_context(
     *,
     samples: str | Path | None = None,
     count: int = COUNT,
-    tokens: int = MOST_TOKENS,
+    tokens: int = MAX_TOKENS,
     device: str = "auto",
 ) -> ContextReport:
     """Choose the context of a task, measure its effect, and keep it next to the task's adapter.
@@ -93,15 +93,15 @@ def set_context(
         check_place(chosen.task.final.format)
         context.progress(0, None, f"loading {chosen.task.base_model}")
         base = open_base(store, chosen.task.base_model, place, cache=context.cache)
-        prompted = Prompted(base, adapter_template(store, chosen.task))
+        prompted = ContextScorer(base, adapter_template(store, chosen.task))
         found = usable_samples(prompted, data, path, count)
         held, others = left_out(found)
         with _on(base, codes, chosen):
             tell = partial(context.progress, note="choosing the context")
             made = choose_context(prompted, others, tokens, total=len(found), tell=tell)
-            ask = BothWays.of if held else BothWays.in_turn
-            adapted = ask(prompted, made, held or found)
-        guard = Guard.of(ask(prompted, made, held or found), adapted, in_turn=not held)
+            measure = partial(ContextAblation.of, prompted, made, held or found, leave_one_out=not held)
+            adapted = measure()
+        guard = Guard.of(measure(), adapted, in_turn=not held)
         made = prompted.filled(made, held, tokens)
         files = kept_files(store.blobs, made.context.files)
         store.update(chosen.task.name, partial(_with_files, files=files))
@@ -131,7 +131,7 @@ def check_place(adapter_format: str) -> None:
         raise DataError(f"an adapter in the format {adapter_format!r} cannot include a context")
 
 
-def usable_samples(prompted: Prompted, data: bytes, path: Path | None, count: int) -> list[Any]:
+def usable_samples(prompted: ContextScorer, data: bytes, path: Path | None, count: int) -> list[Any]:
     """Return at most `count` samples of a file that can stand before a request."""
     base = prompted.base
     if not base.modality.takes_context:

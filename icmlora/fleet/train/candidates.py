@@ -104,7 +104,7 @@ class UpdateCandidates:
         named = {name: generator_of(code.data) for name, code in unchanged.codes.items()}
         ((digest, _),) = Counter(named.values()).most_common(1)
         base = file.digests.index(digest)
-        network = file.codec(base).generator.net
+        network = file.codec(base).net
         source = self._source.only([name for name in named if named[name] == digest])
         # Never more steps than a first training on these tasks has: a trained decoder starts nearer to its end.
         steps = min(_TUNING_STEPS * source.tasks(), steps_for(source.adapters(), source.parameters()))

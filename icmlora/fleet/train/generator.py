@@ -36,7 +36,7 @@ from icmlora.generator.codec.codec import Codec
 from icmlora.generator.codec.encoding import Encoded, encode_adapter
 from icmlora.generator.codec.generator_file import GeneratorFile
 from icmlora.generator.config import config_for
-from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.files.network_file import generator_to_bytes
 from icmlora.training.config import DEFAULT_QUALITY
 from icmlora.training.initialisation import fresh_network, grown_network
 from icmlora.training.ranks import Ranks
@@ -103,7 +103,7 @@ def _begin(
     network = tolerance = None
     if previous is not None:
         # The first version was trained on a whole fleet; later ones are for the tasks that they were added for.
-        network = GeneratorFile(store.blobs.read(previous.blob)).codec(0).generator.net
+        network = GeneratorFile(store.blobs.read(previous.blob)).codec(0).net
         tolerance, width = network.config.tolerance, network.config.width
         if options.width not in (None, width):
             fact = f"the current generator has width {width}, and training from it cannot change the width"
@@ -166,9 +166,9 @@ def _publish(
     """
     started = time.monotonic()
     label, data = source.base_model, generator_to_bytes(state.net)
-    codec = Codec(generator_from_bytes(data))
+    codec = Codec.of(data)
     codes, left_out, known_seeds = dict[str, Encoded](), dict(source.left_out), 0
-    with run.codes(codec.generator.digest) as saved:
+    with run.codes(codec.digest) as saved:
         for number, name in enumerate(source.names):
             task = source.task(number)
             found = saved.get(task)

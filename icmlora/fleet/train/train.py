@@ -20,9 +20,9 @@ Evaluate = Annotated[
 Steps = Annotated[
     int | None,
     Param(
-        f"Training steps. Default: {config.SMALL_STEPS_PER_TASK} per task, at least {config.LEAST_SMALL_STEPS}; "
+        f"Training steps. Default: {config.SMALL_STEPS_PER_TASK} per task, at least {config.MIN_SMALL_STEPS}; "
         f"with {config.SMALL_FLEET} tasks or more, {config.STEPS_PER_ADAPTER} per adapter, "
-        f"{config.LEAST_STEPS:,} to {config.MOST_STEPS:,}, and fewer for very small adapters.",
+        f"{config.MIN_STEPS:,} to {config.MAX_STEPS:,}, and fewer for very small adapters.",
         "--steps N",
         _MODEL,
         min=1,

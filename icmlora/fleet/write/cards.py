@@ -164,7 +164,7 @@ class GeneratedCard:
         described = "" if self.description is None else f"\nDescription by the user: {escape(self.description)}\n"
         measured, guard = "", self.guard
         if guard is not None:
-            measured = f"| nats per token on {guard.told_by} | {guard.figures} |\n"
+            measured = f"| nats per token on {guard.measured_on} | {guard.figures} |\n"
             measured += "" if self.distilled else f"| recommended | {guard.recommended} |\n"
         return _GENERATED_CARD.format(
             front=front_matter(self.base_model),

@@ -97,8 +97,34 @@ class Code:
         if opened is None:
             raise CodeError("the code is damaged or truncated")
         packed, words = opened
-        head = _parse_head(packed, config)
-        _check(head, config)
+        kinds, layers, slots = len(config.kinds), config.layers, config.slots
+        sizes = [2, config.condition, config.latent, 2 * kinds, kinds * layers, config.count_bytes * kinds * layers]
+        sizes += [kinds * slots, kinds * slots, initial_size(config)]
+        plain = inflate(packed, sum(sizes), sum(sizes) + _TASK_TYPE_LIMIT)
+        parts = split_fields(plain[: sum(sizes)], sizes)
+        try:
+            task_type = plain[sum(sizes) :].decode() or None
+        except UnicodeDecodeError as error:
+            raise CodeError("the code's header is damaged") from error
+        head = CodeHead(
+            step=int(parts[0].view("<i2")[0]),
+            condition=parts[1].view(np.int8),
+            latent=parts[2].view(np.int8),
+            gains=parts[3].view("<i2").astype(np.int16),
+            strengths=parts[4].view(np.int8).reshape(kinds, layers),
+            kept=counts_from_bytes(parts[5], config.count_bytes).reshape(kinds, layers),
+            shifts=parts[6].view(np.int8).reshape(kinds, slots),
+            boosts=parts[7].view(np.int8).reshape(kinds, slots),
+            initial=initial_from_bytes(parts[8].tobytes(), config),
+            task_type=task_type,
+        )
+        is_present = head.kept != ABSENT
+        if not config.are_modules(np.argwhere(is_present).tolist()):
+            raise CodeError("the code's header names a module twice, or an impossible module", hint=MADE_ELSEWHERE)
+        # A module has no more singular values than its smaller width.
+        most = np.array([min(slots, kind.inputs, kind.outputs) for kind in config.kinds])[:, None]
+        if not is_present.any() or (is_present & (head.kept > most)).any() or abs(head.step) > EXTREME:
+            raise CodeError("the code's header is out of its generator's range")
         return cls(generator, head, words)
 
 
@@ -108,40 +134,3 @@ def generator_of(data: bytes) -> str:
     if len(data) < _PREFIX + 4:
         raise CodeError("the code is truncated")
     return data[len(MAGIC) : _PREFIX].hex()
-
-
-def _parse_head(packed: bytes, config: GeneratorConfig) -> CodeHead:
-    kinds, layers, slots = len(config.kinds), config.layers, config.slots
-    sizes = [2, config.condition, config.latent, 2 * kinds, kinds * layers, config.count_bytes * kinds * layers]
-    sizes += [kinds * slots, kinds * slots, initial_size(config)]
-    plain = inflate(packed, sum(sizes), sum(sizes) + _TASK_TYPE_LIMIT)
-    parts, task_type = split_fields(plain[: sum(sizes)], sizes), plain[sum(sizes) :]
-    return CodeHead(
-        step=int(parts[0].view("<i2")[0]),
-        condition=parts[1].view(np.int8),
-        latent=parts[2].view(np.int8),
-        gains=parts[3].view("<i2").astype(np.int16),
-        strengths=parts[4].view(np.int8).reshape(kinds, layers),
-        kept=counts_from_bytes(parts[5], config.count_bytes).reshape(kinds, layers),
-        shifts=parts[6].view(np.int8).reshape(kinds, slots),
-        boosts=parts[7].view(np.int8).reshape(kinds, slots),
-        initial=initial_from_bytes(parts[8].tobytes(), config),
-        task_type=_text(task_type),
-    )
-
-
-def _check(head: CodeHead, config: GeneratorConfig) -> None:
-    is_present = head.kept != ABSENT
-    if not config.are_modules(np.argwhere(is_present).tolist()):
-        raise CodeError("the code's header names a module twice, or an impossible module", hint=MADE_ELSEWHERE)
-    # A module has no more singular values than its smaller width.
-    most = np.array([min(config.slots, kind.inputs, kind.outputs) for kind in config.kinds])[:, None]
-    if not is_present.any() or (is_present & (head.kept > most)).any() or abs(head.step) > EXTREME:
-        raise CodeError("the code's header is out of its generator's range")
-
-
-def _text(data: bytes) -> str | None:
-    try:
-        return data.decode() or None
-    except UnicodeDecodeError as error:
-        raise CodeError("the code's header is damaged") from error

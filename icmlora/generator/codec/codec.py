@@ -11,9 +11,10 @@ An adapter is encoded by icmlora/generator/codec/encoding.py, which searches for
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 from typing import TypeVar
 
@@ -28,9 +29,9 @@ from icmlora.generator.codec.code import Code, CodeHead, generator_of
 from icmlora.generator.codec.packing import KindIntegers, pack, unpack
 from icmlora.generator.codec.quantizer import TokenQuantizer, norm_of
 from icmlora.generator.files.container import ABSENT
-from icmlora.generator.files.network_file import TrainedGenerator
+from icmlora.generator.files.network_file import network_from_bytes
 from icmlora.generator.initial_a.subspace import initial_subspace
-from icmlora.generator.network.cvae import VIEWS, TaskState, predicted_tokens
+from icmlora.generator.network.cvae import CVAE, VIEWS, TaskState, predicted_tokens
 from icmlora.generator.network.tokens import Modules, assembled, detokenize, modules_of
 from icmlora.generator.scales import STRENGTHS
 from icmlora.io.threads import one_thread, side_by_side
@@ -48,7 +49,12 @@ class OpenCode:
 
     head: CodeHead
     state: TaskState
-    groups: tuple[KindIntegers, ...]
+    streams: Sequence[Iterator[KindIntegers]]  # kinds are read one after the other
+
+    @cached_property
+    def groups(self) -> tuple[KindIntegers, ...]:
+        """The integers of all kinds; raise `CodeError` if they are damaged."""
+        return tuple(chain.from_iterable(self.streams))
 
 
 class Codec:
@@ -56,9 +62,9 @@ class Codec:
 
     # With a tolerance near 1, the code of a well-predicted adapter is condition and latent, without integers.
 
-    def __init__(self, generator: TrainedGenerator) -> None:
-        self.generator = generator
-        self.net = generator.net.eval()
+    def __init__(self, net: CVAE, digest: str) -> None:
+        """Use a network that was read from a file; codes name it by the file's SHA-256, in hexadecimal."""
+        self.net, self.digest = net.eval(), digest
         self.sensitivity = self.net.sensitivity
         self.quantizer = TokenQuantizer(self.net)
         # Drawing an initial A takes a third of the time of decoding. All codes tried for an adapter have the same one,
@@ -67,13 +73,19 @@ class Codec:
         sensitivity = self.sensitivity  # not self, which the cache would keep alive
         self.subspace = lru_cache(_SUBSPACES)(lambda initial: initial_subspace(initial, config, sensitivity))
 
+    @classmethod
+    def of(cls, data: bytes) -> Codec:
+        """Open a generator file of one version; raise `GeneratorError` if it is damaged or has other tables."""
+        return cls(network_from_bytes(data), hashlib.sha256(data).hexdigest())
+
     def decode(self, code: bytes, device: torch.device | None = None) -> Adapter:
         """Decode one code to float32 factors on a device (by default the CPU).
 
         Integers are read on the CPU. Another device's arithmetic may differ in the last bit.
         """
         head, parts = self.each_kind(code, lambda modules: modules, device)
-        return assembled(parts, self.config, modules=_modules_of(head), task_type=head.task_type)
+        places = [(int(kind), int(layer)) for kind, layer in np.argwhere(head.kept != ABSENT)]
+        return assembled(parts, self.config, modules=places, task_type=head.task_type)
 
     def each_kind(
         self, code: bytes, use: Callable[[Modules], _Used], device: torch.device | None = None
@@ -82,14 +94,29 @@ class Codec:
 
         Returns the code's head, and the function's result for each kind. Modules without integers are left out.
         """
-        place = device or torch.device("cpu")
-        head, state, streams = self._read(code)
+        opened = self.open(code)
+        head, state = opened.head, opened.state
 
         def used(stream: Iterable[KindIntegers]) -> list[_Used]:
-            return [use(self._modules(group, state, head, place)) for group in stream]
+            found = []
+            for group in stream:
+                slots, norms = group.slots, group.norms
+                layer, root = torch.from_numpy(slots.layer), norm_of(norms).sqrt()
+                strengths = torch.exp2(_floats(head.strengths[slots.kind]) / STRENGTHS)  # of each layer's dW, (L,)
+                a, b = self.quantizer.dequantise(
+                    slots,
+                    norms,
+                    state,
+                    head.step,
+                    group.vectors,
+                    factors=(1 / root, strengths[layer] / root),
+                    device=device or torch.device("cpu"),
+                )
+                found.append(use(modules_of(slots.kind, layer, a, b, self.config, self.sensitivity)))
+            return found
 
         with side_by_side(None if len(code) > _LARGE else 1) as each:
-            return head, list(chain.from_iterable(each(used, streams)))
+            return head, list(chain.from_iterable(each(used, opened.streams)))
 
     @torch.no_grad()
     @one_thread()
@@ -114,25 +141,20 @@ class Codec:
 
     def open(self, code: bytes) -> OpenCode:
         """Read a code's integers without decoding them to weights."""
-        head, state, streams = self._read(code)
-        return OpenCode(head, state, tuple(chain.from_iterable(streams)))
-
-    def _read(self, code: bytes) -> tuple[CodeHead, TaskState, list[Iterator[KindIntegers]]]:
-        """Read a code's head, and its integers as one iterator over kinds per stream."""
         digest = generator_of(code)
-        if digest != self.generator.digest:
-            raise CodeError(f"the code belongs to generator {digest[:12]}, not {self.generator.digest[:12]}")
+        if digest != self.digest:
+            raise CodeError(f"the code belongs to generator {digest[:12]}, not {self.digest[:12]}")
         parsed = Code.from_bytes(code, self.config)
         head = parsed.head
         subspace = replace(self.subspace(head.initial), shifts=head.shifts, boosts=head.boosts)
         state = TaskState(_floats(head.condition), _floats(head.latent), subspace)
-        return head, state, unpack(self.quantizer, head, subspace, parsed.words)
+        return OpenCode(head, state, unpack(self.quantizer, head, subspace, parsed.words))
 
     def close(self, head: CodeHead, groups: Sequence[KindIntegers]) -> bytes:
         """Write a code from its head and its integers."""
         subspace = replace(self.subspace(head.initial), shifts=head.shifts)
         words = pack(self.quantizer, head, subspace, groups)
-        return Code(self.generator.digest, head, words).to_bytes(self.config)
+        return Code(self.digest, head, words).to_bytes(self.config)
 
     def condition(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Embed task vectors (hidden,) as integers, (C,); raise `GeneratorError` if one has the wrong length."""
@@ -140,25 +162,8 @@ class Codec:
         wrong = [len(vectors[view]) for view in VIEWS if size and view in vectors and vectors[view].shape != (size,)]
         if wrong:
             raise GeneratorError(f"a task vector has {wrong[0]} values; the generator was trained on {size}")
-        return self.net.embed(vectors).round()
-
-    def _modules(self, group: KindIntegers, state: TaskState, head: CodeHead, device: torch.device) -> Modules:
-        """Turn the integers of one kind into its modules."""
-        slots, norms = group.slots, self.quantizer.norms(group.slots, group.gain, group.residuals)
-        layer, root = torch.from_numpy(slots.layer), norm_of(norms).sqrt()
-        factors = 1 / root, _strength_of(head.strengths[slots.kind])[layer] / root
-        a, b = self.quantizer.dequantise(slots, norms, state, head.step, group.vectors, factors=factors, device=device)
-        return modules_of(slots.kind, layer, a, b, self.config, self.sensitivity)
-
-
-def _modules_of(head: CodeHead) -> list[tuple[int, int]]:
-    """Return the modules of a code, as (kind, layer)."""
-    return [(int(kind), int(layer)) for kind, layer in zip(*np.nonzero(head.kept != ABSENT), strict=True)]
-
-
-def _strength_of(strengths: NDArray[np.int8]) -> torch.Tensor:
-    """Return the factor of each layer's dW, shape (L,), from its log2 in 64ths."""
-    return torch.exp2(_floats(strengths) / STRENGTHS)
+        condition: torch.Tensor = self.net.condition(vectors)
+        return condition.round()
 
 
 def _floats(values: NDArray[np.int8]) -> torch.Tensor:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import CodeError, GeneratorError, NotCovered
 from icmlora.generator.codec.code import generator_of
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.files.file import versions_of
-from icmlora.generator.files.network_file import TrainedGenerator, generator_from_bytes
-from icmlora.generator.network.cvae import CVAE
+from icmlora.generator.files.network_file import network_from_bytes
+from icmlora.generator.files.version_delta import words_to_changed
 
 
 class GeneratorFile:
@@ -30,7 +29,18 @@ class GeneratorFile:
     def codec(self, number: int) -> Codec:
         """Return the codec of a version, counted from 0; versions added later do not change it."""
         if number not in self._codecs:
-            self._codecs[number] = Codec(self._open(number))
+            # A whole network first, then the differences that lead from it to this version.
+            chain = [number]
+            while (base := self._versions[chain[-1]].base) is not None:
+                chain.append(base)
+            net = network_from_bytes(self._versions[chain[-1]].content)
+            for link in reversed(chain[:-1]):
+                try:
+                    changed = words_to_changed(self._versions[link].content, net.state_dict())
+                    net.load_state_dict(changed)
+                except CodeError as error:
+                    raise GeneratorError("the delta of a version does not fit its network") from error
+            self._codecs[number] = Codec(net, self.digests[number])
         return self._codecs[number]
 
     def codec_of(self, code: bytes) -> Codec:
@@ -51,24 +61,3 @@ class GeneratorFile:
     def covering(self, layout: Sequence[ModuleShape]) -> list[int]:
         """Return the numbers of the versions that have every module, layer and rank of an adapter, oldest first."""
         return [number for number, config in enumerate(self.configs) if config.covers(layout)]
-
-    def _open(self, number: int) -> TrainedGenerator:
-        """Read a version's network: a whole network first, then the differences that lead from it to this version."""
-        chain = [number]
-        while (base := self._versions[chain[-1]].base) is not None:
-            chain.append(base)
-        generator = generator_from_bytes(self._versions[chain[-1]].content)
-        for link in reversed(chain[:-1]):
-            generator = TrainedGenerator(_changed(generator.net, self._versions[link].content), "")
-        return replace(generator, digest=self._versions[number].digest)
-
-
-def _changed(net: CVAE, words: bytes) -> CVAE:
-    """Apply the differences of a version to a network, in place."""
-    from icmlora.generator.files.version_delta import words_to_changed  # the first version of a generator has none
-
-    try:
-        net.load_state_dict(words_to_changed(words, net.state_dict()))
-    except CodeError as error:
-        raise GeneratorError("the delta of a version does not fit its network") from error
-    return net

@@ -72,7 +72,8 @@ class Limits:
     @property
     def least(self) -> float:
         """The smaller limit of the two squared errors."""
-        return min(math.inf if limit is None else limit for limit in (self.tolerance, self.max_squared_error))
+        limits = self.tolerance, self.max_squared_error
+        return min((limit for limit in limits if limit is not None), default=math.inf)
 
     def keeps(self, encoded: Measured) -> bool:
         """Return whether the errors of a code are within the limits."""
@@ -84,10 +85,8 @@ class Limits:
 
     def tighter(self) -> Limits:
         """Return the limits with squared errors reduced to nine tenths."""
-        tolerance = None if self.tolerance is None else 0.9 * self.tolerance
-        return replace(
-            self, tolerance=tolerance, max_error=None if self.max_error is None else math.sqrt(0.9) * self.max_error
-        )
+        tolerance = self.tolerance and 0.9 * self.tolerance
+        return replace(self, tolerance=tolerance, max_error=self.max_error and math.sqrt(0.9) * self.max_error)
 
     def expected_step(self, theory: WaterFilling, used: float = 1.0) -> float:
         """Return the step, in eighths of an octave, at which theory expects a share of the smaller limit to be used."""

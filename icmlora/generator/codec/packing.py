@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 
 from icmlora.errors import CodeError
 from icmlora.generator.codec.code import CodeHead
-from icmlora.generator.codec.quantizer import Slots, TokenQuantizer
+from icmlora.generator.codec.quantizer import Norms, TokenQuantizer
 from icmlora.generator.codec.runs import Nonzeros
 from icmlora.generator.files.container import ABSENT
-from icmlora.generator.files.entropy_coding import IntegerReader, Integers, IntegerWriter
+from icmlora.generator.files.entropy_coding import IntegerReader, IntegerWriter
 from icmlora.generator.initial_a.subspace import InitialSubspace
+from icmlora.generator.network.tokens import Slots
 from icmlora.generator.scales import EXTREME
 from icmlora.io.threads import side_by_side
 
@@ -35,14 +36,8 @@ class KindIntegers:
     """Everything that a code stores about the tokens of one module kind; n rank slots."""
 
     slots: Slots
-    gain: int  # how far the task's mean log2 norm is above the generator's table, in eighths
-    residuals: Integers  # shape (n,): log2 norms relative to table and gain, in eighths
+    norms: Norms  # log2, in eighths, shape (n,)
     vectors: Nonzeros  # of inputs, outputs, and the part of the inputs in the initial subspace, in one row
-
-    def sides(self, sizes: Sequence[int]) -> list[Integers]:
-        """Return all integers of the vectors by side, (n, size) each; sizes are in, out and R."""
-        count = len(self.slots.layer)
-        return split_sides(self.vectors.dense(count * sum(sizes)), count, sizes)
 
 
 def pack(quantizer: TokenQuantizer, head: CodeHead, subspace: InitialSubspace, groups: Sequence[KindIntegers]) -> bytes:
@@ -54,7 +49,14 @@ def pack(quantizer: TokenQuantizer, head: CodeHead, subspace: InitialSubspace, g
     def write(kinds: Sequence[Slots]) -> bytes:
         writer = IntegerWriter()
         for kind in (slots.kind for slots in kinds if slots.kind in by_kind):  # a kind without energy has no slots
-            write_kind(writer, quantizer, by_kind[kind], subspace, head.step)
+            parts = by_kind[kind]
+            layer, slot = (np.concatenate([getattr(part.slots, name) for part in parts]) for name in ("layer", "slot"))
+            slots, norms = Slots(kind, layer, slot), np.concatenate([part.norms for part in parts])
+            residuals = quantizer.norm_residuals(slots, int(head.gains[kind]), norms)
+            writer.write(residuals, quantizer.norm_scales(slots))
+            runs = quantizer.runs(slots, norms, subspace, head.step)
+            places, values = runs.places([part.vectors for part in parts], [len(part.slots.layer) for part in parts])
+            writer.write_nonzeros(runs.sizes, places, values)
         return writer.to_bytes()
 
     of_streams = _streams_of(head, quantizer)
@@ -80,64 +82,30 @@ def unpack(
     def read(kinds: Sequence[Slots], data: bytes) -> Iterator[KindIntegers]:
         reader = IntegerReader(data)
         for slots in kinds:
-            yield read_kind(reader, quantizer, slots, int(head.gains[slots.kind]), subspace, head.step)
+            residuals = reader.read(quantizer.norm_scales(slots))
+            norms = quantizer.norms(slots, int(head.gains[slots.kind]), residuals)
+            if (np.abs(norms) > EXTREME).any():
+                raise CodeError("the code's norms are out of range")
+            runs = quantizer.runs(slots, norms, subspace, head.step)
+            yield KindIntegers(slots, norms, runs.nonzeros(*reader.read_nonzeros(runs.sizes)))
 
     return [read(kinds, words[start:end]) for kinds, (start, end) in zip(streams, pairwise(ends), strict=True)]
 
 
-def write_kind(
-    writer: IntegerWriter,
-    quantizer: TokenQuantizer,
-    parts: Sequence[KindIntegers],
-    subspace: InitialSubspace,
-    step: int,
-) -> None:
-    """Append the integers of a kind's slots, in consecutive parts."""
-    layer, slot = (np.concatenate([getattr(part.slots, name) for part in parts]) for name in ("layer", "slot"))
-    slots, residuals = Slots(parts[0].slots.kind, layer, slot), np.concatenate([part.residuals for part in parts])
-    writer.write(residuals, quantizer.norm_scales(slots))
-    runs = quantizer.runs(slots, quantizer.norms(slots, parts[0].gain, residuals), subspace, step)
-    places, values = runs.places([part.vectors for part in parts], [len(part.slots.layer) for part in parts])
-    writer.write_nonzeros(runs.sizes, places, values)
-
-
-def read_kind(
-    reader: IntegerReader, quantizer: TokenQuantizer, slots: Slots, gain: int, subspace: InitialSubspace, step: int
-) -> KindIntegers:
-    """Read the output of `write_kind`; step is log2 of the quantiser step, in eighths.
-
-    Raises:
-        CodeError: The integers are damaged.
-    """
-    residuals = reader.read(quantizer.norm_scales(slots))
-    norms = quantizer.norms(slots, gain, residuals)
-    if (np.abs(norms) > EXTREME).any():
-        raise CodeError("the code's norms are out of range")
-    runs = quantizer.runs(slots, norms, subspace, step)
-    return KindIntegers(slots, gain, residuals, runs.nonzeros(*reader.read_nonzeros(runs.sizes)))
-
-
 def _streams_of(head: CodeHead, quantizer: TokenQuantizer) -> list[list[Slots]]:
-    """Divide the kinds of a code among streams."""
+    """Divide the coded slots of each kind that occurs among streams."""
     streams, values = [list[Slots]()], 0
-    for slots in _slots_by_kind(head.kept):
+    for kind, kept in enumerate(head.kept):
+        if (kept == ABSENT).all():
+            continue
         if values >= _FULL:
             streams.append([])
             values = 0
-        streams[-1].append(slots)
-        values += len(slots.layer) * sum(quantizer.sizes[slots.kind])
+        counts = np.where(kept == ABSENT, 0, kept).astype(np.int64)  # (L,)
+        layer = np.repeat(np.arange(len(counts)), counts)
+        streams[-1].append(Slots(kind, layer, np.concatenate([np.arange(count) for count in counts])))
+        values += len(layer) * sum(quantizer.sizes[kind])
     return streams
-
-
-def split_sides(values: Integers, count: int, sizes: Sequence[int]) -> list[Integers]:
-    """Split the integers of `count` slots into consecutive sides of shapes (count, size)."""
-    parts = np.split(values, np.cumsum([count * size for size in sizes])[:-1])
-    return [side.reshape(count, size) for side, size in zip(parts, sizes, strict=True)]
-
-
-def _slots_by_kind(kept: NDArray[np.uint16]) -> list[Slots]:
-    """Return the coded slots of each kind that occurs; `kept` has shape (K, L)."""
-    return [_slots(kind, row) for kind, row in enumerate(kept) if (row != ABSENT).any()]
 
 
 def written_slots(slots: Slots, is_worth: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -146,9 +114,3 @@ def written_slots(slots: Slots, is_worth: NDArray[np.bool_]) -> NDArray[np.bool_
     count = np.zeros(int(slots.layer.max(initial=-1)) + 1, dtype=np.int64)  # (layers,)
     np.maximum.at(count, slots.layer[is_worth], slots.slot[is_worth] + 1)
     return slots.slot < count[slots.layer]
-
-
-def _slots(kind: int, kept: NDArray[np.uint16]) -> Slots:
-    counts = np.where(kept == ABSENT, 0, kept).astype(np.int64)  # (L,)
-    layer = np.repeat(np.arange(len(counts)), counts)
-    return Slots(kind, layer, np.concatenate([np.arange(count) for count in counts]))

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -29,29 +28,14 @@ from icmlora.generator.files.entropy_coding import Integers, Scales
 from icmlora.generator.initial_a.subspace import InitialSubspace
 from icmlora.generator.network.cvae import CVAE, TaskState
 from icmlora.generator.network.stack import INPUTS, OUTPUTS, places_of
-from icmlora.generator.network.tokens import KindTokens
+from icmlora.generator.network.tokens import KindTokens, Slots
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, STRENGTHS, centre_table
-from icmlora.generator.sensitivity import Sensitivity
 
 _CPU = torch.device("cpu")
 _SHORT = 31  # largest magnitude in the small table of centres
 
 Means = tuple[torch.Tensor, torch.Tensor]  # the generator's predictions, shapes (n, in) and (n, out)
 Norms = NDArray[np.int64]  # log2 norms, in eighths
-SideScales = tuple[Scales, Scales, Scales]  # scale indices of integers of shapes (n, in), (n, out) and (n, R)
-Levels = tuple[Norms, Norms, Norms]  # scale indices of the integers of each slot, before profiles, shapes (n,)
-
-
-@dataclass(frozen=True, eq=False)
-class Slots:
-    """n rank slots of one kind, ordered by (layer, slot)."""
-
-    kind: int
-    layer: NDArray[np.int64]  # shape (n,)
-    slot: NDArray[np.int64]  # shape (n,)
-
-    def __getitem__(self, chosen: NDArray[np.bool_]) -> Slots:
-        return Slots(self.kind, self.layer[chosen], self.slot[chosen])
 
 
 class TokenQuantizer:
@@ -65,7 +49,7 @@ class TokenQuantizer:
         self._spreads = _eighths(net.spread)  # (K, 2, L, S)
         self.sizes = [(kind.inputs, kind.outputs) for kind in net.config.kinds]
         self._profiles = profiles = [  # (L, in) and (L, out) of each kind
-            (_profile(net.sensitivity, kind, INPUTS), _profile(net.sensitivity, kind, OUTPUTS))
+            tuple(_eighths(net.sensitivity.profile(kind, side)).astype(np.int16) for side in (INPUTS, OUTPUTS))
             for kind in range(len(self.sizes))
         ]
         directions = net.directions  # not self, which the caches would keep alive
@@ -77,33 +61,37 @@ class TokenQuantizer:
         scales: Integers = self._norm_scales[slots.kind, slots.slot].astype(np.int32)
         return scales
 
-    def norm_residuals(self, slots: Slots, norm: torch.Tensor, gain: int | None = None) -> tuple[int, Integers]:
-        """Split norms (n,) into the task's gain and residuals (n,), in eighths; by default the gain is their mean."""
-        offset = _eighths(norm.log2()) - self._norms[slots.kind, slots.layer, slots.slot]
-        if gain is None:
-            gain = round(float(offset.mean())) if len(offset) else 0
-        return gain, (offset - gain).astype(np.int32)
+    def gain(self, slots: Slots, norms: Norms) -> int:
+        """Return how far the mean log2 norm of a task's slots is above the generator's table, in eighths."""
+        offset = norms - self._norms[slots.kind, slots.layer, slots.slot]
+        return round(float(offset.mean())) if len(offset) else 0
+
+    def norm_residuals(self, slots: Slots, gain: int, norms: Norms) -> Integers:
+        """Return log2 norms relative to table and gain, in eighths, shape (n,)."""
+        residuals: Integers = (norms - self._norms[slots.kind, slots.layer, slots.slot] - gain).astype(np.int32)
+        return residuals
 
     def norms(self, slots: Slots, gain: int, residuals: Integers) -> Norms:
         """Return log2 norms from gain and residuals, shape (n,)."""
         norms: Norms = self._norms[slots.kind, slots.layer, slots.slot] + gain + residuals
         return norms
 
-    def scales(self, slots: Slots, norms: Norms, subspace: InitialSubspace, step: int) -> SideScales:
+    def scales(self, slots: Slots, norms: Norms, subspace: InitialSubspace, step: int) -> list[Scales]:
         """Return the scale indices of the integers of each slot, shapes (n, in), (n, out) and (n, R)."""
         profiles = (*self._profiles[slots.kind], _profiles_along(subspace, slots.kind))
         levels = self._levels(slots, norms, subspace, step)
-        inputs, outputs, along = (
-            _indices(profile, slots.layer, level) for profile, level in zip(profiles, levels, strict=True)
-        )
-        return inputs, outputs, along
+        return [
+            _clipped(profile[slots.layer] + level.astype(np.int16)[:, None])
+            for profile, level in zip(profiles, levels, strict=True)
+        ]
 
     def runs(self, slots: Slots, norms: Norms, subspace: InitialSubspace, step: int) -> Runs:
         """Return the same scale indices as runs, in the row of inputs (n, in), outputs (n, out) and along (n, R)."""
         orders = (*self._orders(slots.kind), ChannelOrder(_profiles_along(subspace, slots.kind)))
         return Runs(orders, slots.layer, self._levels(slots, norms, subspace, step))
 
-    def _levels(self, slots: Slots, norms: Norms, subspace: InitialSubspace, step: int) -> Levels:
+    def _levels(self, slots: Slots, norms: Norms, subspace: InitialSubspace, step: int) -> list[Norms]:
+        """Return the scale indices of the integers of each slot and side, before profiles, shapes (n,)."""
         spread = self._spreads[slots.kind, :, slots.layer, slots.slot]  # (n, 2): numpy moves the indexed axes first
         wide = [_half_octaves(size) for size in self.sizes[slots.kind]]  # log2 sqrt(size) of both sides
         level = norms[:, None] - step - np.array(wide) + spread  # (n, 2)
@@ -113,16 +101,13 @@ class TokenQuantizer:
         rows = [_half_octaves(max(rank, 1)) for rank in subspace.ranks_of(slots.kind).tolist()]
         along = norms - step - np.array(rows, dtype=np.int64)[slots.layer]
         # Profiles are within EXTREME, so clipping a level here does not change its clipped indices.
-        inputs, outputs, along = (
-            np.clip(values, SMALLEST - EXTREME, LARGEST + EXTREME) for values in (level[:, 0], level[:, 1], along)
-        )
-        return inputs, outputs, along
+        return [np.clip(values, SMALLEST - EXTREME, LARGEST + EXTREME) for values in (*level.T, along)]
 
     def quantise(
         self, group: KindTokens, norms: Norms, state: TaskState, step: int, means: Means | None = None
     ) -> Nonzeros:
         """Round tokens, (n, in) and (n, out), to integers; `means` are predictions if already known."""
-        slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
+        slots = group.slots
         return self.rounded(slots, norms, state.subspace, step, self.in_steps(group, norms, state, step, means))
 
     def rounded(
@@ -147,7 +132,7 @@ class TokenQuantizer:
         self, group: KindTokens, norms: Norms, state: TaskState, step: int, means: Means | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Measure tokens in quantiser steps from their prediction: float32, shapes (n, in), (n, out) and (n, R)."""
-        slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
+        slots = group.slots
         means = means or self.means(slots, norms, state)
         # The two vectors of a pair may change sign together: the sign nearer to the prediction takes fewer bits.
         agreement = (group.inputs * means[INPUTS]).sum(1) + (group.outputs * means[OUTPUTS]).sum(1)
@@ -168,8 +153,8 @@ class TokenQuantizer:
         config = self._net.config
         shifts = np.zeros((len(config.kinds), config.slots), dtype=np.int8)
         for group in (group for group in tokens if state.subspace.knows(group.kind).any()):
-            slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
-            norms = _eighths(group.norm.log2())
+            slots = group.slots
+            norms = log2_norms(group.norm)
             rest = self.in_steps(group, norms, state, 0)[INPUTS].square().sum(1).numpy()  # (n,)
             level = norms + self._spreads[group.kind, INPUTS, slots.layer, slots.slot]
             profiles = np.exp2(2 / OCTAVE * self._profiles[group.kind][INPUTS]).mean(axis=1)  # (L,)
@@ -208,7 +193,10 @@ class TokenQuantizer:
         else:
             for target, mean, factor in zip((inputs, outputs), means, (left, right), strict=True):
                 torch.mul(mean.to(device), factor[:, None].to(device), out=target)
-        sides = torch.cat([left * boost_of(slots, state.subspace), right, left]) * 2.0 ** (step / OCTAVE)
+        known = state.subspace.knows(slots.kind)[slots.layer]
+        boosts = np.where(known, state.subspace.boosts[slots.kind, slots.slot], 0)  # of inputs across the subspace
+        boosted = left * torch.from_numpy(np.exp2(boosts / STRENGTHS).astype(np.float32))
+        sides = torch.cat([boosted, right, left]) * 2.0 ** (step / OCTAVE)
         values = torch.from_numpy(centred(vectors.values, vectors.scales))
         values.mul_(sides.index_select(0, torch.from_numpy(vectors.sides)))
         row.index_add_(0, torch.from_numpy(vectors.places).to(device), values.to(device))
@@ -251,9 +239,8 @@ def centred(whole: Integers, scales: Scales) -> NDArray[np.float32]:
 @cache
 def _short_centres() -> NDArray[np.float32]:
     """Return the centres of -31 ... 31 under each scale, in one row."""
-    values = np.arange(-_SHORT, _SHORT + 1, dtype=np.int32)
-    scales = np.arange(SMALLEST, LARGEST + 1)
-    return np.concatenate([_far_centres(values, np.full(len(values), scale)) for scale in scales])
+    values, scales = np.meshgrid(np.arange(-_SHORT, _SHORT + 1, dtype=np.int32), np.arange(SMALLEST, LARGEST + 1))
+    return _far_centres(values.ravel(), scales.ravel())
 
 
 def _far_centres(whole: Integers, scales: Scales) -> NDArray[np.float32]:
@@ -263,17 +250,6 @@ def _far_centres(whole: Integers, scales: Scales) -> NDArray[np.float32]:
     is_listed = entries < starts.take(indices + 1)  # beyond, the middle of the bin
     found = np.where(is_listed, table.take(np.where(is_listed, entries, 0)), np.abs(whole))
     return np.copysign(found, whole).astype(np.float32)
-
-
-def boost_of(slots: Slots, subspace: InitialSubspace) -> torch.Tensor:
-    """Return the factor of each slot's decoded inputs across the subspace, shape (n,)."""
-    known = subspace.knows(slots.kind)[slots.layer]
-    boosts = np.where(known, subspace.boosts[slots.kind, slots.slot], 0)
-    return torch.from_numpy(np.exp2(boosts / STRENGTHS).astype(np.float32))
-
-
-def _profile(sensitivity: Sensitivity, kind: int, side: int) -> Profiles:
-    return _eighths(sensitivity.profile(kind, side)).astype(np.int16)
 
 
 def _profiles_along(subspace: InitialSubspace, kind: int) -> Profiles:
@@ -287,15 +263,13 @@ def _half_octaves(size: int) -> int:
     return round(OCTAVE * math.log2(size) / 2)
 
 
-def _indices(profiles: Profiles, layer: NDArray[np.int64], level: Norms) -> Scales:
-    """Add the profile (L, size) of each slot's layer (n,) to its level (n,); returns scale indices (n, size)."""
-    indices = profiles[layer]
-    indices += level.astype(np.int16)[:, None]
-    return _clipped(indices)
-
-
 def _clipped(indices: NDArray[np.int16]) -> NDArray[np.int8]:
     return np.clip(indices, SMALLEST, LARGEST, out=indices).astype(np.int8)
+
+
+def log2_norms(norm: torch.Tensor) -> Norms:
+    """Return log2 of norms in whole eighths, shape (n,)."""
+    return _eighths(norm.log2())
 
 
 def norm_of(norms: Norms) -> torch.Tensor:

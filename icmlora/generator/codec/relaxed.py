@@ -28,7 +28,7 @@ from icmlora.generator.files.entropy_coding import LIMIT
 from icmlora.generator.initial_a.subspace import Bases, bases_of
 from icmlora.generator.network.code_length import bin_bits
 from icmlora.generator.network.tokenizing import tokenize
-from icmlora.generator.network.tokens import KindTokens
+from icmlora.generator.network.tokens import KindTokens, Slots
 from icmlora.generator.scales import OCTAVE, SMALLEST, STRENGTHS, centre_table
 from icmlora.io.devices import moved
 
@@ -57,12 +57,6 @@ class _Part:
     strength: nn.Parameter  # log2 of the factor that each layer's dW is multiplied by, shape (L,)
     boost: nn.Parameter  # log2 of the factor for each rank slot's inputs across the initial subspace, shape (S,)
     fixed: _Fixed
-
-    @property
-    def places(self) -> list[tuple[int, int]]:
-        """Layer and rank slot of each of the n slots."""
-        slots = self.integers.slots
-        return list(zip(slots.layer.tolist(), slots.slot.tolist(), strict=True))
 
 
 class RelaxedCode:
@@ -94,10 +88,10 @@ class RelaxedCode:
         return [factor for part in self._parts for factor in (part.strength, part.boost)]
 
     @torch.no_grad()
-    def go_on_from(self, other: RelaxedCode, *, anew: bool) -> None:
+    def continue_from(self, other: RelaxedCode, *, reset_zeros: bool) -> None:
         """Copy the values of the same adapter's code at another step, in the slots that both have.
 
-        If `anew`, values that the other code rounds to zero are not copied: the optimiser's changes to them had no
+        If `reset_zeros`, values that the other code rounds to zero are not copied: changes by the optimiser had no
         effect there, but would have at a finer step. Strengths are changed by as much as the other code's have changed
         since it was opened: the loss that they compensate for depends on the step.
         """
@@ -107,12 +101,12 @@ class RelaxedCode:
             before = theirs.get(part.integers.slots.kind)
             if before is None:
                 continue
-            rows = {place: row for row, place in enumerate(before.places)}
-            pairs = [(row, rows[place]) for row, place in enumerate(part.places) if place in rows]
-            here, there = torch.tensor(pairs, dtype=torch.long, device=self._device).view(-1, 2).T
+            mine, others = (self._places(one.integers.slots) for one in (part, before))
+            _, *rows = np.intersect1d(mine, others, assume_unique=True, return_indices=True)
+            here, there = (torch.from_numpy(row).to(self._device) for row in rows)
             for values, earlier in zip(part.values, before.values, strict=True):
                 fitted = earlier[there]
-                if anew:
+                if reset_zeros:
                     fitted = torch.where(fitted.round() == 0, values[here] / ratio, fitted)
                 values[here] = fitted * ratio
             began = _octaves(other._opened.head.strengths[part.integers.slots.kind]).to(self._device)
@@ -136,9 +130,8 @@ class RelaxedCode:
         groups = []
         for part in self._parts:
             slots, subspace = part.integers.slots, self._opened.state.subspace
-            norms = self._codec.quantizer.norms(slots, part.integers.gain, part.integers.residuals)
             steps = [values.detach().cpu() for values in part.values]
-            vectors = self._codec.quantizer.rounded(slots, norms, subspace, self._opened.head.step, steps)
+            vectors = self._codec.quantizer.rounded(slots, part.integers.norms, subspace, self._opened.head.step, steps)
             groups.append(replace(part.integers, vectors=vectors))
             kind, layers = slots.kind, np.unique(slots.layer)
             strengths[kind, layers] = _stored(part.strength)[layers]
@@ -150,21 +143,19 @@ class RelaxedCode:
         codec, head, state = self._codec, self._opened.head, self._opened.state
         quantizer, slots, kind = codec.quantizer, integers.slots, integers.slots.kind
         # The tokens of the slots that the code has, in its order.
-        written = set(zip(slots.layer.tolist(), slots.slot.tolist(), strict=True))
-        places = zip(tokens.layer.tolist(), tokens.slot.tolist(), strict=True)
-        kept = tokens[torch.tensor([place in written for place in places], dtype=torch.bool)]
-        norms = quantizer.norms(slots, integers.gain, integers.residuals)
+        kept = tokens[torch.from_numpy(np.isin(self._places(tokens.slots), self._places(slots)))]
+        norms = integers.norms
         values = quantizer.in_steps(kept, norms, state, head.step)
         layer, slot = torch.from_numpy(slots.layer), torch.from_numpy(slots.slot)
-        inputs_undone, outputs_undone = (rows[layer] for rows in codec.sensitivity.inverse(kind, layer.device))
-        bases = bases_of([(state.subspace, kind, layer, slot)], inputs_undone.shape[1]) if len(layer) else None
+        undone = codec.sensitivity.inverse(kind, layer.device)
+        bases = bases_of([(state.subspace, kind, layer, slot)], undone[0].shape[1]) if len(layer) else None
         layers, counts = np.unique(slots.layer, return_counts=True)  # layers are ascending
         fixed = _Fixed(
             layer=layer,
             slot=slot,
             root=norm_of(norms).sqrt()[:, None],
             means=quantizer.means(slots, norms, state),
-            undone=(inputs_undone, outputs_undone),
+            undone=(undone[0][layer], undone[1][layer]),
             bases=bases,
             scales=tuple(
                 torch.from_numpy(indices) for indices in quantizer.scales(slots, norms, state.subspace, head.step)
@@ -179,14 +170,20 @@ class RelaxedCode:
                 for number, count in zip(layers.tolist(), counts.tolist(), strict=True)
             ],
             values=(inputs, outputs, along),
-            strength=self._factors(head.strengths[kind]),
-            boost=self._factors(head.boosts[kind]),
+            strength=nn.Parameter(_octaves(head.strengths[kind]).to(self._device)),
+            boost=nn.Parameter(_octaves(head.boosts[kind]).to(self._device)),
             fixed=moved(fixed, self._device),
         )
 
+    def _places(self, slots: Slots) -> NDArray[np.int64]:
+        """Return a number for each slot of a kind, shape (n,)."""
+        return slots.layer * self._codec.config.slots + slots.slot
+
     def _modules(self, part: _Part, dtype: torch.dtype) -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor]]]:
+        # Rounded as by the codec, with a straight-through gradient (Bengio et al., arXiv 1308.3432).
         inputs, outputs, along = (
-            self._rounded(values, scales) * self._step
+            (self._centred(values.detach().round().clamp(-LIMIT, LIMIT), scales) + (values - values.detach()))
+            * self._step
             for values, scales in zip(part.values, part.fixed.scales, strict=True)
         )
         # As `TokenQuantizer.dequantise`, then A = inputs / sqrt(s), B = outputs / sqrt(s), and channel weights undone.
@@ -206,10 +203,6 @@ class RelaxedCode:
         ):
             yield name, (a, b.T)
 
-    def _rounded(self, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Round as the codec does, with a straight-through gradient (Bengio et al., arXiv 1308.3432)."""
-        return self._centred(values.detach().round().clamp(-LIMIT, LIMIT), scales) + (values - values.detach())
-
     def _centred(self, whole: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Return the mean of each integer's bin: `icmlora.generator.codec.quantizer.centred`, on the device."""
         if whole.device.type != "cpu":
@@ -224,9 +217,6 @@ class RelaxedCode:
         entries = starts[indices] + whole.abs().int()
         is_listed = entries < starts[indices + 1]  # beyond, the mean is the middle of the bin
         return torch.where(is_listed, table[torch.where(is_listed, entries, 0)].copysign(whole), whole)
-
-    def _factors(self, stored: NDArray[np.int8]) -> nn.Parameter:
-        return nn.Parameter(_octaves(stored).to(self._device))
 
 
 def _bits(parts: Sequence[_Part]) -> torch.Tensor:

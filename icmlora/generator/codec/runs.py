@@ -10,9 +10,10 @@ few runs of one scale each. Runs are ordered by scale; within a run, integers fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,15 +97,22 @@ class Runs:
         self._blocks = np.concatenate(
             [shift + order.size * layer for order, shift in zip(orders, shifts, strict=False)]
         )
-        parts = [_runs_of(order, layer, level) for order, level in zip(orders, levels, strict=True)]
-        scales = np.concatenate([part[0] for part in parts])
-        order = np.argsort((scales - SMALLEST).astype(np.uint8), kind="stable")
-        self._scales = scales[order]  # scale index, (S,)
-        self._lengths = np.concatenate([part[1] for part in parts])[order]
-        vectors = [part[2] + side * len(layer) for side, part in enumerate(parts)]
-        self._sides = np.concatenate(vectors).astype(np.int32)[order]
-        firsts = [part[3] + shift for part, shift in zip(parts, shifts, strict=False)]
-        self._firsts = np.concatenate(firsts)[order]  # index of a run's first channel, among the channels of all sides
+        columns: list[list[NDArray[Any]]] = [[], [], [], []]
+        for side, (order, level, shift) in enumerate(zip(orders, levels, shifts[:-1], strict=True)):
+            counts = order.count[layer]
+            slot = np.repeat(np.arange(len(layer)), counts)
+            # 0, 1, ... within each slot, from the first run of its layer on.
+            begin = (np.cumsum(order.count) - order.count)[layer]
+            run = np.arange(len(slot)) - np.repeat(np.cumsum(counts) - counts - begin, counts)
+            scales = np.clip(level[slot] + order.profile[run], SMALLEST, LARGEST).astype(np.int8)
+            found = scales, order.length[run], (slot + side * len(layer)).astype(np.int32), order.first[run] + shift
+            for column, part in zip(columns, found, strict=True):
+                column.append(part)
+        scales, lengths, sides, firsts = map(np.concatenate, columns)
+        ordered = np.argsort((scales - SMALLEST).astype(np.uint8), kind="stable")
+        self._scales = scales[ordered]  # scale index, (S,)
+        self._lengths, self._sides = lengths[ordered], sides[ordered]
+        self._firsts = firsts[ordered]  # index of a run's first channel, among the channels of all sides
         self._begins = np.cumsum(self._lengths) - self._lengths  # of a run, among all integers in this order
 
     @cached_property
@@ -126,9 +134,21 @@ class Runs:
 
         The parts have consecutive slots; `counts` are their numbers of slots.
         """
+        # Distance from an integer's place among the ordered channels to its place in all runs, by vector and scale.
+        # Runs that were clipped to one scale are consecutive in both, so the first one's distance holds for all.
+        shifts = np.zeros((len(self._starts), LARGEST - SMALLEST + 1), dtype=np.int64)
+        keys = self._sides[::-1], self._scales[::-1].astype(np.int64) - SMALLEST
+        shifts[keys] = (self._begins - self._firsts)[::-1]
+        sides = np.cumsum([0, *(len(order.channels) for order in self._orders)])
+        ordered = np.concatenate([order.places + side for order, side in zip(self._orders, sides, strict=False)])
+        sizes, begin = [order.size for order in self._orders], 0
         # One byte of each integer is written to its place: several times as fast as sorting the nonzeros.
         row, far = np.zeros(int(self._lengths.sum()), dtype=np.int8), [(np.zeros(0, np.int64), np.zeros(0, np.int32))]
-        for part, at in zip(parts, self._places_of_parts(parts, counts), strict=True):
+        for part, count in zip(parts, counts, strict=True):
+            slots = np.arange(begin, begin := begin + count)
+            whose = (np.arange(len(sizes))[:, None] * sum(counts) + slots).ravel()  # the part's vectors among all
+            at = ordered.take(part.places + (self._blocks[whose] - starts_of(count, sizes)).take(part.sides))
+            at += shifts.ravel().take((shifts.shape[1] * whose - SMALLEST).take(part.sides) + part.scales)
             row[at] = np.clip(part.values, -_BYTE, _BYTE)
             beyond = np.flatnonzero(np.abs(part.values) > _BYTE)
             far.append((at.take(beyond), part.values.take(beyond)))
@@ -138,41 +158,9 @@ class Runs:
         values[np.searchsorted(places, far_places)] = far_values
         return places, values
 
-    def _places_of_parts(self, parts: Sequence[Nonzeros], counts: Sequence[int]) -> Iterator[Places]:
-        """Yield the places of each part's integers in the runs."""
-        # Distance from an integer's place among the ordered channels to its place in all runs, by vector and scale.
-        # Runs that were clipped to one scale are consecutive in both, so the first one's distance holds for all.
-        shifts = np.zeros((len(self._starts), LARGEST - SMALLEST + 1), dtype=np.int64)
-        backwards = slice(None, None, -1)
-        shifts[self._sides[backwards], self._scales[backwards].astype(np.int64) - SMALLEST] = (
-            self._begins - self._firsts
-        )[backwards]
-        sides = np.cumsum([0, *(len(order.channels) for order in self._orders)])
-        places = np.concatenate([order.places + side for order, side in zip(self._orders, sides, strict=False)])
-        sizes, begin = [order.size for order in self._orders], 0
-        for part, count in zip(parts, counts, strict=True):
-            slots = np.arange(begin, begin := begin + count)
-            whose = (np.arange(len(sizes))[:, None] * sum(counts) + slots).ravel()  # the part's vectors among all
-            at: Places = places.take(part.places + (self._blocks[whose] - starts_of(count, sizes)).take(part.sides))
-            keys = (shifts.shape[1] * whose - SMALLEST).take(part.sides) + part.scales
-            yield at + shifts.ravel().take(keys)
-
 
 def starts_of(count: int, sizes: Sequence[int]) -> Places:
     """Return where each vector begins in the row of a kind's values: `count` first sides, then second sides..."""
     origins = count * np.cumsum([0, *sizes])
     slots = np.arange(count)
     return np.concatenate([origin + size * slots for origin, size in zip(origins, sizes, strict=False)])
-
-
-def _runs_of(
-    order: ChannelOrder, layer: NDArray[np.int64], level: Places
-) -> tuple[NDArray[np.int8], Places, Places, Places]:
-    """Return scale, length, slot and first channel of each run of n slots."""
-    counts = order.count[layer]
-    slot = np.repeat(np.arange(len(layer)), counts)
-    # 0, 1, ... within each slot, from the first run of its layer on.
-    begin = (np.cumsum(order.count) - order.count)[layer]
-    run = np.arange(len(slot)) - np.repeat(np.cumsum(counts) - counts - begin, counts)
-    scales = np.clip(level[slot] + order.profile[run], SMALLEST, LARGEST).astype(np.int8)
-    return scales, order.length[run], slot, order.first[run]

@@ -17,9 +17,8 @@ So a writer first collects all of its symbols.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache, cached_property, reduce
-from itertools import pairwise
 from typing import Any
 
 import constriction
@@ -125,13 +124,22 @@ class IntegerWriter:
 
     def write_nonzeros(self, sizes: Sizes, places: Places, values: Integers) -> None:
         """Append the integers of several scales, given the ascending places and the values of their k nonzeros."""
-        ends = np.cumsum([count for _, count in sizes]).tolist()
-        cuts = np.searchsorted(places, [0, *ends]).tolist()
-        beyond = [
-            self._write_scale(*size, places[low:high] - (end - size[1]), values[low:high])
-            for size, end, (low, high) in zip(sizes, ends, pairwise(cuts), strict=True)
-        ]
-        self._write_excess(np.concatenate(beyond) if beyond else np.zeros(0, dtype=np.int32))
+        excess, begin = [np.zeros(0, dtype=np.int32)], 0  # of integers beyond their table, from 1 on
+        for scale, count in sizes:
+            low, high = np.searchsorted(places, [begin, begin + count]).tolist()
+            here, found, reach = places[low:high] - begin, values[low:high], reach_of(scale)
+            short = np.clip(found, -reach, reach)
+            if _is_sparse(scale, count):
+                self._write_places(scale, count, here)
+                self._passes += _nonzeros(scale).symbols(short)
+            else:
+                dense = np.zeros(count, dtype=np.int32)
+                dense[here] = short
+                self._passes += _integers(scale).symbols(dense)
+            magnitudes = np.abs(found)
+            excess.append(magnitudes[magnitudes >= reach] - (reach - 1))
+            begin += count
+        self._write_excess(np.concatenate(excess))
 
     def to_bytes(self) -> bytes:
         """Return the stream as little-endian 32-bit words."""
@@ -140,26 +148,14 @@ class IntegerWriter:
             coder.encode_reverse(symbols, model)
         return bytes(coder.get_compressed().astype("<u4").tobytes())
 
-    def _write_scale(self, scale: int, count: int, places: Places, values: Integers) -> Integers:
-        """Append the integers of a scale; returns the excess of those beyond its table, from 1 on."""
-        reach = reach_of(scale)
-        short = np.clip(values, -reach, reach)
-        if _is_sparse(scale, count):
-            self._write_places(scale, count, places)
-            self._passes += _nonzeros(scale).symbols(short)
-        else:
-            dense = np.zeros(count, dtype=np.int32)
-            dense[places] = short
-            self._passes += _integers(scale).symbols(dense)
-        magnitudes = np.abs(values)
-        return magnitudes[magnitudes >= reach] - (reach - 1)
-
     def _write_places(self, scale: int, count: int, places: Places) -> None:
         """Append the places of a scale's nonzeros."""
-        rarity = _rarity_of(len(places), count)
-        symbol = RARITIES if rarity is None else rarity - usual_rarity(scale)
-        self._append(np.array([symbol + RARITIES]), _rarity_model(is_none_likely=count * nonzero_share(scale) < 1))
-        if rarity is None:
+        rarity = RARITIES + usual_rarity(scale)  # if there are none
+        if len(places):
+            rarity = int(np.flatnonzero((count * rarity_bounds() >> 32) < len(places))[0])
+        symbol = rarity - usual_rarity(scale) + RARITIES
+        self._append(np.array([symbol]), _rarity_model(is_none_likely=count * nonzero_share(scale) < 1))
+        if not len(places):
             return
         low, high = _range_of(rarity, count)
         self._write_even(np.array([len(places) - low]), high - low + 1)
@@ -176,8 +172,8 @@ class IntegerWriter:
             return
         lengths = np.frexp(excess.astype(np.float64))[1] - 1  # floor(log2), exactly
         self._append(lengths, _EXCESS)
-        for length, places in _places_of(lengths.astype(np.uint8)):
-            self._write_even(excess[places] - (1 << length), 1 << length)
+        for length in np.unique(lengths).tolist():
+            self._write_even(excess[lengths == length] - (1 << length), 1 << length)
 
     def _write_even(self, values: NDArray[np.signedinteger[Any]], count: int) -> None:
         """Append uniformly distributed numbers from 0 to below a count."""
@@ -212,29 +208,27 @@ class IntegerReader:
 
     def read_nonzeros(self, sizes: Sizes) -> tuple[Places, Integers]:
         """Read the integers of several scales; returns the nonzeros' ascending places and values, both (k,)."""
+        of_places, of_values, of_reaches = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+        begin = 0
         try:
-            parts = [self._read_scale(*size) for size in sizes]
-            if not parts:
-                return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32)
-            counts = [len(values) for _, values in parts]
-            starts = np.cumsum([0, *(count for _, count in sizes[:-1])])
-            places = np.concatenate([part for part, _ in parts])
-            places += np.repeat(starts, counts)
-            values = np.concatenate([part for _, part in parts])
-            reaches = np.repeat(np.array([reach_of(scale) for scale, _ in sizes], dtype=np.int32), counts)
-            beyond = np.flatnonzero(np.abs(values) == reaches)
+            for scale, count in sizes:
+                if _is_sparse(scale, count):
+                    here = self._read_places(scale, count)
+                    found = _nonzeros(scale).read(self._coder, len(here))
+                else:
+                    dense = _integers(scale).read(self._coder, count)
+                    here = (dense != 0).nonzero()[0]
+                    found = dense.take(here)
+                of_places.append(here + begin)
+                of_values.append(found.astype(np.int32))
+                of_reaches.append(np.full(len(here), reach_of(scale), dtype=np.int32))
+                begin += count
+            places, values = np.concatenate(of_places), np.concatenate(of_values)
+            beyond = np.flatnonzero(np.abs(values) == np.concatenate(of_reaches))
             values[beyond] += np.sign(values[beyond]) * (self._read_excess(len(beyond)) - 1)
         except (AssertionError, ValueError) as error:  # constriction raises these for data that no encoder produces
             raise _damaged() from error
         return places, values
-
-    def _read_scale(self, scale: int, count: int) -> tuple[Places, Integers]:
-        if not _is_sparse(scale, count):
-            dense = _integers(scale).read(self._coder, count)
-            places = (dense != 0).nonzero()[0]
-            return places, dense.take(places).astype(np.int32)
-        places = self._read_places(scale, count)
-        return places, _nonzeros(scale).read(self._coder, len(places)).astype(np.int32)
 
     def _read_places(self, scale: int, count: int) -> Places:
         model = _rarity_model(is_none_likely=count * nonzero_share(scale) < 1)
@@ -263,7 +257,8 @@ class IntegerReader:
         excess = np.ones(count, dtype=np.int32)
         if count:
             lengths = self._coder.decode(_EXCESS, count)
-            for length, places in _places_of(lengths.astype(np.uint8)):
+            for length in np.unique(lengths).tolist():
+                places = np.flatnonzero(lengths == length)
                 excess[places] = (1 << length) + self._read_even(len(places), 1 << length)
         return excess
 
@@ -285,13 +280,6 @@ def _is_sparse(scale: int, count: int) -> bool:
     return count >= _MANY and nonzero_share(scale) < _SPARSE
 
 
-def _rarity_of(nonzeros: int, count: int) -> int | None:
-    """Return the rarity of nonzeros, in eighths of an octave; None if there are none."""
-    if not nonzeros:
-        return None
-    return int(np.flatnonzero((count * rarity_bounds() >> 32) < nonzeros)[0])
-
-
 def _range_of(rarity: int, count: int) -> tuple[int, int]:
     """Return the smallest and largest number of nonzeros of a rarity."""
     bounds = rarity_bounds()
@@ -300,22 +288,10 @@ def _range_of(rarity: int, count: int) -> tuple[int, int]:
 
 def _by_scale(scales: Scales) -> tuple[Places, Sizes]:
     """Return the order that sorts integers by scale, and each scale with its number of integers."""
-    order, keys = _ordered((scales - SMALLEST).astype(np.uint8))
-    return order, [(key + SMALLEST, count) for key, count in keys]
-
-
-def _ordered(keys: NDArray[np.uint8]) -> tuple[Places, Sizes]:
-    """Return the order that sorts keys, and each key with its count."""
     # A stable sort of single bytes is a radix sort in numpy, so this takes linear time.
+    keys = (scales - SMALLEST).astype(np.uint8)
     counts = np.bincount(keys).tolist()
-    return np.argsort(keys, kind="stable"), [(key, count) for key, count in enumerate(counts) if count]
-
-
-def _places_of(keys: NDArray[np.uint8]) -> Iterator[tuple[int, Places]]:
-    """Yield each key with its places, both ascending."""
-    order, found = _ordered(keys)
-    ends = np.cumsum([count for _, count in found]).tolist()
-    return ((key, order[end - count : end]) for (key, count), end in zip(found, ends, strict=True))
+    return np.argsort(keys, kind="stable"), [(key + SMALLEST, count) for key, count in enumerate(counts) if count]
 
 
 @cache

@@ -114,8 +114,10 @@ def _frames(data: bytes) -> Iterator[tuple[str, int | None, bytes]]:
         sha.update(data[begin : end - CHECKSUM_SIZE])
         if end > len(data) or data[end - CHECKSUM_SIZE : end] != sha.digest()[:CHECKSUM_SIZE]:
             raise GeneratorError(_DAMAGED)
-        if kind not in (_NETWORK, _DIFFERENCES) or (kind == _NETWORK and base):
+        if kind > _DIFFERENCES:
             raise GeneratorError("a version of the generator has a newer kind")
+        if kind == _NETWORK and base:
+            raise GeneratorError("a version of the generator has a malformed frame")
         sha.update(data[end - CHECKSUM_SIZE : end])
         yield sha.hexdigest(), base if kind == _DIFFERENCES else None, content
         begin = end

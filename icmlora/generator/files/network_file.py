@@ -18,14 +18,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from icmlora.errors import CodeError, GeneratorError
-from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.files.container import write_container
 from icmlora.generator.files.entropy_coding import IntegerReader, Integers, IntegerWriter, clip
 from icmlora.generator.files.file import MAGIC, config_in, split_network
@@ -43,14 +40,6 @@ _ZERO = -(1 << 12)  # exponent of a row of zeros
 _SIDE = 3 * OCTAVE  # scale index of numbers stored per row or tensor
 
 
-@dataclass(frozen=True, eq=False)
-class TrainedGenerator:
-    """A trained network read from a file."""
-
-    net: CVAE
-    digest: str  # SHA-256, in hexadecimal, of the file that ended with this version; its codes name it
-
-
 def generator_to_bytes(net: CVAE, notes: Mapping[str, str] | None = None) -> bytes:
     """Serialise a network; equal parameters give equal bytes."""
     own = {"config": net.config.to_json(), "shapes": _shapes_digest(net), "tables": tables_digest()}
@@ -58,49 +47,37 @@ def generator_to_bytes(net: CVAE, notes: Mapping[str, str] | None = None) -> byt
     return write_container(MAGIC, header.encode(), parameters_to_words(net.state_dict()))
 
 
-def generator_from_bytes(data: bytes) -> TrainedGenerator:
+def network_from_bytes(data: bytes) -> CVAE:
     """Read a generator file of one version; raise `GeneratorError` if it is damaged or has other tables."""
     header, words = split_network(data)
     if header.get("tables") != tables_digest():
         message = "the coding tables on this machine differ from the tables of the machine that trained this generator"
         raise GeneratorError(message, hint="decode on a machine with the same C library, or train again here")
-    net = _network(config_in(header), str(header.get("shapes")), words)
-    return TrainedGenerator(net.eval(), hashlib.sha256(data).hexdigest())
-
-
-def _network(config: GeneratorConfig, shapes_digest: str, words: bytes) -> CVAE:
-    mismatch = "the generator's parameters do not fit its configuration"
-    # Refuse a configuration that claims far more than the file can hold before allocating anything.
-    if _min_values(config) > _VALUES_PER_BYTE * len(words):
-        raise GeneratorError(mismatch)
-    try:
-        with torch.random.fork_rng(devices=[]):  # discards the initial values; keeps the caller's stream
-            net = CVAE(config)
-        if _shapes_digest(net) != shapes_digest:
-            raise ValueError("other shapes")
-        net.load_state_dict(words_to_parameters(words, _shapes(net)))
-    except (CodeError, RuntimeError, TypeError, ValueError) as error:
-        raise GeneratorError(mismatch) from error
-    return net
-
-
-def _shapes(net: CVAE) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in net.state_dict().items()}
-
-
-def _shapes_digest(net: CVAE) -> str:
-    """Hash the order and shapes of the parameters: the words themselves have no boundaries."""
-    text = json.dumps([[name, list(shape)] for name, shape in _shapes(net).items()])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _min_values(config: GeneratorConfig) -> int:
-    """Count the values in the parts of a network that grow with its configuration."""
+    config, mismatch = config_in(header), "the generator's parameters do not fit its configuration"
+    # Count the values in the parts of a network that grow with its configuration, to refuse one that claims far more
+    # than the file can hold before allocating anything.
     sides = sum(kind.inputs + kind.outputs for kind in config.kinds)
     places = len(config.kinds) * config.layers * config.slots
     task = config.condition + config.latent
     embedded = config.layers + config.slots + 2 * len(config.kinds) + len(VIEWS) * config.condition_size
-    return (config.width + config.sketch) * sides + places + config.width * task + config.embedding * embedded
+    least = (config.width + config.sketch) * sides + places + config.width * task + config.embedding * embedded
+    if least > _VALUES_PER_BYTE * len(words):
+        raise GeneratorError(mismatch)
+    try:
+        with torch.random.fork_rng(devices=[]):  # discards the initial values; keeps the caller's stream
+            net = CVAE(config)
+        if _shapes_digest(net) != header.get("shapes"):
+            raise ValueError("other shapes")
+        net.load_state_dict(words_to_parameters(words, {name: one.shape for name, one in net.state_dict().items()}))
+    except (CodeError, RuntimeError, TypeError, ValueError) as error:
+        raise GeneratorError(mismatch) from error
+    return net.eval()
+
+
+def _shapes_digest(net: CVAE) -> str:
+    """Hash the order and shapes of the parameters: the words themselves have no boundaries."""
+    text = json.dumps([[name, list(tensor.shape)] for name, tensor in net.state_dict().items()])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def parameters_to_words(state: Mapping[str, torch.Tensor]) -> bytes:
@@ -111,12 +88,26 @@ def parameters_to_words(state: Mapping[str, torch.Tensor]) -> bytes:
         if not torch.isfinite(tensor).all():
             raise diverged()
         rows = _rows(tensor).detach().cpu().double().numpy()
-        if name.startswith(WEIGHTS):
-            _write_weights(writer, clip(np.rint(rows * _WEIGHT_GRID)), weights)
-        elif name in TABLES:
+        if name in TABLES:
             _write_table(writer, clip(np.rint(rows * OCTAVE)))
+        elif name.startswith(WEIGHTS):
+            # Each row is written as its difference from the most similar earlier row, or zeros.
+            for row in clip(np.rint(rows * _WEIGHT_GRID)):
+                rests = [row - earlier for earlier in _references(weights, len(rows), len(row))]
+                # A table's own median is stored with it, so a constant difference costs next to nothing.
+                sizes = [float(np.abs(rest - np.median(rest)).sum()) for rest in rests]
+                best = sizes.index(min(sizes))
+                write_side(writer, np.array([best], dtype=np.int32))
+                _write_table(writer, rests[best][None])
+                weights.append(row)
         else:
-            _write_rows(writer, rows)
+            power = np.square(rows).mean(axis=1)  # (rows,)
+            used = power > 2.0**-200  # smaller rows are stored as zeros: their exponents would be out of range
+            level = np.rint(OCTAVE * np.log2(np.where(used, power, 1.0)) / 2).astype(np.int32) - _RESOLUTION
+            exponents = np.where(used, level, _ZERO).astype(np.int32)
+            write_side(writer, exponents)
+            integers = clip(np.rint(rows[used] / np.exp2(exponents[used] / OCTAVE)[:, None]))
+            writer.write(integers.ravel(), np.full(integers.size, _RESOLUTION, dtype=np.int32))
     return writer.to_bytes()
 
 
@@ -127,12 +118,24 @@ def words_to_parameters(words: bytes, shapes: Mapping[str, torch.Size]) -> dict[
     state = {}
     for name, shape in shapes.items():
         rows, columns = _rows(torch.empty(shape, device="meta")).shape
-        if name.startswith(WEIGHTS):
-            values = _read_weights(reader, rows, columns, weights) / _WEIGHT_GRID
-        elif name in TABLES:
+        if name in TABLES:
             values = _read_table(reader, rows, columns) / OCTAVE
+        elif name.startswith(WEIGHTS):
+            for _ in range(rows):
+                references = _references(weights, rows, columns)
+                best = int(read_side(reader, 1)[0])
+                if not 0 <= best < len(references):
+                    raise CodeError("a row of weights refers to a row that does not exist")
+                weights.append(_read_table(reader, 1, columns)[0] + references[best])
+            values = np.stack(weights[-rows:]) / _WEIGHT_GRID
         else:
-            values = _read_rows(reader, rows, columns)
+            exponents = read_side(reader, rows)  # (rows,)
+            used = exponents != _ZERO
+            if (np.abs(exponents[used]) > -_ZERO).any():
+                raise CodeError("a step is out of range")
+            integers = reader.read(np.full(int(used.sum()) * columns, _RESOLUTION, dtype=np.int32))
+            values = np.zeros((rows, columns))
+            values[used] = integers.reshape(-1, columns) * np.exp2(exponents[used] / OCTAVE)[:, None]
         state[name] = torch.from_numpy(values.astype(np.float32)).reshape(shape)
     return state
 
@@ -145,28 +148,6 @@ def diverged() -> GeneratorError:
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     """Flatten all axes but the last."""
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 1 else tensor.reshape(1, -1)
-
-
-def _write_rows(writer: IntegerWriter, rows: NDArray[np.float64]) -> None:
-    power = np.square(rows).mean(axis=1)  # (rows,)
-    used = power > 2.0**-200  # smaller rows are stored as zeros: their exponents would be out of range
-    level = np.rint(OCTAVE * np.log2(np.where(used, power, 1.0)) / 2).astype(np.int32) - _RESOLUTION
-    exponents = np.where(used, level, _ZERO).astype(np.int32)
-    write_side(writer, exponents)
-    steps = np.exp2(exponents[used] / OCTAVE)[:, None]
-    integers = clip(np.rint(rows[used] / steps))
-    writer.write(integers.ravel(), np.full(integers.size, _RESOLUTION, dtype=np.int32))
-
-
-def _read_rows(reader: IntegerReader, rows: int, columns: int) -> NDArray[np.float64]:
-    exponents = read_side(reader, rows)  # (rows,)
-    used = exponents != _ZERO
-    scales = np.full(int(used.sum()) * columns, _RESOLUTION, dtype=np.int32)
-    values = np.zeros((rows, columns))
-    if (np.abs(exponents[used]) > -_ZERO).any():
-        raise CodeError("a step is out of range")
-    values[used] = reader.read(scales).reshape(-1, columns) * np.exp2(exponents[used] / OCTAVE)[:, None]
-    return values
 
 
 def _write_table(writer: IntegerWriter, integers: Integers) -> None:
@@ -185,27 +166,6 @@ def _read_table(reader: IntegerReader, rows: int, columns: int) -> Integers:
     integers: Integers = reader.read(np.repeat(scales, columns)).reshape(rows, columns)
     integers += middles[:, None]
     return integers
-
-
-def _write_weights(writer: IntegerWriter, integers: Integers, known: list[Integers]) -> None:
-    """Write rows of weights, each as its difference from the most similar earlier row or zeros; extend `known`."""
-    for row in integers:
-        rests = [row - earlier for earlier in _references(known, len(integers), len(row))]
-        # A table's own median is stored with it, so a constant difference costs next to nothing.
-        best = min(range(len(rests)), key=lambda number: float(np.abs(rests[number] - np.median(rests[number])).sum()))
-        write_side(writer, np.array([best], dtype=np.int32))
-        _write_table(writer, rests[best][None])
-        known.append(row)
-
-
-def _read_weights(reader: IntegerReader, rows: int, columns: int, known: list[Integers]) -> Integers:
-    for _ in range(rows):
-        references = _references(known, rows, columns)
-        best = int(read_side(reader, 1)[0])
-        if not 0 <= best < len(references):
-            raise CodeError("a row of weights refers to a row that does not exist")
-        known.append(_read_table(reader, 1, columns)[0] + references[best])
-    return np.stack(known[-rows:])
 
 
 def _references(known: Sequence[Integers], layers: int, columns: int) -> list[Integers]:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from icmlora.errors import CodeError
 from icmlora.generator.files.entropy_coding import IntegerReader, Integers, IntegerWriter, clip
@@ -33,7 +32,11 @@ def differences_to_words(before: Mapping[str, torch.Tensor], after: Mapping[str,
         rest = (after[name].detach().cpu().double() - before[name].double()).numpy().ravel()
         if not np.isfinite(rest).all():
             raise diverged()
-        exponents[number] = _EIGHTHS if name in TABLES else _exponent(rest, step)
+        size = float(np.sqrt(np.square(rest).mean()))
+        if name in TABLES:
+            exponents[number] = _EIGHTHS
+        elif size:
+            exponents[number] = max(round(OCTAVE * np.log2(step * size)), -EXTREME)
         integers.append(clip(np.rint(rest * np.exp2(-exponents[number] / OCTAVE))))
         scales[number] = scales_of(integers[-1][None])[0]
     writer = IntegerWriter()
@@ -60,9 +63,3 @@ def words_to_changed(words: bytes, before: Mapping[str, torch.Tensor]) -> dict[s
 
 def _written(before: Mapping[str, torch.Tensor]) -> list[str]:
     return [name for name in before if not name.startswith(WEIGHTS)]
-
-
-def _exponent(rest: NDArray[np.float64], step: float) -> int:
-    """Return log2 of the quantiser step of some differences, in eighths; 0 if all of them are 0."""
-    size = float(np.sqrt(np.square(rest).mean()))
-    return max(round(OCTAVE * np.log2(step * size)), -EXTREME) if size else 0

@@ -129,17 +129,11 @@ def initial_from_bytes(data: bytes, config: GeneratorConfig) -> InitialA | None:
         where = ModuleShape(place.module(layer), int(ranks[kind, layer]), place.inputs, place.outputs)
         modules.append(InitialModule(int(offsets[kind, layer]), where))
     modules.sort(key=lambda module: module.offset)
-    _check(modules, config)
-    return InitialA(seed, tuple(modules)) if modules else None
-
-
-def _check(modules: list[InitialModule], config: GeneratorConfig) -> None:
-    """Raise `CodeError` for overlapping draws, and for offsets so large that skipping to them would take forever."""
-    # PEFT draws A twice and B once for each module.
+    # Overlapping draws are refused, as are offsets so large that skipping to them would take forever. PEFT draws A
+    # twice and B once for each module.
     most = 2 * config.slots * config.layers * sum(kind.inputs + kind.outputs for kind in config.kinds)
-    begins = [module.offset for module in modules] + [most]
-    ends = [0] + [module.end for module in modules]
-    if any(module.shape.rank > config.slots for module in modules) or any(
-        begin < end for begin, end in zip(begins, ends, strict=True)
-    ):
+    begins, ends = [module.offset for module in modules], [module.end for module in modules]
+    is_in_order = all(end <= begin for end, begin in zip([0, *ends], [*begins, most], strict=True))
+    if not is_in_order or any(module.shape.rank > config.slots for module in modules):
         raise CodeError("the code's initial A is out of its generator's range")
+    return InitialA(seed, tuple(modules)) if modules else None

@@ -57,55 +57,68 @@ class SeedSearch:
 
     def _candidates(self, adapter: Adapter) -> Iterator[int]:
         """Yield the seeds that match some module as the first that PEFT made."""
-        heads = [(_before(module), _head(module)) for module in _first_layer(adapter.modules)]
-        tables = self._tables_at([(before, len(head)) for before, head in heads])
-        for (_, head), table in zip(heads, tables, strict=True):
-            agreements = table.agreements(head)
-            for number in np.flatnonzero(agreements > _threshold(len(head))).tolist():
-                yield self._seeds[number]
-
-    def _tables_at(self, places: Sequence[_Place]) -> list[_Table]:
-        """Return the tables of some places; those not in memory are drawn together."""
-        missing = [place for place in dict.fromkeys(places) if place not in self._tables]
-        found = {place: _Table(draws) for place, draws in _draws(self._seeds, missing).items()}
-        tables = [found.get(place) or self._tables[place] for place in places]
+        first: dict[ModuleKind, LoraModule] = {}  # the module with the lowest layer number of each kind
+        for module in adapter.modules:  # in natural order
+            first.setdefault(kind_of(module.shape)[0], module)
+        heads = [(_before(module), _head(module)) for module in first.values()]
+        places = [(before, len(head)) for before, head in heads]
+        # Tables that are not in memory are drawn together.
+        drawn = _drawn_tables(self._seeds, [place for place in dict.fromkeys(places) if place not in self._tables])
+        tables = [drawn.get(place) or self._tables[place] for place in places]
         for place, table in zip(places, tables, strict=True):
             self._tables[place] = table
             self._tables.move_to_end(place)
         while len(self._tables) > _TABLES:
             self._tables.popitem(last=False)
-        return tables
+        for (_, head), table in zip(heads, tables, strict=True):
+            for number in np.flatnonzero(table.agreements(head) > _threshold(len(head))).tolist():
+                yield self._seeds[number]
 
 
 def initial_under(adapter: Adapter, seed: int) -> InitialA | None:
     """Return where the initial A of an adapter, as its trainer wrote it, was drawn under a seed; None if it was not."""
-    found = _followed(adapter, seed)
-    return InitialA(seed, found) if found else None
+    # Follows the modules that PEFT made one after the other, up to the first that does not fit.
+    stream, position = UniformStream(seed), 0
+    waiting = {module.name: (module, _head(module)) for module in adapter.modules}
+    drawn = np.zeros(0, dtype=np.float32)  # draws from `position` on that were read ahead
+    done: list[InitialModule] = []
+    while waiting:
+        reach = max(_before(module) + len(head) for module, head in waiting.values())
+        further = stream.read(position + len(drawn), max(0, reach - len(drawn)))
+        drawn = np.concatenate([drawn, further])
+        fits = {}
+        for name, (module, head) in waiting.items():
+            rows = drawn[_before(module) :][None, : len(head)]  # (1, n)
+            fits[name] = float((rows @ head / _lengths(rows))[0]) / _threshold(len(head))
+        best = max(fits, key=fits.__getitem__)
+        if fits[best] <= 1:  # not better than chance
+            break
+        module, _ = waiting.pop(best)
+        done.append(InitialModule(position + _before(module), module.shape))
+        drawn, position = drawn[done[-1].end - position :], done[-1].end
+    return InitialA(seed, tuple(done)) if done else None
 
 
-def _draws(seeds: Sequence[int], places: Sequence[_Place]) -> dict[_Place, NDArray[np.int8]]:
+def _drawn_tables(seeds: Sequence[int], places: Sequence[_Place]) -> dict[_Place, _Table]:
     """Return the draws of every seed at each place, in 127ths, shape (seeds, count)."""
-    sizes = {(begin, count): max(1, _MAX_DRAWS // (begin + count)) for begin, count in places}
-    tables = {place: np.empty((min(len(seeds), sizes[place]), place[1]), dtype=np.int8) for place in places}
+    passes: list[list[_Place]] = []  # the fewest forward-only passes through a stream that read all places
+    for place in sorted(places):
+        fitting = next((passed for passed in passes if sum(passed[-1]) <= place[0]), None)
+        if fitting is None:
+            passes.append(fitting := [])
+        fitting.append(place)
+    tables = {
+        place: np.empty((min(len(seeds), max(1, _MAX_DRAWS // sum(place))), place[1]), dtype=np.int8)
+        for place in places
+    }
     stream = UniformStream(0)
-    for passed in _passes(places):
+    for passed in passes:
         for number, seed in enumerate(seeds):
             stream.restart(seed)
             for place in passed:
                 if number < len(tables[place]):
                     tables[place][number] = stream.read(*place) * 127
-    return tables
-
-
-def _passes(places: Sequence[_Place]) -> list[list[_Place]]:
-    """Divide places among the fewest forward-only passes through a stream."""
-    passes: list[list[_Place]] = []
-    for place in sorted(places):
-        fitting = (passed for passed in passes if sum(passed[-1]) <= place[0])
-        if (passed := next(fitting, None)) is None:
-            passes.append(passed := [])
-        passed.append(place)
-    return passes
+    return {place: _Table(draws) for place, draws in tables.items()}
 
 
 class _Table:
@@ -127,37 +140,6 @@ class _Table:
             block = self._draws[start : start + _ROWS]
             np.copyto(floats[: len(block)], block)
             yield floats[: len(block)]
-
-
-def _first_layer(modules: Sequence[LoraModule]) -> list[LoraModule]:
-    """Return the module with the lowest layer number of each kind; PEFT made one of them first."""
-    kinds: dict[ModuleKind, LoraModule] = {}
-    for module in modules:  # in natural order
-        kinds.setdefault(kind_of(module.shape)[0], module)
-    return list(kinds.values())
-
-
-def _followed(adapter: Adapter, seed: int) -> tuple[InitialModule, ...]:
-    """Return the modules that PEFT made one after the other under a seed, up to the first that does not fit."""
-    stream, position = UniformStream(seed), 0
-    waiting = {module.name: (module, _head(module)) for module in adapter.modules}
-    drawn = np.zeros(0, dtype=np.float32)  # draws from `position` on that were read ahead
-    done: list[InitialModule] = []
-    while waiting:
-        reach = max(_before(module) + len(head) for module, head in waiting.values())
-        further = stream.read(position + len(drawn), max(0, reach - len(drawn)))
-        drawn = np.concatenate([drawn, further])
-        fits = {}
-        for name, (module, head) in waiting.items():
-            rows = drawn[_before(module) :][None, : len(head)]  # (1, n)
-            fits[name] = float((rows @ head / _lengths(rows))[0]) / _threshold(len(head))
-        best = max(fits, key=fits.__getitem__)
-        if fits[best] <= 1:  # not better than chance
-            break
-        module, _ = waiting.pop(best)
-        done.append(InitialModule(position + _before(module), module.shape))
-        drawn, position = drawn[done[-1].end - position :], done[-1].end
-    return tuple(done)
 
 
 def _before(module: LoraModule) -> int:

@@ -131,16 +131,16 @@ def initial_subspace(initial: InitialA | None, config: GeneratorConfig, sensitiv
         kind, layer = config.place_of(module.shape)
         if module.shape.rank < module.shape.inputs:  # otherwise all inputs are in the subspace, and nothing is saved
             alike[kind, module.shape.rank].append((layer, factors[module.shape.module]))
+    for kind in dict.fromkeys(kind for kind, _ in alike):
+        most = max(rank for other, rank in alike if other == kind)
+        subspace.ranks[kind] = np.zeros(config.layers, dtype=np.int64)
+        subspace.bases[kind] = torch.zeros(config.layers, most, config.kinds[kind].inputs)
     # Modules of one kind and rank go through one batched QR decomposition.
-    for (kind, rank), modules in alike.items():
-        layers = [layer for layer, _ in modules]
-        subspace.ranks.setdefault(kind, np.zeros(config.layers, dtype=np.int64))[layers] = rank
-    for kind, ranks in subspace.ranks.items():
-        subspace.bases[kind] = torch.zeros(config.layers, int(ranks.max()), config.kinds[kind].inputs)
     for (kind, rank), modules in alike.items():
         layers = [layer for layer, _ in modules]
         rows = torch.from_numpy(np.stack([factor for _, factor in modules]))  # (modules, r, in)
         rows.mul_(torch.exp2(sensitivity.inputs[kind][layers])[:, None])
+        subspace.ranks[kind][layers] = rank
         subspace.bases[kind][layers, :rank] = _orthonormal(rows)
     return subspace
 

@@ -108,16 +108,25 @@ def batched(
     has_kind = counts.nonzero().squeeze(1)
     # Places are (kind, side, layer, slot) in the table of spreads and (kind, layer, slot) in the table of norms.
     sides = [((2 * kind + side) * layers + layer) * slots + slot for side in (INPUTS, OUTPUTS)]
+    # Each token's row in the tables of its widths, which are ordered by kind and layer.
+    first = torch.zeros(kinds, dtype=torch.int64)
+    for alike in config.by_widths.values():
+        first[list(alike)] = torch.arange(len(alike)) * layers
+    rows = first[kind] + layer
     views = {view: [found.get(view) for found in vectors] for view in VIEWS}
     present = {view: [one is not None for one in found] for view, found in views.items()}
     return Batch(
         stack=stack,
         parameters=torch.tensor([float(adapter.parameters) for adapter in adapters]),
-        vectors={view: _filled(found) for view, found in views.items() if any(present[view])},
+        vectors={
+            view: torch.stack([torch.zeros_like(known[0]) if one is None else one for one in found])
+            for view, found in views.items()
+            if (known := [one for one in found if one is not None])
+        },
         present={view: torch.tensor(has)[:, None] for view, has in present.items() if any(has) and not all(has)},
         noise=torch.stack([torch.rand(config.condition + config.latent, generator=draw) - 0.5 for draw in noise]),
         subspaces=tuple(_subspaces(adapters, values.counts) for values in stack.values),
-        rows=_table_rows(config, stack),
+        rows=torch.split(rows, [len(values.norm) for values in stack.values]) if stack.values else (),
         spreads=torch.cat(sides),
         norm_means=(kind * layers + layer) * slots + slot,
         norm_spreads=kind * slots + slot,
@@ -126,21 +135,6 @@ def batched(
         has_kind=has_kind,
         kind_owners=has_kind // kinds,
     )
-
-
-def _filled(found: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    """Stack vectors (hidden,), with zeros for missing ones."""
-    some = next(one for one in found if one is not None)
-    return torch.stack([torch.zeros_like(some) if one is None else one for one in found])
-
-
-def _table_rows(config: GeneratorConfig, stack: Stack) -> tuple[torch.Tensor, ...]:
-    """Return each token's row in the tables of its widths, ordered by kind and layer."""
-    first = torch.tensor([0] * len(config.kinds))
-    for kinds in config.by_widths.values():
-        first[list(kinds)] = torch.arange(len(kinds)) * config.layers
-    rows = first[stack.places.kind] + stack.places.layer
-    return torch.split(rows, [len(values.norm) for values in stack.values]) if stack.values else ()
 
 
 def _subspaces(adapters: Sequence[PreparedAdapter], counts: Sequence[tuple[int, int]]) -> Subspaces | None:

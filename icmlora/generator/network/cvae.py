@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -58,13 +57,6 @@ class TaskState:
 def features_of(condition: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
     """Return the network's input for tasks, shape (..., C + Z), from integer units: (..., C) and (..., Z)."""
     return torch.cat([condition, latent], dim=-1) / _GRID
-
-
-class Prediction(NamedTuple):
-    """The decoder's mean for the tokens of one kind, as directions to multiply by the tokens' norms."""
-
-    inputs: torch.Tensor  # shape (n, in)
-    outputs: torch.Tensor  # shape (n, out)
 
 
 class CVAE(nn.Module):
@@ -118,17 +110,6 @@ class CVAE(nn.Module):
                 mean_square = torch.exp2(2 * value.profile(kind, side)).mean(dim=1)  # (L,)
                 self.spread.data[kind, side] = -0.5 * mean_square.log2()[:, None]
 
-    def embed(
-        self, vectors: Mapping[str, torch.Tensor], present: Mapping[str, torch.Tensor] | None = None
-    ) -> torch.Tensor:
-        """Return the condition in integer units, not rounded yet, shape (C,); `vectors` maps views to (hidden,).
-
-        For B tasks, views have the shape (B, hidden), and `present`, (B, 1), marks the tasks with a view where some
-        lack it.
-        """
-        raw: torch.Tensor = self.condition(vectors, present or {})
-        return raw
-
     def latent_prior(self, condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and scale of z in integer units, each of shape (..., Z)."""
         mean, log_scale = self.prior(condition / _GRID).chunk(2, dim=-1)
@@ -143,13 +124,16 @@ class CVAE(nn.Module):
         mean: torch.Tensor = self.encoder(stack, features)
         return mean
 
-    def decode(self, places: Places, features: torch.Tensor) -> list[Prediction]:
-        """Predict the mean directions of tokens, kind by kind; features of their task (C + Z,), or tasks (B, C + Z)."""
+    def decode(self, places: Places, features: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+        """Predict the directions of inputs and outputs, kind by kind: the mean tokens divided by their norms.
+
+        Features are of their task (C + Z,), or tasks (B, C + Z).
+        """
         sides = []
         for side, hidden in enumerate(self.hidden(places, features)):
             parts = zip(places.counts, torch.split(hidden, [count for _, count in places.counts]), strict=True)
             sides.append([rows @ self.directions[2 * kind + side] for (kind, _), rows in parts])
-        return [Prediction(*pair) for pair in zip(*sides, strict=True)]
+        return list(zip(*sides, strict=True))
 
     def hidden(self, places: Places, features: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the hidden features of inputs and of outputs, both of shape (n, H); see `decode`."""
@@ -162,11 +146,6 @@ class CVAE(nn.Module):
             # The task also scales the features of places, as in FiLM (Perez et al., arXiv 1709.07871).
             hidden = (hidden + self.mix(silu(hidden))) * scale
             yield hidden + self.leave(silu(hidden))
-
-    def gains(self, features: torch.Tensor) -> torch.Tensor:
-        """Predict how far the norms of each kind are above the table, in octaves, (..., K); features: (..., C + Z)."""
-        gains: torch.Tensor = self.gain(features)
-        return gains
 
     def _embedded(self, places: Places, side: int) -> torch.Tensor:
         """Return the embeddings of places on one side, shape (n, 3E)."""
@@ -197,15 +176,21 @@ class ConditionNet(nn.Module):
         self.log_scale.copy_((scale.log2() * OCTAVE).round() / OCTAVE)
         self.shift.copy_((mean * torch.exp2(-self.log_scale) * OCTAVE).round() / OCTAVE)
 
-    def forward(self, vectors: Mapping[str, torch.Tensor], present: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Embed the available views, see `CVAE.embed`; returns shape (C,) or (B, C), values in [-127, 127]."""
+    def forward(
+        self, vectors: Mapping[str, torch.Tensor], present: Mapping[str, torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Return the condition in integer units, not rounded yet, shape (C,), values in [-127, 127].
+
+        `vectors` maps the available views to (hidden,). For B tasks, views have the shape (B, hidden), and `present`,
+        (B, 1), marks the tasks with a view where some lack it; the result has the shape (B, C).
+        """
         hidden = torch.zeros_like(self.missing[0])
         for number, view in enumerate(VIEWS):
             seen = self.missing[number]
             if view in vectors and len(self.views):
                 standard = vectors[view] * torch.exp2(-self.log_scale[number]) - self.shift[number]
                 seen = self.views[number](standard / standard.shape[-1] ** 0.5)  # (..., E)
-                if view in present:
+                if present and view in present:
                     seen = torch.where(present[view], seen, self.missing[number])
             hidden = hidden + seen
         return _BYTE * torch.tanh(self.out(silu(hidden)))
@@ -240,25 +225,19 @@ class TokenEncoder(nn.Module):
 
 def predicted_tokens(net: CVAE, state: TaskState, modules: Sequence[tuple[int, int, int]]) -> list[KindTokens]:
     """Predict tokens from the task alone, for modules given as sorted (kind, layer, rank)."""
-    gains = net.gains(state.features)
+    gains = net.gain(state.features)
     groups = []
     for kind in sorted({kind for kind, _, _ in modules}):
         rows = [(layer, slot) for k, layer, rank in modules if k == kind for slot in range(rank)]
         layer, slot = torch.tensor(rows).T
         norm = torch.exp2(net.norm_mean[kind, layer, slot] + gains[kind])
-        (mean,) = net.decode(places_of(kind, layer, slot), state.features)
-        groups.append(_resized(KindTokens(kind, layer, slot, norm, mean.inputs, mean.outputs)))
+        ((inputs, outputs),) = net.decode(places_of(kind, layer, slot), state.features)
+        # The mean direction of uncertain tokens is shorter than 1, and dW shrinks with its square. That is best in the
+        # least-squares sense, but a working adapter needs more. So the size is raised half way, in logarithms, to the
+        # predicted size of dW.
+        confidence = inputs.norm(dim=1) * outputs.norm(dim=1)  # (n,)
+        predicted, expected = (norm * confidence).square().sum().sqrt(), norm.square().sum().sqrt()
+        factor = (expected / predicted.clamp_min(1e-12)).sqrt().clamp(max=1e3) if predicted > 0 else predicted
+        root = norm[:, None] * factor.sqrt()
+        groups.append(KindTokens(kind, layer, slot, norm, root * inputs, root * outputs))
     return groups
-
-
-def _resized(group: KindTokens) -> KindTokens:
-    """Scale predicted directions to tokens whose dW is between the least-squares and the expected size."""
-    # The mean direction of uncertain tokens is shorter than 1, and dW shrinks with its square. That is best in the
-    # least-squares sense, but a working adapter needs more. So the size is raised half way, in logarithms, to the
-    # predicted size of dW.
-    confidence = group.inputs.norm(dim=1) * group.outputs.norm(dim=1)  # (n,)
-    predicted = (group.norm * confidence).square().sum().sqrt()
-    expected = group.norm.square().sum().sqrt()
-    factor = (expected / predicted.clamp_min(1e-12)).sqrt().clamp(max=1e3) if predicted > 0 else predicted
-    root = group.norm[:, None] * factor.sqrt()
-    return KindTokens(group.kind, group.layer, group.slot, group.norm, root * group.inputs, root * group.outputs)

@@ -13,14 +13,14 @@ or layers here, and nothing waits for a result.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from icmlora.generator.network.batch import Batch, Subspaces
 from icmlora.generator.network.code_length import bin_bits
-from icmlora.generator.network.cvae import CVAE, Prediction, features_of
+from icmlora.generator.network.cvae import CVAE, features_of
 from icmlora.generator.network.stack import INPUTS, OUTPUTS, Values, joined
 from icmlora.generator.network.tokens import Pairs, slot_errors
 from icmlora.generator.scales import OCTAVE
@@ -70,11 +70,16 @@ class Objective:
         # Uniform noise replaces rounding and keeps the gradient (Ballé et al., arXiv 1611.01704).
         net, config = self._net, self._net.config
         of_condition, of_latent = torch.split(batch.noise, [config.condition, config.latent], dim=1)
-        condition = net.embed(batch.vectors, batch.present) + of_condition  # (B, C)
+        condition = net.condition(batch.vectors, batch.present) + of_condition  # (B, C)
         latent = net.posterior(batch.stack, condition) + of_latent  # (B, Z)
         features = features_of(condition, latent)
         mean, scale = net.latent_prior(condition)
-        norm_offsets, norm_scales, missed = self._norms(batch, net.gains(features))
+        # The log-norms are coded around table + gain. The gains are compared with the predicted ones.
+        above = batch.stack.log_norm - net.norm_mean.flatten().index_select(0, batch.norm_means)  # (n,)
+        gain = torch.zeros_like(batch.kind_counts).index_add(0, batch.kinds, above) / batch.kind_counts
+        norm_offsets = (above - gain.index_select(0, batch.kinds)) * OCTAVE
+        norm_scales = torch.exp2(net.norm_spread.flatten().index_select(0, batch.norm_spreads)) * OCTAVE
+        missed = (gain - net.gain(features).flatten()).index_select(0, batch.has_kind) * OCTAVE  # (P,)
         values = torch.cat([(latent - mean).flatten(), norm_offsets, missed])
         scales = torch.cat([scale.flatten(), norm_scales, torch.full_like(missed, OCTAVE / 2)])
         sizes = [latent.numel(), len(norm_offsets), len(missed)]
@@ -86,18 +91,17 @@ class Objective:
             prior=torch.zeros_like(batch.parameters).index_add(0, batch.kind_owners, of_gains),
         )
 
-    def _norms(self, batch: Batch, predicted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the log-norms around table + gain (n,), their scales, and the gains around the predicted ones (P,)."""
-        net = self._net
-        offset = batch.stack.log_norm - net.norm_mean.flatten().index_select(0, batch.norm_means)
-        gain = torch.zeros_like(batch.kind_counts).index_add(0, batch.kinds, offset) / batch.kind_counts
-        spread = torch.exp2(net.norm_spread.flatten().index_select(0, batch.norm_spreads))
-        missed = (gain - predicted.flatten()).index_select(0, batch.has_kind)
-        return (offset - gain.index_select(0, batch.kinds)) * OCTAVE, spread * OCTAVE, missed * OCTAVE
-
     def _tokens(self, batch: Batch, features: torch.Tensor) -> torch.Tensor:
         """Return the bits of the integers of all tokens of each adapter, shape (B,)."""
-        parts = list(self._parts(batch, features))
+        predictions = iter(self._net.decode(batch.stack.places, features))
+        spread = torch.exp2(self._net.spread.flatten().index_select(0, batch.spreads)).view(2, -1)
+        levels = torch.split(spread * batch.stack.norm, [len(values.norm) for values in batch.stack.values], dim=1)
+        parts = []
+        for values, level, row, subspaces in zip(batch.stack.values, levels, batch.rows, batch.subspaces, strict=True):
+            mean = [joined(side) for side in zip(*(next(predictions) for _ in values.counts), strict=True)]
+            tables = self._tables[values.inputs.shape[1], values.outputs.shape[1]]
+            scales = [one[:, None] * table.index_select(0, row) for one, table in zip(level, tables, strict=True)]
+            parts.append(_rounded(values, mean, scales, subspaces))
         if not parts:
             return torch.zeros_like(batch.parameters)
         # On a card, selecting the written tokens would wait for a result, so all are computed there.
@@ -108,8 +112,8 @@ class Objective:
             for values, scale in zip(part.integers, part.scales, strict=True)
         ]
         # One call for all of them, as each call has its overhead.
-        flat, scales = (torch.cat([values.flatten() for values in column]) for column in zip(*pairs, strict=True))
-        lengths = torch.split(bin_bits(flat, scales), [values.numel() for values, _ in pairs])
+        flat, scale = (torch.cat([values.flatten() for values in column]) for column in zip(*pairs, strict=True))
+        lengths = torch.split(bin_bits(flat, scale), [values.numel() for values, _ in pairs])
         sums = iter([bits.view_as(values).sum(1) for bits, (values, _) in zip(lengths, pairs, strict=True)])
         found = []
         for part, rows in zip(parts, chosen, strict=True):
@@ -118,19 +122,10 @@ class Objective:
             found.append(bits + part.pull - part.pull.detach())  # of the pull, only the gradient counts
         return batch.stack.summed(joined(found))
 
-    def _parts(self, batch: Batch, features: torch.Tensor) -> Iterator[_Rounded]:
-        predictions = iter(self._net.decode(batch.stack.places, features))
-        spread = torch.exp2(self._net.spread.flatten().index_select(0, batch.spreads)).view(2, -1)
-        levels = torch.split(spread * batch.stack.norm, [len(values.norm) for values in batch.stack.values], dim=1)
-        for values, level, rows, subspaces in zip(batch.stack.values, levels, batch.rows, batch.subspaces, strict=True):
-            of_kinds = [next(predictions) for _ in values.counts]
-            mean = Prediction(*(joined(side) for side in zip(*of_kinds, strict=True)))
-            tables = self._tables[values.inputs.shape[1], values.outputs.shape[1]]
-            scales = [one[:, None] * table.index_select(0, rows) for one, table in zip(level, tables, strict=True)]
-            yield _rounded(values, mean, scales, subspaces)
 
-
-def _rounded(tokens: Values, mean: Prediction, scales: list[torch.Tensor], subspaces: Subspaces | None) -> _Rounded:
+def _rounded(
+    tokens: Values, mean: Sequence[torch.Tensor], scales: list[torch.Tensor], subspaces: Subspaces | None
+) -> _Rounded:
     """Round tokens as the codec does.
 
     The gradient with respect to the scales is exact. The gradient with respect to the predicted means comes from
@@ -139,7 +134,7 @@ def _rounded(tokens: Values, mean: Prediction, scales: list[torch.Tensor], subsp
     """
     norm = tokens.norm[:, None]  # (n, 1)
     with torch.no_grad():  # the sign of each pair is the one nearer to the prediction, as in the codec
-        agreement = (tokens.inputs * mean.inputs).sum(1) + (tokens.outputs * mean.outputs).sum(1)
+        agreement = (tokens.inputs * mean[INPUTS]).sum(1) + (tokens.outputs * mean[OUTPUTS]).sum(1)
         sign = torch.where(agreement < 0, -1.0, 1.0)[:, None]
         signed = tokens.inputs * sign, tokens.outputs * sign
     exact = [torch.addcmul(value, norm, one, value=-1) for value, one in zip(signed, mean, strict=True)]
@@ -160,17 +155,12 @@ def _rounded(tokens: Values, mean: Prediction, scales: list[torch.Tensor], subsp
             nonzero[INPUTS] = nonzero[INPUTS] | whole[-1].any(dim=1)
         rebuilt = [torch.addcmul(values, norm, one) for values, one in zip(given, mean, strict=True)]
         written = worth_writing(tokens, tokens._replace(inputs=rebuilt[INPUTS], outputs=rebuilt[OUTPUTS]), *nonzero)
-    pull = sum(_soft(values, scale) for values, scale in zip(exact, scales, strict=True))
-    assert isinstance(pull, torch.Tensor)
+    # The bits of unrounded values under a Gaussian widened by the rounding error, up to a constant.
+    weights = [1 / (scale.detach().square().add_(1 / 12).mul_(2 * math.log(2))) for scale in scales]
+    of_inputs, of_outputs = ((values.square() * weight).sum(1) for values, weight in zip(exact, weights, strict=True))
     if subspaces is not None:
         scales = [*scales, subspaces.spread]
-    return _Rounded(whole, scales, written, pull)
-
-
-def _soft(exact: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Return the bits of rows of unrounded values under a Gaussian widened by the rounding error, up to a constant."""
-    weight = 1 / (scale.detach().square().add_(1 / 12).mul_(2 * math.log(2)))
-    return (exact.square() * weight).sum(1)
+    return _Rounded(whole, scales, written, of_inputs + of_outputs)
 
 
 def worth_writing(group: Pairs, rebuilt: Pairs, has_inputs: torch.Tensor, has_outputs: torch.Tensor) -> torch.Tensor:

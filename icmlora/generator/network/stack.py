@@ -77,7 +77,13 @@ def stacked(adapters: Sequence[Sequence[KindTokens]], *, by_kind: bool = False) 
             widths = group.inputs.shape[1], group.outputs.shape[1]
             by_widths[(*widths, group.kind if by_kind else 0)].append((group.kind, owner, group))
     ordered = [sorted(found, key=lambda one: one[:2]) for _, found in sorted(by_widths.items())]
-    values = tuple(_values(found) for found in ordered)
+    values = []
+    for found in ordered:
+        counts: defaultdict[int, int] = defaultdict(int)
+        for kind, _, group in found:
+            counts[kind] += len(group.norm)
+        columns = zip(*((group.norm, group.inputs, group.outputs) for _, _, group in found), strict=True)
+        values.append(Values(tuple(counts.items()), *map(joined, columns)))
     groups = [one for found in ordered for one in found]
     places = Places(
         tuple(pair for part in values for pair in part.counts),
@@ -90,20 +96,12 @@ def stacked(adapters: Sequence[Sequence[KindTokens]], *, by_kind: bool = False) 
     energy = norm.square()
     total = energy.new_zeros(len(adapters)).index_add(0, places.owner, energy)
     share = energy / total.clamp_min(torch.finfo(norm.dtype).tiny).index_select(0, places.owner)
-    return Stack(len(adapters), places, norm, norm.log2(), share, values)
+    return Stack(len(adapters), places, norm, norm.log2(), share, tuple(values))
 
 
 def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Concatenate rows (n, ...); a single part is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def _values(found: Sequence[tuple[int, int, KindTokens]]) -> Values:
-    counts: defaultdict[int, int] = defaultdict(int)
-    for kind, _, group in found:
-        counts[kind] += len(group.norm)
-    columns = zip(*((group.norm, group.inputs, group.outputs) for _, _, group in found), strict=True)
-    return Values(tuple(counts.items()), *(joined(column) for column in columns))
 
 
 def _whole(parts: Sequence[torch.Tensor]) -> torch.Tensor:

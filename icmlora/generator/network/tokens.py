@@ -16,7 +16,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from icmlora.adapter.layout import target_modules
 from icmlora.adapter.model import Adapter, LoraModule, is_finite
@@ -48,6 +50,18 @@ class Pairs(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
+class Slots:
+    """n rank slots of one kind, ordered by (layer, slot)."""
+
+    kind: int
+    layer: NDArray[np.int64]  # shape (n,)
+    slot: NDArray[np.int64]  # shape (n,)
+
+    def __getitem__(self, chosen: NDArray[np.bool_]) -> Slots:
+        return Slots(self.kind, self.layer[chosen], self.slot[chosen])
+
+
+@dataclass(frozen=True, eq=False)
 class KindTokens:
     """All token pairs of one module kind of one adapter, ordered by (layer, slot)."""
 
@@ -62,6 +76,11 @@ class KindTokens:
         """Choose token pairs with a mask of shape (n,), or a slice."""
         parts = (self.layer, self.slot, self.norm, self.inputs, self.outputs)
         return KindTokens(self.kind, *(part[chosen] for part in parts))
+
+    @property
+    def slots(self) -> Slots:
+        """The rank slots of the token pairs."""
+        return Slots(self.kind, self.layer.numpy(), self.slot.numpy())
 
     def root_mean_square(self) -> torch.Tensor:
         """Return the root mean square of the values of each token pair, both vectors together, shape (n,)."""
@@ -106,11 +125,10 @@ def detokenize(
     task_type: str | None,
 ) -> Adapter:
     """Turn tokens back into an adapter; see `assembled`."""
-    factors = ((group, group.norm.sqrt()[:, None]) for group in tokens)
-    parts = (
-        modules_of(group.kind, group.layer, group.inputs / root, group.outputs / root, config, sensitivity)
-        for group, root in factors
-    )
+    parts = []
+    for group in tokens:
+        a, b = (values / group.norm.sqrt()[:, None] for values in (group.inputs, group.outputs))
+        parts.append(modules_of(group.kind, group.layer, a, b, config, sensitivity))
     return assembled(parts, config, modules=modules, task_type=task_type)
 
 
@@ -164,13 +182,9 @@ def squared_norm(tokens: Sequence[KindTokens]) -> float:
 
 def slot_errors(left: Pairs, right: Pairs) -> torch.Tensor:
     """Return |s_i u_i v_i^T - s'_i u'_i v'_i^T|^2 of each pair of slots, shape (n,)."""
-    return _slot_energy(left) + _slot_energy(right) - 2 * slot_overlaps(left, right)
-
-
-def slot_overlaps(left: Pairs, right: Pairs) -> torch.Tensor:
-    """Return the inner product of s_i u_i v_i^T and s'_i u'_i v'_i^T of each pair of slots, shape (n,)."""
-    return (left.inputs * right.inputs).sum(1) * (left.outputs * right.outputs).sum(1) / (left.norm * right.norm)
-
-
-def _slot_energy(group: Pairs) -> torch.Tensor:
-    return (group.inputs.square().sum(1) / group.norm) * (group.outputs.square().sum(1) / group.norm)
+    mine, theirs = (
+        (group.inputs.square().sum(1) / group.norm) * (group.outputs.square().sum(1) / group.norm)
+        for group in (left, right)
+    )
+    inner = (left.inputs * right.inputs).sum(1) * (left.outputs * right.outputs).sum(1) / (left.norm * right.norm)
+    return mine + theirs - 2 * inner

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from icmlora.generator.initial_a.subspace import InitialSubspace
-from icmlora.generator.network.stack import INPUTS, OUTPUTS
+from icmlora.generator.network.stack import INPUTS
 from icmlora.generator.network.tokens import KindTokens, squared_norm
 from icmlora.generator.scales import OCTAVE
 from icmlora.generator.sensitivity import Sensitivity
@@ -22,10 +22,29 @@ class WaterFilling:
 
     @one_thread()
     def __init__(self, tokens: Sequence[KindTokens], sensitivity: Sensitivity, subspace: InitialSubspace) -> None:
-        parts = [_variances(group, side, sensitivity, subspace) for group in tokens for side in (INPUTS, OUTPUTS)]
-        nothing = torch.zeros(0, dtype=torch.float64)
-        self._variance = torch.cat([nothing, *(variance for variance, _ in parts)])
-        self._count = torch.cat([nothing, *(count for _, count in parts)])
+        # The variances of a side's coefficients, and how many coefficients have each of them.
+        variances, numbers = ([torch.zeros(0, dtype=torch.float64)] for _ in range(2))
+        for group in tokens:
+            layers, number = torch.unique_consecutive(group.layer, return_inverse=True)
+            for side, values in enumerate((group.inputs, group.outputs)):
+                size = values.shape[1]
+                profile = (OCTAVE * sensitivity.profile(group.kind, side)[layers]).to(torch.int16)
+                # numpy sorts two bytes in linear time.
+                ordered = torch.from_numpy(np.sort(profile.cpu().numpy(), axis=1, kind="stable")).to(group.norm)
+                square = torch.exp2(2 / OCTAVE * ordered).double()  # (layers, size)
+                parts = 1 if sensitivity.is_even else min(_PARTS, size)
+                share = torch.stack([part.mean(dim=1) for part in square.tensor_split(parts, dim=1)], dim=1)
+                counts = torch.tensor(  # channels in each group
+                    [len(part) for part in torch.arange(size).tensor_split(parts)], device=square.device
+                )
+                share = share / (share * counts).sum(dim=1, keepdim=True)  # (layers, parts)
+                energy = group.norm.double().square()
+                if side == INPUTS:  # those along the subspace take next to no bits, so they lose next to nothing
+                    energy = energy - subspace.project(group.kind, group.layer, values).double().square().sum(1)
+                variance = energy.clamp_min(0)[:, None] * share[number]
+                variances.append(variance.flatten())
+                numbers.append(counts.double().expand_as(variance).flatten())
+        self._variance, self._count = torch.cat(variances), torch.cat(numbers)
         self._energy = squared_norm(tokens)
 
     @one_thread()
@@ -46,30 +65,3 @@ class WaterFilling:
         """Return the expected squared error of a quantiser step, as a share of the adapter's energy."""
         lost = float((torch.clamp(self._variance, max=step * step / 12) * self._count).sum())
         return lost / self._energy if lost else 0.0
-
-
-def _variances(
-    group: KindTokens, side: int, sensitivity: Sensitivity, subspace: InitialSubspace
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the variances of a side's coefficients and how many coefficients have each of them.
-
-    Channels are grouped by weight, a sixteenth at a time. Inputs along the subspace are left out: they take next to no
-    bits, so they lose next to nothing.
-    """
-    size = (group.inputs, group.outputs)[side].shape[1]
-    layers, number = torch.unique_consecutive(group.layer, return_inverse=True)
-    profile = (OCTAVE * sensitivity.profile(group.kind, side)[layers]).to(torch.int16)
-    # numpy sorts two bytes in linear time.
-    ordered = torch.from_numpy(np.sort(profile.cpu().numpy(), axis=1, kind="stable")).to(group.norm)
-    square = torch.exp2(2 / OCTAVE * ordered).double()  # (layers, size)
-    parts = 1 if sensitivity.is_even else min(_PARTS, size)
-    share = torch.stack([part.mean(dim=1) for part in square.tensor_split(parts, dim=1)], dim=1)
-    counts = torch.tensor(  # channels in each group
-        [len(part) for part in torch.arange(size).tensor_split(parts)], device=square.device
-    )
-    share = share / (share * counts).sum(dim=1, keepdim=True)  # (layers, parts); one row's variances add up to 1
-    energy = group.norm.double().square()
-    if side == INPUTS:
-        energy = energy - subspace.project(group.kind, group.layer, group.inputs).double().square().sum(1)
-    variance = energy.clamp_min(0)[:, None] * share[number]
-    return variance.flatten(), counts.double().expand_as(variance).flatten()

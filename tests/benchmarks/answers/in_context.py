@@ -23,7 +23,7 @@ from icmlora.base_models.examples.context import TaskContext
 from icmlora.base_models.kinds.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.reading import examples_for
-from icmlora.fewshot.context_choice import Prompted
+from icmlora.fewshot.context_choice import ContextScorer
 from icmlora.fewshot.start import FewShotStart
 from icmlora.formats.discovery.folder import save_adapter
 from tests.benchmarks.answers.generate import Answerer
@@ -81,7 +81,7 @@ class Making:
     def context(self) -> TaskContext:
         """The context it keeps, or would keep if that were of use."""
         chosen = self.both.made.context
-        return context_of(self._lines, Prompted(self._base), TOKENS) if chosen is None else chosen.context
+        return context_of(self._lines, ContextScorer(self._base), TOKENS) if chosen is None else chosen.context
 
     @cached_property
     def distilled(self) -> Timed:

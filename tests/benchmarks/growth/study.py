@@ -24,7 +24,7 @@ from icmlora.adapter.metrics import squared_error
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.codec.encoding import encode_adapter
 from icmlora.generator.config import config_for
-from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.files.network_file import generator_to_bytes
 from icmlora.training.config import TrainConfig, steps_for
 from icmlora.training.initialisation import fresh_network
 from icmlora.training.loop import fit
@@ -82,7 +82,7 @@ def measure_setting(setting: Setting, fleet: AdapterSource) -> dict[str, Any]:
     training = {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
     data = generator_to_bytes(net)
     peak = peak_memory()
-    codec = Codec(generator_from_bytes(data))
+    codec = Codec.of(data)
     seen = range(min(SAMPLE, setting.tasks))  # a fleet begins with all of a smaller one: the same tasks for every size
     unseen = range(UNSEEN, UNSEEN + SAMPLE if setting.same_start is not None else UNSEEN)
     return {

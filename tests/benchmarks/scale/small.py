@@ -10,7 +10,7 @@ from icmlora.adapter.model import Adapter
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.codec.encoding import encode_adapter
 from icmlora.generator.config import config_for
-from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.files.network_file import generator_to_bytes
 from icmlora.generator.initial_a.search import SeedSearch
 from icmlora.generator.sensitivity import MeanSquares, sensitivity_of
 from icmlora.training.config import TrainConfig
@@ -33,7 +33,7 @@ def trained_codec(adapters: Sequence[Adapter], channels: MeanSquares, steps: int
     state = new_state(fresh_network(config, fleet, 0, sensitivity_of(config, channels)), TrainConfig(steps=steps))
     for _ in fit(state, fleet):
         pass
-    return Codec(generator_from_bytes(generator_to_bytes(state.net)))
+    return Codec.of(generator_to_bytes(state.net))
 
 
 def measure_tasks(codec: Codec, adapters: Mapping[str, Adapter], runs: int) -> list[dict[str, Any]]:
@@ -49,7 +49,7 @@ def measure_tasks(codec: Codec, adapters: Mapping[str, Adapter], runs: int) -> l
         data = encode_adapter(codec, adapter, {}, initial).data
         encoding = time.perf_counter() - started
         codec.decode(data)
-        firsts = [_timed(Codec(codec.generator).decode, data) for _ in range(runs)]
+        firsts = [_timed(Codec(codec.net, codec.digest).decode, data) for _ in range(runs)]
         again = [_timed(codec.decode, data) for _ in range(runs)]
         (wall, cpu), (wall_again, cpu_again) = _sorted_columns(firsts), _sorted_columns(again)
         found.append(

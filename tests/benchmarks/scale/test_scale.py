@@ -12,7 +12,7 @@ from icmlora.adapter.canonical import canonicalize
 from icmlora.adapter.model import Adapter
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.codec.encoding import encode_adapter, measured
-from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.files.network_file import generator_to_bytes
 from tests.benchmarks.scale.large import LAYERS, RANK, make_adapter, make_network, shapes, spectra_of
 from tests.benchmarks.scale.small import measure_tasks, trained_codec
 from tests.cli.tiny_fleet import write_lora
@@ -29,7 +29,7 @@ def shrunk() -> Adapter:
 
 @cache
 def code() -> tuple[Codec, bytes]:
-    codec = Codec(generator_from_bytes(generator_to_bytes(make_network(shrunk()))))
+    codec = Codec.of(generator_to_bytes(make_network(shrunk())))
     return codec, encode_adapter(codec, shrunk(), {}).data
 
 
@@ -65,7 +65,7 @@ def test_a_code_comes_back_within_its_tolerance() -> None:
 
 def test_decoding_gives_the_same_bits_again_and_from_the_generator_opened_anew() -> None:
     codec, data = code()
-    again = Codec(generator_from_bytes(generator_to_bytes(make_network(shrunk()))))
+    again = Codec.of(generator_to_bytes(make_network(shrunk())))
     assert same(codec.decode(data), codec.decode(data))
     assert same(codec.decode(data), again.decode(data))
 

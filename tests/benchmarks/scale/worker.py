@@ -18,7 +18,7 @@ import torch
 
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.codec.encoding import encode_adapter
-from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.files.network_file import generator_to_bytes
 from tests.benchmarks.performance.machine import peak_memory
 from tests.benchmarks.scale.large import make_adapter, make_network, shapes, spectra_of
 
@@ -29,7 +29,7 @@ def encode(folder: Path, fleet: Path) -> dict[str, Any]:
     """Make the adapter and its generator, encode it, leave both files."""
     adapter = make_adapter(shapes(), spectra_of(fleet))
     data = generator_to_bytes(make_network(adapter))
-    codec = Codec(generator_from_bytes(data))
+    codec = Codec.of(data)
     started, cpu = time.perf_counter(), time.process_time()
     encoded = encode_adapter(codec, adapter, {})
     took = {"seconds": round(time.perf_counter() - started, 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
@@ -49,7 +49,7 @@ def encode(folder: Path, fleet: Path) -> dict[str, Any]:
 def decode(folder: Path, runs: int) -> dict[str, Any]:
     """Open the generator and decode the code, as often as asked; the first run is cold."""
     started = time.perf_counter()
-    codec = Codec(generator_from_bytes((folder / _GENERATOR).read_bytes()))
+    codec = Codec.of((folder / _GENERATOR).read_bytes())
     opening = time.perf_counter() - started
     data = (folder / _CODE).read_bytes()
     wall, cpu = [], []

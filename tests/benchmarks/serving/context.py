@@ -30,7 +30,7 @@ from transformers import AutoTokenizer
 from icmlora import Fleet
 from icmlora.base_models.examples.context import TaskContext
 from icmlora.base_models.examples.examples import plain
-from icmlora.fewshot.context_choice import Prompted
+from icmlora.fewshot.context_choice import ContextScorer
 from icmlora.fleet.few_shot.task_context import _with_files, kept_files
 from registry.store import Store
 from tests.benchmarks.performance.machine import describe_machine
@@ -76,7 +76,7 @@ def main() -> None:
 def give_contexts(options: argparse.Namespace) -> dict[str, tuple[TaskContext, int]]:
     """Give each task with samples a context of them, as long as is asked for; return these, with their lengths."""
     tokenizer, found = AutoTokenizer.from_pretrained(options.base), {}
-    prompted = Prompted(SimpleNamespace(tokenizer=tokenizer, positions=None))  # type: ignore[arg-type]
+    prompted = ContextScorer(SimpleNamespace(tokenizer=tokenizer, positions=None))  # type: ignore[arg-type]
     with Store.open(options.store) as store:
         for task in (row.name for row in Fleet(options.store).tasks()):
             lines = (options.fleet / task / "samples.jsonl").read_text(encoding="utf-8").split("\n")

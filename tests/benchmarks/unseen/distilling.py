@@ -27,7 +27,7 @@ from icmlora.base_models.kinds.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import Factors, added, factors_of
 from icmlora.fewshot.adapt import adapt
-from icmlora.fewshot.context_choice import Prompted
+from icmlora.fewshot.context_choice import ContextScorer
 from icmlora.fewshot.distil import DistilConfig, PromptedTeacher
 from icmlora.fewshot.finetune import FinetuneConfig, descend
 from icmlora.fewshot.start import FewShotStart
@@ -86,7 +86,7 @@ class Distilling:
     """
 
     def __init__(self, base: BaseModel, start: FewShotStart, task: StudyTask) -> None:
-        self._base, self._start, self._task, self._prompted = base, start, task, Prompted(base)
+        self._base, self._start, self._task, self._prompted = base, start, task, ContextScorer(base)
         self._texts = task.held_out(base)
         self._samples: list[Scored] = rows.support(task.samples(base), DISTILLED, 0)
         lines = [json.dumps({"text": text}) for text in rows.support(task.texts, DISTILLED, 0)]

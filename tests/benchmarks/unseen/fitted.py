@@ -23,7 +23,7 @@ from icmlora.fewshot.start_file import fewshot_start_from_bytes, fewshot_start_t
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.config import config_for
-from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.files.network_file import generator_to_bytes
 from icmlora.generator.network.cvae import CVAE
 from icmlora.task_vectors.extraction import extract_context
 from icmlora.training.initialisation import fresh_network
@@ -85,7 +85,7 @@ def _codec(fleet: Episodes) -> Codec:
     layouts = (adapter.layout for adapter in fleet)
     config = config_for(next(iter(fleet)).base_model, layouts, tasks=fleet.tasks(), condition_size=0, quality=4)
     net: CVAE = fresh_network(config, fleet, 0)
-    return Codec(generator_from_bytes(generator_to_bytes(net)))
+    return Codec.of(generator_to_bytes(net))
 
 
 def fit_mean(members: Sequence[StudyTask]) -> Adapter:

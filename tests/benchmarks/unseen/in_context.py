@@ -34,7 +34,7 @@ from icmlora.base_models.examples.examples import Example
 from icmlora.base_models.kinds.likelihood import nll
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import added
-from icmlora.fewshot.context_choice import Prompted
+from icmlora.fewshot.context_choice import ContextScorer
 from icmlora.fewshot.described import described_context, described_samples
 from icmlora.fewshot.guard import Guard
 from icmlora.fewshot.start import FewShotStart
@@ -73,7 +73,7 @@ class ContextFold:
 
     def __init__(self, base: BaseModel, start: FewShotStart, work: Path, steps: int, results: Results) -> None:
         self._base, self._start, self._work, self._steps, self._results = base, start, work, steps, results
-        self._prompted = Prompted(base)
+        self._prompted = ContextScorer(base)
 
     def run(self, task: StudyTask, counts: list[int]) -> None:
         """Measure all rows of a task."""

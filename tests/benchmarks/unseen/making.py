@@ -12,7 +12,7 @@ from typing import Any
 from icmlora.base_models.examples.context import TaskContext
 from icmlora.base_models.kinds.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
-from icmlora.fewshot.context_choice import Prompted, choose_context
+from icmlora.fewshot.context_choice import ContextScorer, choose_context
 from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.context import Context
 from icmlora.fleet.few_shot.from_samples import Made, Recipe, Source, make_from
@@ -49,7 +49,7 @@ def made_of(
     return Timed(made, round(time.monotonic() - began, 1))
 
 
-def context_of(lines: Sequence[str], prompted: Prompted, tokens: int) -> TaskContext:
+def context_of(lines: Sequence[str], prompted: ContextScorer, tokens: int) -> TaskContext:
     """Choose a context from lines of JSON for the base model alone, such as where `icm generate` keeps none."""
     data = "".join(f"{line}\n" for line in lines).encode()
     usable = usable_samples(prompted, data, None, len(lines))

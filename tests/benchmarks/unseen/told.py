@@ -19,7 +19,7 @@ from icmlora.base_models.kinds.likelihood import Scored
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import Factors, added
 from icmlora.fewshot.adapt import JOINED
-from icmlora.training.teacher import Teacher
+from icmlora.training.teacher import Teacher, target
 
 QUESTIONS = (
     "What kind of texts are these?",
@@ -47,7 +47,7 @@ class Told(Teacher):
         with torch.no_grad(), added(base.model, original):
             for number, (before, item) in enumerate(texts):
                 (logits,) = base.modality.logits(base, [Scored([*before, *item.ids], 1)])
-                self._targets[number] = self._target(item, logits[len(before) :])
+                self._targets[number] = target(base, item, logits[len(before) :])
 
 
 def written(base: BaseModel, original: Factors, samples: Sequence[Scored]) -> Told:

@@ -14,7 +14,7 @@ from icmlora.base_models.kinds.likelihood import Scored
 from icmlora.base_models.modality import IGNORED, BaseModel
 from icmlora.base_models.running.lora_hooks import added, factors_of
 from icmlora.errors import DataError
-from icmlora.fewshot.adapt import adapt, behind_each_other
+from icmlora.fewshot.adapt import adapt, shuffled_together
 from icmlora.fewshot.distil import DistilConfig, PromptedTeacher, distil
 from icmlora.fewshot.start import FewShotStart
 from icmlora.training.teacher import shortfalls
@@ -58,7 +58,7 @@ def test_samples_in_one_text_are_scored_as_before_and_each_is_there(
 def test_a_step_for_a_context_reads_each_sample_behind_others(base: BaseModel, samples: list[Scored]) -> None:
     known = start()
     made = next(adapt(base, known, samples, in_context=True))
-    (text,) = behind_each_other(base, samples, 0)
+    (text,) = shuffled_together(base, samples, 0)
     assert made.nats == pytest.approx(loss_of(base, known.adapter, [text]), rel=1e-5)
     assert sorted(told([text])) == sorted(told(samples))
 
@@ -75,7 +75,7 @@ def test_it_is_longer_where_that_was_learned(base: BaseModel, samples: list[Scor
 def test_it_lowers_what_is_lost_where_it_is_to_stand(base: BaseModel, in_context: bool) -> None:
     samples = scored(base, texts_of("grey geese", count=12))
     *_, made = adapt(base, start(), samples, in_context=in_context)
-    read = behind_each_other(base, samples, 7) if in_context else samples
+    read = shuffled_together(base, samples, 7) if in_context else samples
     assert loss_of(base, made.adapter, read) < loss_of(base, start().adapter, read)
 
 
@@ -87,7 +87,7 @@ def test_a_teacher_says_of_a_sample_what_the_model_predicts_behind_others(base: 
     with torch.no_grad(), added(base.model, factors_of(adapter)):
         (logits,) = base.modality.logits(base, [text])
     wanted = logits[-samples[1].count - 1 : -1].log_softmax(-1)  # of the scored tokens of the last sample
-    found = target.read.log_p[:-1, :-1]
+    found = target.log_p[:-1, :-1]
     assert torch.allclose(found, wanted.gather(-1, target.tokens[:-1]), atol=1e-5)
     assert target.count == samples[1].count
 

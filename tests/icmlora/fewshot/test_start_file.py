@@ -17,7 +17,6 @@ from icmlora.fewshot.start import FewShotStart, untrained_fewshot_start
 from icmlora.fewshot.start_file import MAGIC, fewshot_start_from_bytes, fewshot_start_to_bytes, mean_code
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.files.container import add_checksum
-from icmlora.generator.files.network_file import generator_from_bytes
 from tests.icmlora.small_fleet import codec, make_adapter, same, trained_file
 
 MEAN = make_adapter(0)
@@ -140,7 +139,7 @@ def test_the_mean_comes_back_as_its_code_says() -> None:
 def test_a_mean_of_another_generator_is_refused() -> None:
     made = untrained_fewshot_start([make_adapter(1)])
     data = fewshot_start_to_bytes(made, mean_code(made, codec()))
-    other = Codec(generator_from_bytes(trained_file(sets=0)))
+    other = Codec.of(trained_file(sets=0))
     with pytest.raises(IcmLoraError, match="another generator"):
         fewshot_start_from_bytes(data, other.decode)
 

@@ -9,7 +9,7 @@ import pytest
 from icmlora import Cancelled, DataError, Fleet, OptionsConflict, Progress, StoreLocked, TaskNotFound
 from icmlora.fleet.context import Event
 from icmlora.fleet.encode.encode import EncodeReport, TaskEncoded
-from icmlora.training.effect import Effect, Lost
+from icmlora.training.effect import Effect, EffectLoss
 from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, files_of, is_sound, stop_after, tasks_in
 from tests.icmlora.tiny_base import LABEL
 
@@ -137,9 +137,9 @@ def test_a_share_of_the_effect_is_kept_with_and_without_refining(fleet: Fleet) -
     assert sizes[128] < sizes[0]  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("lost", [Lost(0.5, 0.5), Lost(0.0, 0.0, 0.5)], ids=["effect", "right-answers"])
+@pytest.mark.parametrize("lost", [EffectLoss(0.5, 0.5), EffectLoss(0.0, 0.0, 0.5)], ids=["effect", "right-answers"])
 def test_what_a_code_misses_of_a_quality_is_recorded_and_no_failure(
-    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, lost: Lost
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, lost: EffectLoss
 ) -> None:
     monkeypatch.setattr(Effect, "lost", lambda *_, **__: lost)
     statuses = []

@@ -17,8 +17,8 @@ from icmlora.fleet.encode import refiner
 from icmlora.fleet.encode.refiner import Refiner, TrialCode, coarse_for, near, refine_all
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec.codec import Codec
-from icmlora.generator.codec.encoding import Steps
-from icmlora.training.effect import Lost
+from icmlora.generator.codec.steps import AdapterSteps
+from icmlora.training.effect import EffectLoss
 from icmlora.training.refinement import FOR_SHARE
 from tests.icmlora.tiny_base import load_tiny_base, write_tiny_adapter
 from tests.icmlora.untrained import untrained_codec, with_directions
@@ -43,7 +43,7 @@ def codec(adapter: Adapter) -> Codec:
 
 def coarse(base: BaseModel, adapter: Adapter, codec: Codec, keep: float, lost: float) -> TrialCode:
     found = Refiner.of(base, adapter, TEXTS, FOR_SHARE)
-    return coarse_for(keep, lost, found, codec, adapter, Steps(codec, adapter, {}, None))
+    return coarse_for(keep, lost, found, codec, adapter, AdapterSteps(codec, adapter, {}, None))
 
 
 @given(share=st.floats(0.001, 0.5), power=st.floats(1.2, 3.0), at=st.integers(-60, 0), first=st.integers(-60, 0))
@@ -73,7 +73,7 @@ def test_refinement_begins_with_the_strengths_that_lose_less(base: BaseModel, ad
     begun = coarse(base, adapter, codec, keep=0.9, lost=0.3)
     share, step = begun.share, codec.open(begun.encoded.data).head.step
     assert share is not None
-    other = share.steps.with_slots(step, replace(share.slots, for_strong=not share.slots.for_strong))
+    other = share.steps.with_slots(step, replace(share.slots, energy_weighted=not share.slots.energy_weighted))
     taken, left = (begun.refiner.lost(codec, data, of_few=True).of_most for data in (begun.encoded.data, other))
     assert 0.9 * taken <= left
 
@@ -84,21 +84,21 @@ class Looking(Refiner):
 
     without: float
 
-    def lost(self, codec: Codec, data: bytes, *, of_few: bool = False) -> Lost:
+    def lost(self, codec: Codec, data: bytes, *, of_few: bool = False) -> EffectLoss:
         modules = codec.decode(data).modules
         share = 0.1 * 2.0 ** ((codec.open(data).head.step + 8) / 4)
-        return Lost(*[share * (self.without if all(len(module.a) == 1 for module in modules) else 1.0)] * 2)
+        return EffectLoss(*[share * (self.without if all(len(module.a) == 1 for module in modules) else 1.0)] * 2)
 
 
-@pytest.mark.parametrize(("without", "has_faint"), [(1.1, False), (10.0, True)])
+@pytest.mark.parametrize(("without", "keep_weak"), [(1.1, False), (10.0, True)])
 def test_a_code_has_its_faint_slots_if_what_they_do_is_worth_their_bytes(
-    base: BaseModel, without: float, *, has_faint: bool
+    base: BaseModel, without: float, *, keep_weak: bool
 ) -> None:
     adapter = with_directions(1.0, *[0.12] * 63)  # at 2^-1 the weak ones are faint, and take four fifths of the bytes
     codec, looking = untrained_codec(adapter), Looking(base, *[None] * 3, without)  # type: ignore[arg-type]
-    share = coarse_for(0.9, 0.1 * without, looking, codec, adapter, Steps(codec, adapter, {}, None)).share
+    share = coarse_for(0.9, 0.1 * without, looking, codec, adapter, AdapterSteps(codec, adapter, {}, None)).share
     assert share is not None
-    assert share.slots.has_faint == has_faint
+    assert share.slots.keep_weak == keep_weak
 
 
 @pytest.mark.parametrize(("keep", "is_finer"), [(0.999, True), (0.3, False)])
@@ -115,10 +115,10 @@ def test_a_code_that_would_miss_its_share_goes_on_with_another_step(
 class Doubting(Refiner):
     """Sees a code on its way at the first look, a bad one at the second, and then one that keeps enough."""
 
-    looks: list[Lost]
+    looks: list[EffectLoss]
 
-    def lost(self, codec: Codec, data: bytes, *, of_few: bool = False) -> Lost:
-        return Lost(1.0, 1.0) if of_few else self.looks.pop(0)
+    def lost(self, codec: Codec, data: bytes, *, of_few: bool = False) -> EffectLoss:
+        return EffectLoss(1.0, 1.0) if of_few else self.looks.pop(0)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_second_look_does_not_make_codes_of_short_answers_finer(
 ) -> None:
     begun = coarse(base, adapter, codec, keep=0.9, lost=0.3)
     read = Refiner.of(base, adapter, examples, FOR_SHARE)
-    looks = [Lost(lost, lost) for lost in (0.15, 0.4, 0.1)]
+    looks = [EffectLoss(lost, lost) for lost in (0.15, 0.4, 0.1)]
     doubting = Doubting(base, read.teacher, read.effect, FOR_SHARE, looks)
     (made,) = refine_all([replace(begun, refiner=doubting)], lambda _: None)
     before, after = (codec.open(code.encoded.data).head.step for code in (begun, made))
@@ -143,7 +143,7 @@ def test_a_code_that_loses_right_answers_at_the_end_goes_on_with_a_finer_step(
     read = Refiner.of(base, adapter, [Example(text.completion, "yes") for text in TEXTS], FOR_SHARE)
     steps = []
     for of_right in (0.0, 0.5):
-        looks = [Lost(0.15, 0.15), Lost(0.1, 0.1), Lost(0.1, 0.1, of_right), Lost(0.1, 0.1)]
+        looks = [EffectLoss(0.15, 0.15), EffectLoss(0.1, 0.1), EffectLoss(0.1, 0.1, of_right), EffectLoss(0.1, 0.1)]
         doubting = Doubting(base, read.teacher, read.effect, FOR_SHARE, looks)
         (made,) = refine_all([replace(begun, refiner=doubting)], lambda _: None)
         steps.append(codec.open(made.encoded.data).head.step)
@@ -194,11 +194,11 @@ class OnTheBrink(Refiner):
 
     coarsest: int = 0
 
-    def lost(self, codec: Codec, data: bytes, *, of_few: bool = False) -> Lost:
+    def lost(self, codec: Codec, data: bytes, *, of_few: bool = False) -> EffectLoss:
         if codec.open(data).head.step <= self.coarsest:
             return super().lost(codec, data, of_few=of_few)
         assert of_few
-        return Lost(9.0, 9.0)
+        return EffectLoss(9.0, 9.0)
 
 
 def test_a_code_does_not_go_on_where_it_would_lose_everything(base: BaseModel, adapter: Adapter, codec: Codec) -> None:

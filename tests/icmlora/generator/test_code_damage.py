@@ -164,4 +164,4 @@ def hostile(kept: np.ndarray[tuple[int, ...], np.dtype[np.uint16]], step: int, g
     condition, latent = (np.full(size, -128, dtype=np.int8) for size in sizes)
     gains, strengths = np.full(3, gain, dtype=np.int16), np.full((3, 2), 127, dtype=np.int8)
     head = CodeHead(step, condition, latent, gains, strengths, kept, *[np.zeros((3, 4), dtype=np.int8)] * 2, None, None)
-    return Code(CODEC.generator.digest, head, b"\x5a" * 400).to_bytes(CODEC.config)
+    return Code(CODEC.digest, head, b"\x5a" * 400).to_bytes(CODEC.config)

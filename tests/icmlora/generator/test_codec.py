@@ -16,7 +16,7 @@ from icmlora.generator.codec import codec as codec_module
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.codec.encoding import encode_adapter
 from icmlora.generator.codec.limits import Limits
-from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.files.network_file import generator_to_bytes
 from icmlora.training.loop import fit
 from tests.icmlora.small_fleet import (
     begin,
@@ -182,17 +182,17 @@ def test_a_task_vector_of_another_length_is_refused() -> None:
 
 
 def test_the_code_of_another_generator_is_refused_by_name() -> None:
-    other = Codec(generator_from_bytes(generator_to_bytes(codec().generator.net, {"seed": "1"})))
+    other = Codec.of(generator_to_bytes(codec().net, {"seed": "1"}))
     data = encode_adapter(other, make_adapter(0), {}).data
-    with pytest.raises(CodeError, match=other.generator.digest[:12]):
+    with pytest.raises(CodeError, match=other.digest[:12]):
         codec().decode(data)
 
 
 def test_encoding_does_not_change_the_generator() -> None:
     under = codec()
-    before = {name: tensor.clone() for name, tensor in under.generator.net.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in under.net.state_dict().items()}
     encode_adapter(under, make_adapter(0), make_vectors(0))
-    assert all(torch.equal(before[name], tensor) for name, tensor in under.generator.net.state_dict().items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in under.net.state_dict().items())
 
 
 @pytest.mark.slow
@@ -201,7 +201,7 @@ def test_training_longer_on_adapters_that_can_be_predicted_makes_their_codes_sma
     state = begin(fleet, 120)
     for _ in fit(state, fleet):
         pass
-    longer = Codec(generator_from_bytes(generator_to_bytes(state.net)))
+    longer = Codec.of(generator_to_bytes(state.net))
     sizes = [
         sum(len(encode_adapter(under, fleet.load(task, None), make_vectors(task)).data) for task in range(3))
         for under in (codec(), longer)
@@ -216,7 +216,7 @@ def test_a_decoded_adapter_is_as_strong_along_the_original_as_the_original_is(ta
         mixed_fleet().load(task, None),
         under.decode(encode_adapter(under, mixed_fleet().load(task, None), {}, limits=Limits(tolerance=0.25)).data),
     )
-    original, decoded = (weighted(side, under.config, under.generator.net.sensitivity) for side in sides)
+    original, decoded = (weighted(side, under.config, under.net.sensitivity) for side in sides)
     along = (dw_norm(original) ** 2 + dw_norm(decoded) ** 2) / 2 - squared_error(original, decoded) * (
         dw_norm(original) ** 2 / 2
     )

@@ -75,6 +75,6 @@ def test_a_module_that_the_generator_does_not_cover_is_refused(shape: ModuleShap
 def test_an_untrained_mean_gives_an_adapter_of_zeros_not_of_noise() -> None:
     under = codec()
     with torch.no_grad():
-        for direction in under.generator.net.directions:
+        for direction in under.net.directions:
             direction.zero_()
     assert dw_norm(under.generate(make_vectors(0), LAYOUT, task_type=None)) == 0.0

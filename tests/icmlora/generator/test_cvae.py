@@ -13,8 +13,8 @@ from tests.icmlora.small_fleet import codec, make_adapter, make_vectors
 
 @torch.no_grad()
 def test_condition_and_latent_fit_one_byte_each_whatever_the_vectors_are() -> None:
-    net = codec().generator.net
-    condition = net.embed({view: 1e6 * vector for view, vector in make_vectors(0).items()})
+    net = codec().net
+    condition = net.condition({view: 1e6 * vector for view, vector in make_vectors(0).items()})
     latent = net.posterior(stacked([tokenize(make_adapter(0), net.config, net.sensitivity)]), condition[None])
     mean, scale = net.latent_prior(condition)
     assert max(float(part.abs().max()) for part in (condition, latent, mean)) <= 127
@@ -23,8 +23,8 @@ def test_condition_and_latent_fit_one_byte_each_whatever_the_vectors_are() -> No
 
 @torch.no_grad()
 def test_the_posterior_does_not_see_the_signs_of_singular_vectors() -> None:
-    net = codec().generator.net
-    condition = net.embed(make_vectors(0))
+    net = codec().net
+    condition = net.condition(make_vectors(0))
     tokens = tokenize(make_adapter(0), net.config, net.sensitivity)
     turned = tuple(dataclasses.replace(group, inputs=-group.inputs, outputs=-group.outputs) for group in tokens)
     plain, other = (net.posterior(stacked([one]), condition[None]) for one in (tokens, turned))
@@ -33,12 +33,12 @@ def test_the_posterior_does_not_see_the_signs_of_singular_vectors() -> None:
 
 @torch.no_grad()
 def test_vectors_of_one_task_are_nearer_to_each_other_than_to_another_tasks() -> None:
-    net = codec().generator.net
-    first, second, other = (net.embed(make_vectors(*place)) for place in ((0, 0), (0, 1), (1, 0)))
+    net = codec().net
+    first, second, other = (net.condition(make_vectors(*place)) for place in ((0, 0), (0, 1), (1, 0)))
     assert (first - second).norm() < (first - other).norm()
 
 
 @torch.no_grad()
 def test_a_network_without_vectors_has_one_condition() -> None:
-    net = codec(sets=0).generator.net
-    assert torch.equal(net.embed({}), net.embed(make_vectors(0)))
+    net = codec(sets=0).net
+    assert torch.equal(net.condition({}), net.condition(make_vectors(0)))

@@ -19,7 +19,7 @@ from icmlora.generator.codec.encoding import encode_adapter
 from icmlora.generator.codec.limits import Limits
 from icmlora.generator.config import MAX_SLOTS, GeneratorConfig, ModuleKind, config_for
 from icmlora.generator.files.container import ABSENT
-from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.files.network_file import generator_to_bytes
 from icmlora.generator.initial_a.draw import InitialA, InitialModule, initial_from_bytes, initial_to_bytes
 from icmlora.generator.initial_a.search import initial_under
 from icmlora.training.config import TrainConfig
@@ -52,7 +52,7 @@ def trained(adapter: Adapter, steps: int = 2) -> Codec:
     state = new_state(fresh_network(config, fleet, 0), TrainConfig(steps=steps))
     for _ in fit(state, fleet):
         pass
-    return Codec(generator_from_bytes(generator_to_bytes(state.net)))
+    return Codec.of(generator_to_bytes(state.net))
 
 
 @cache

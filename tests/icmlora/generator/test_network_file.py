@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from icmlora.errors import GeneratorError
 from icmlora.generator.files.container import add_checksum
 from icmlora.generator.files.file import MAGIC
-from icmlora.generator.files.network_file import generator_from_bytes, generator_to_bytes
+from icmlora.generator.files.network_file import generator_to_bytes, network_from_bytes
 from tests.icmlora.small_fleet import codec, trained_file
 
 
@@ -39,32 +39,32 @@ def rewritten(header: dict[str, str] | None = None, words: bytes | None = None, 
 
 
 def test_the_same_network_is_written_as_the_same_bytes() -> None:
-    net = codec().generator.net
+    net = codec().net
     assert generator_to_bytes(net) == generator_to_bytes(net)
-    assert generator_from_bytes(trained_file()).digest == hashlib.sha256(trained_file()).hexdigest()
+    assert codec().digest == hashlib.sha256(trained_file()).hexdigest()
 
 
 def test_a_generator_takes_about_half_a_byte_per_parameter() -> None:
-    values = sum(tensor.numel() for tensor in codec().generator.net.state_dict().values())
+    values = sum(tensor.numel() for tensor in codec().net.state_dict().values())
     assert len(parts()[1]) < 0.6 * values
 
 
 def test_notes_are_kept_and_cannot_replace_what_the_file_says_of_itself() -> None:
-    header, _ = parts(generator_to_bytes(codec().generator.net, {"seed": "7", "config": "other"}))
+    header, _ = parts(generator_to_bytes(codec().net, {"seed": "7", "config": "other"}))
     assert header["seed"] == "7"
     assert json.loads(header["config"])["base_model"]
 
 
 def test_opening_a_generator_leaves_the_global_random_numbers_alone() -> None:
     before = torch.random.get_rng_state()
-    generator_from_bytes(trained_file())
+    network_from_bytes(trained_file())
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("data", [b"", b"not a file", trained_file()[:-1], trained_file() + b"\0"])
 def test_bytes_that_are_no_whole_file_are_refused(data: bytes) -> None:
     with pytest.raises(GeneratorError, match=r"not a generator file|damaged"):
-        generator_from_bytes(data)
+        network_from_bytes(data)
 
 
 @given(place=st.integers(0, len(trained_file()) - 1), bit=st.integers(0, 7))
@@ -72,45 +72,45 @@ def test_a_changed_bit_anywhere_is_refused(place: int, bit: int) -> None:
     data = bytearray(trained_file())
     data[place] ^= 1 << bit
     with pytest.raises(GeneratorError):
-        generator_from_bytes(bytes(data))
+        network_from_bytes(bytes(data))
 
 
 def test_a_file_made_under_other_coding_tables_is_refused() -> None:
     with pytest.raises(GeneratorError, match="coding tables") as caught:
-        generator_from_bytes(rewritten({"tables": "0" * 64}))
+        network_from_bytes(rewritten({"tables": "0" * 64}))
     assert caught.value.hint
 
 
 @pytest.mark.parametrize("change", [{"layers": 3}, {"width": 40}, {"condition_size": 0}, {"slots": 1}, {"sketch": 2.5}])
 def test_a_file_whose_parameters_are_not_its_configurations_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(GeneratorError, match="parameters"):
-        generator_from_bytes(rewritten(**change))
+        network_from_bytes(rewritten(**change))
 
 
 @given(words=st.binary(max_size=4000))
 def test_any_words_are_a_network_or_refused(words: bytes) -> None:
     with contextlib.suppress(GeneratorError):
-        net = generator_from_bytes(rewritten(words=words)).net
+        net = network_from_bytes(rewritten(words=words))
         assert net.config == codec().config
 
 
 def test_a_file_without_a_configuration_is_refused() -> None:
     with pytest.raises(GeneratorError, match="configuration"):
-        generator_from_bytes(rewritten({"config": ""}))
+        network_from_bytes(rewritten({"config": ""}))
 
 
 def test_a_configuration_that_claims_a_huge_network_takes_no_memory() -> None:
     tracemalloc.start()
     try:
         with pytest.raises(GeneratorError, match="parameters"):
-            generator_from_bytes(rewritten(layers=10**9, embedding=10**6, width=10**6))
+            network_from_bytes(rewritten(layers=10**9, embedding=10**6, width=10**6))
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
 
 
 def test_a_network_that_diverged_is_not_written() -> None:
-    net = codec().generator.net
+    net = codec().net
     with torch.no_grad():
         net.prior.bias[0] = torch.nan
     with pytest.raises(GeneratorError, match="diverged"):

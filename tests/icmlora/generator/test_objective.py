@@ -57,7 +57,7 @@ def test_the_estimate_is_near_the_size_of_the_code_whatever_is_known_of_the_init
     tokens = tokenize(adapter, under.config, under.sensitivity)
     with torch.no_grad():
         subspace = initial_subspace(known, under.config, under.sensitivity)
-        bits = bits_of(under.generator.net, tokens, {}, subspace)
+        bits = bits_of(under.net, tokens, {}, subspace)
     stored = 8 * len(encode_adapter(under, adapter, {}, known).data)
     assert stored == pytest.approx(float(bits.norms + bits.tokens) + 8 * 120, rel=0.15)
 
@@ -69,7 +69,7 @@ def test_wrong_spreads_cost_bits_in_modules_of_which_nothing_is_known(modules: i
     known = replace(initial, modules=initial.modules[:modules]) if modules else None
     bits = []
     for octaves in (0, 3):
-        net = peft_codec().generator.net
+        net = peft_codec().net
         with torch.no_grad():
             net.spread[:, 0] += octaves
             tokens = tokenize(adapter, net.config, net.sensitivity)
@@ -93,8 +93,8 @@ def test_the_estimate_is_near_the_size_of_the_code(task: int) -> None:
     under, adapter = codec(), mixed_fleet().load(task, None)
     with torch.no_grad():
         bits = bits_of(
-            under.generator.net,
-            tokenize(adapter, under.config, under.generator.net.sensitivity),
+            under.net,
+            tokenize(adapter, under.config, under.net.sensitivity),
             make_vectors(task),
             NOTHING,
         )
@@ -118,7 +118,7 @@ def test_the_step_scales_with_the_adapter() -> None:
 
 @torch.no_grad()
 def test_an_adapter_of_zeros_costs_its_latent_and_nothing_else() -> None:
-    net = codec().generator.net
+    net = codec().net
     zeros = tokenize(with_factors(make_adapter(0), b=0.0), net.config, net.sensitivity)
     bits = bits_of(net, zeros, {}, NOTHING)
     assert (float(bits.norms), float(bits.tokens), float(bits.prior)) == (0.0, 0.0, 0.0)
@@ -126,7 +126,7 @@ def test_an_adapter_of_zeros_costs_its_latent_and_nothing_else() -> None:
 
 
 def test_every_part_of_the_network_that_a_step_uses_gets_a_gradient() -> None:
-    net = codec().generator.net.train()
+    net = codec().net.train()
     tokens = [tokenize(mixed_fleet().load(task, None), net.config, net.sensitivity) for task in range(3)]
     sum(bits_of(net, group, make_vectors(0), NOTHING).total for group in tokens).backward()  # type: ignore[union-attr]
     without = {name for name, parameter in net.named_parameters() if parameter.grad is None}
@@ -176,7 +176,7 @@ def test_adapters_take_the_same_bits_together_as_one_by_one() -> None:
 
 
 def test_adapters_of_which_different_initial_as_are_known_take_the_same_bits_together_as_one_by_one() -> None:
-    fleet, net = peft_fleet(), peft_codec().generator.net
+    fleet, net = peft_fleet(), peft_codec().net
     initials = [fleet.initial(0), None, fleet.initial(2)]
     assert initials[0] is not None
     initials[0] = replace(initials[0], modules=initials[0].modules[:3])

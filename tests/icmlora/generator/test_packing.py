@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from icmlora.generator.codec.packing import written_slots
-from icmlora.generator.codec.quantizer import Slots
+from icmlora.generator.network.tokens import Slots
 
 
 def written(layer: list[int], slot: list[int], alive: list[bool]) -> list[bool]:

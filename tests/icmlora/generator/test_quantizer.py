@@ -11,22 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.adapter.model import Adapter
-from icmlora.generator.codec.packing import split_sides
-from icmlora.generator.codec.quantizer import Norms, Slots, TokenQuantizer, centred, norm_of
+from icmlora.generator.codec.quantizer import Norms, TokenQuantizer, centred, log2_norms, norm_of
 from icmlora.generator.codec.runs import Nonzeros
 from icmlora.generator.files.entropy_coding import LIMIT
 from icmlora.generator.initial_a.subspace import InitialSubspace, initial_subspace
 from icmlora.generator.network.cvae import CVAE, TaskState
 from icmlora.generator.network.tokenizing import tokenize
-from icmlora.generator.network.tokens import KindTokens
+from icmlora.generator.network.tokens import KindTokens, Slots
 from icmlora.generator.scales import EXTREME, LARGEST, OCTAVE, SMALLEST, centres
 from tests.icmlora.peft_made import peft_codec, peft_fleet
-from tests.icmlora.small_fleet import codec, make_adapter, with_factors
+from tests.icmlora.small_fleet import codec, make_adapter, sides_of, with_factors
 
 
 @pytest.fixture
 def net() -> CVAE:
-    return codec().generator.net
+    return codec().net
 
 
 def nothing_known(net: CVAE) -> InitialSubspace:
@@ -39,13 +38,13 @@ def state(net: CVAE) -> TaskState:
 
 def first(net: CVAE, adapter: Adapter) -> tuple[KindTokens, Slots]:
     group = next(iter(tokenize(adapter, net.config, net.sensitivity)))
-    return group, Slots(group.kind, group.layer.numpy(), group.slot.numpy())
+    return group, group.slots
 
 
 @torch.no_grad()
 def rounded(net: CVAE, adapter: Adapter, step: int) -> tuple[KindTokens, Slots, Norms, Nonzeros]:
     quantizer, (group, slots) = TokenQuantizer(net), first(net, adapter)
-    norms = quantizer.norms(slots, *quantizer.norm_residuals(slots, group.norm))
+    norms = log2_norms(group.norm)
     return group, slots, norms, quantizer.quantise(group, norms, state(net), step)
 
 
@@ -61,7 +60,7 @@ def products(group: KindTokens) -> torch.Tensor:
 
 
 def test_the_same_tokens_give_the_same_integers(net: CVAE) -> None:
-    left, right = rounded(net, make_adapter(3), -40)[3], rounded(codec().generator.net, make_adapter(3), -40)[3]
+    left, right = rounded(net, make_adapter(3), -40)[3], rounded(codec().net, make_adapter(3), -40)[3]
     assert left == right
 
 
@@ -84,9 +83,9 @@ def test_a_finer_step_loses_less(net: CVAE) -> None:
 
 
 def test_the_sign_of_a_pair_does_not_matter(net: CVAE) -> None:
-    quantizer, (group, slots) = TokenQuantizer(net), first(net, make_adapter(3))
+    quantizer, (group, _) = TokenQuantizer(net), first(net, make_adapter(3))
     flipped = KindTokens(group.kind, group.layer, group.slot, group.norm, -group.inputs, -group.outputs)
-    norms = quantizer.norms(slots, *quantizer.norm_residuals(slots, group.norm))
+    norms = log2_norms(group.norm)
     with torch.no_grad():
         left, right = (quantizer.quantise(tokens, norms, state(net), -40) for tokens in (group, flipped))
     assert left == right
@@ -140,15 +139,15 @@ def with_initial(task: int, modules: int) -> tuple[TokenQuantizer, KindTokens, T
     assert initial is not None
     subspace = initial_subspace(replace(initial, modules=initial.modules[:modules]), under.config, under.sensitivity)
     tokens = tokenize(peft_fleet().load(task, None), under.config, under.sensitivity)
-    plain = replace(state(under.generator.net), subspace=subspace)
+    plain = replace(state(under.net), subspace=subspace)
     shifts = under.quantizer.shifts(tokens, plain)
     return under.quantizer, tokens[0], replace(plain, subspace=replace(subspace, shifts=shifts))
 
 
 @torch.no_grad()
 def norms_of(quantizer: TokenQuantizer, group: KindTokens) -> tuple[Slots, Norms]:
-    slots = Slots(group.kind, group.layer.numpy(), group.slot.numpy())
-    return slots, quantizer.norms(slots, *quantizer.norm_residuals(slots, group.norm))
+    slots = group.slots
+    return slots, log2_norms(group.norm)
 
 
 @pytest.mark.parametrize("modules", [2, 4])
@@ -212,7 +211,7 @@ def test_rows_that_a_module_lacks_hold_zeros_at_the_smallest_scale() -> None:
     with torch.no_grad():
         found = quantizer.quantise(group, norms, known, -60)
     sizes = (*quantizer.sizes[group.kind], known.subspace.rows(group.kind))
-    *_, along = split_sides(found.dense(len(norms) * sum(sizes)), len(norms), sizes)
+    *_, along = sides_of(found, len(norms), sizes)
     assert along.any()
     assert not along[lacking].any()
     *_, scales = quantizer.scales(slots, norms, known.subspace, -60)

@@ -19,7 +19,7 @@ from icmlora.generator.codec.relaxed import RelaxedCode
 from icmlora.generator.files.entropy_coding import Integers
 from icmlora.generator.scales import LARGEST, SMALLEST
 from tests.icmlora.peft_made import peft_codec, peft_fleet
-from tests.icmlora.small_fleet import codec, make_vectors, mixed_fleet
+from tests.icmlora.small_fleet import codec, make_vectors, mixed_fleet, sides_of
 
 TASKS = [0, 1, 2]
 Make = Callable[[int], tuple[Codec, Adapter, bytes, RelaxedCode]]
@@ -82,7 +82,8 @@ def test_moved_values_are_what_the_new_code_decodes_to(make: Make) -> None:
 def along(under: Codec, opened: OpenCode, group: KindIntegers) -> Integers:
     """Return the integers along the initial subspace, shape (n, R)."""
     kind = group.slots.kind
-    return group.sides((*under.quantizer.sizes[kind], opened.state.subspace.rows(kind)))[2]
+    sizes = (*under.quantizer.sizes[kind], opened.state.subspace.rows(kind))
+    return sides_of(group.vectors, len(group.slots.layer), sizes)[2]
 
 
 def test_a_code_that_was_moved_still_holds_the_initial_a() -> None:
@@ -132,7 +133,7 @@ def test_boosts_make_longer_what_lies_across_the_subspace_and_nothing_else() -> 
     after = under.open(code.to_code())
     for group in after.groups:
         layer = torch.from_numpy(group.slots.layer)
-        norms = under.quantizer.norms(group.slots, group.gain, group.residuals)
+        norms = group.norms
         plain, longer = (
             under.quantizer.dequantise(group.slots, norms, opened.state, opened.head.step, group.vectors)
             for opened in (before, after)
@@ -169,7 +170,7 @@ def test_a_code_takes_no_values_of_a_code_with_other_slots() -> None:
 
     code = of_layer(0)
     before = [values.clone() for values in code.values]
-    code.go_on_from(of_layer(1), anew=False)
+    code.continue_from(of_layer(1), reset_zeros=False)
     assert all(map(torch.equal, before, code.values))
 
 
@@ -185,7 +186,7 @@ def test_a_code_takes_what_another_step_has_fitted_but_if_anew_not_what_that_rou
     with torch.no_grad():
         for values in coarse.values:
             values.copy_(torch.where(values.round() == 0, 0.4, values))
-    fine.go_on_from(coarse, anew=anew)
+    fine.continue_from(coarse, reset_zeros=anew)
     ratio, compared = 2.0 ** ((coarse.step - fine.step) / 8), 0
     assert ratio > 1
     for values, before, earlier in zip(fine.values, untouched.values, coarse.values, strict=True):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import GeneratorError
-from icmlora.generator.codec import encoding
+from icmlora.generator.codec import steps
 from icmlora.generator.codec.encoding import coarsest, encode_adapter, measured
 from icmlora.generator.codec.limits import Limits
 from tests.icmlora.small_fleet import BASE
@@ -89,7 +89,7 @@ def test_a_part_of_the_layers_leads_to_nearly_the_same_code(
 ) -> None:
     codec = untrained_codec(large)
     whole = encode_adapter(codec, large, {}, limits=Limits(tolerance=tolerance))
-    monkeypatch.setattr(encoding, "_SMALL", 1000)
+    monkeypatch.setattr(steps, "_SMALL", 1000)
     part = encode_adapter(codec, large, {}, limits=Limits(tolerance=tolerance))
     assert part.weighted_error <= tolerance
     assert len(part.data) < 1.1 * len(whole.data)

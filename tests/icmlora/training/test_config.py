@@ -86,8 +86,8 @@ def test_a_training_without_steps_is_refused_and_not_the_default() -> None:
 def test_the_page_about_training_says_how_long_it_takes() -> None:
     page = " ".join((Path(__file__).parents[3] / "docs" / "concepts" / "generator.md").read_text("utf-8").split())
     assert f"fewer than {SMALL_FLEET} tasks, training takes {config.SMALL_STEPS_PER_TASK} steps per task" in page
-    assert f"at least {config.LEAST_SMALL_STEPS}, at a peak learning rate of {config.SMALL_RATE:g}" in page
-    steps = f"{config.LEAST_STEPS:,} to {config.MOST_STEPS:,} steps) at {config.RATE:g}"
+    assert f"at least {config.MIN_SMALL_STEPS}, at a peak learning rate of {config.SMALL_RATE:g}" in page
+    steps = f"{config.MIN_STEPS:,} to {config.MAX_STEPS:,} steps) at {config.RATE:g}"
     assert f"{config.STEPS_PER_ADAPTER} steps per adapter (checkpoints included, {steps}" in page
     assert f"beyond {config.FREE_STEPS} steps there is at most one for every {config.PARAMETERS_PER_STEP:,}" in page
-    assert f"at least {config.LEAST_STACKED_STEPS} steps" in page
+    assert f"at least {config.MIN_STACKED_STEPS} steps" in page

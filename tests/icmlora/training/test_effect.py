@@ -59,7 +59,7 @@ def test_of_an_effect_on_answers_half_a_nat_counts(base: BaseModel, original: Fa
     effect = Effect(teacher)
     assert float(short.divergence) > 0.6
     counted = (float(short.divergence) - effect.noise) / 0.5
-    assert (effect.lost({}).of_all, effect.beyond) == pytest.approx((counted, counted), rel=1e-4)
+    assert (effect.lost({}).of_all, effect.uncapped_ratio) == pytest.approx((counted, counted), rel=1e-4)
 
 
 def test_what_an_adapter_makes_likely_of_the_right_answers_is_lost_without_it(

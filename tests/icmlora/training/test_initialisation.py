@@ -23,7 +23,7 @@ def first_bits(net: CVAE, fleet: MemoryAdapterSource) -> float:
 
 
 def grown() -> CVAE:
-    present = codec().generator.net
+    present = codec().net
     return grown_network(LARGER.config(previous=present.config), present, LARGER, 5)
 
 
@@ -98,14 +98,14 @@ def test_a_fleet_without_vectors_has_a_network_without_their_layers() -> None:
 
 
 def test_a_network_grown_to_the_same_fleet_is_the_present_one() -> None:
-    present = codec().generator.net
+    present = codec().net
     net = grown_network(mixed_fleet().config(previous=present.config), present, mixed_fleet(), 5)
     assert all(torch.equal(net.state_dict()[name], tensor) for name, tensor in present.state_dict().items())
 
 
 @pytest.mark.parametrize("sets", [0, 2])
 def test_a_grown_network_predicts_for_old_tasks_what_it_did(sets: int) -> None:
-    present = codec(sets).generator.net
+    present = codec(sets).net
     fleet = MemoryAdapterSource(LARGER.adapters, sets)
     net = grown_network(fleet.config(previous=present.config), present, fleet, 5)
     assert net.config.slots > present.config.slots
@@ -137,7 +137,7 @@ def test_a_kind_between_two_known_ones_moves_them_without_mixing_them() -> None:
 
 
 def test_vectors_that_come_later_start_a_condition_of_their_own() -> None:
-    present = codec(sets=0).generator.net
+    present = codec(sets=0).net
     fleet = mixed_fleet(sets=2)
     net = grown_network(fleet.config(previous=present.config), present, fleet, 5)
     assert net.config.condition_size == HIDDEN

@@ -18,9 +18,10 @@ from icmlora.base_models.running.lora_hooks import added, factors_of
 from icmlora.errors import BaseModelUnsuited, DataError
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec.codec import Codec
-from icmlora.generator.codec.encoding import SlotChoice, Steps, encode_adapter
+from icmlora.generator.codec.encoding import encode_adapter
 from icmlora.generator.codec.limits import Limits
 from icmlora.generator.codec.relaxed import RelaxedCode
+from icmlora.generator.codec.steps import AdapterSteps, SlotChoice
 from icmlora.training import refinement, teacher
 from icmlora.training.effect import Effect
 from icmlora.training.refinement import FOR_SHARE, Refinable, RefineConfig, items_for, refine
@@ -93,7 +94,7 @@ def test_a_refined_code_does_more_of_what_the_adapter_does(
 
 def test_a_code_without_slots_stays_as_it_is(base: BaseModel, adapter: Adapter, coded: tuple[Codec, bytes]) -> None:
     codec, _ = coded
-    empty = Steps(codec, adapter, {}, None).with_slots(100, SlotChoice(has_faint=False, for_strong=False))
+    empty = AdapterSteps(codec, adapter, {}, None).with_slots(100, SlotChoice(keep_weak=False, energy_weighted=False))
     relaxed = RelaxedCode(codec, adapter, empty)
     work = [Refinable(relaxed, 1.0, teacher_of(base, adapter), effect_of(base, adapter), 0.02)]
     assert list(refine(work, base, CONFIG, range(CONFIG.steps))) == []

@@ -68,7 +68,7 @@ def test_a_few_texts_are_read_in_one_pass_and_as_if_alone(base: BaseModel, train
     assert len(passes) == 1
     for number, target in enumerate(together):
         (alone,) = teacher(base, factors_of(trained)).targets([number])
-        torch.testing.assert_close(target.read.log_p, alone.read.log_p, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(target.log_p, alone.log_p, rtol=1e-4, atol=1e-4)
 
 
 def test_of_a_prompt_and_its_answer_the_answer_counts(base: BaseModel, trained: Adapter) -> None:

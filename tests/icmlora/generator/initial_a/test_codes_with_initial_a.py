@@ -21,7 +21,7 @@ from icmlora.generator.codec.packing import KindIntegers
 from icmlora.generator.files.entropy_coding import Integers
 from icmlora.generator.initial_a.draw import InitialA, InitialModule
 from tests.icmlora.peft_made import initial_of, peft_codec, peft_fleet, peft_made
-from tests.icmlora.small_fleet import same, with_factors
+from tests.icmlora.small_fleet import same, sides_of, with_factors
 
 TASKS = [0, 1, 2]
 
@@ -92,10 +92,11 @@ def test_an_error_of_the_weights_is_kept_too() -> None:
     )
 
 
-def sides_of(opened: OpenCode, group: KindIntegers) -> list[Integers]:
+def integers_of(opened: OpenCode, group: KindIntegers) -> list[Integers]:
     """Return inputs, outputs, and what lies along the initial subspace."""
     kind = group.slots.kind
-    return group.sides((*peft_codec().quantizer.sizes[kind], opened.state.subspace.rows(kind)))
+    sizes = (*peft_codec().quantizer.sizes[kind], opened.state.subspace.rows(kind))
+    return sides_of(group.vectors, len(group.slots.layer), sizes)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -106,7 +107,7 @@ def test_the_code_holds_where_the_initial_a_was_drawn_and_how_much_is_left_acros
     for group in opened.groups:
         # A tenth of the energy is left: 13 eighths of an octave less of length.
         assert (opened.head.shifts[group.slots.kind, :6] < -8).all()
-        assert sides_of(opened, group)[2].any()
+        assert integers_of(opened, group)[2].any()
 
 
 def test_without_one_the_code_holds_neither() -> None:
@@ -174,7 +175,7 @@ def test_what_lies_along_the_subspace_takes_no_numbers_across_it() -> None:
     shares = []
     for which in (None, initial_of(adapter)):
         opened = peft_codec().open(encode_adapter(peft_codec(), adapter, {}, which, limits=Limits(tolerance=0.01)).data)
-        shares.append(sum(float((sides_of(opened, group)[0] != 0).mean()) for group in opened.groups))
+        shares.append(sum(float((integers_of(opened, group)[0] != 0).mean()) for group in opened.groups))
     assert shares[1] < 0.5 * shares[0]
 
 
