@@ -13,7 +13,7 @@ from icm_cli.session import Session, command
 from icm_cli.text import SOURCES, as_fields, claim_json, claim_text, figure, groups_json
 from icmlora.fleet.measure.metric_result import MetricResult, gain_text, measured_in
 from icmlora.fleet.stats.bill_text import limits_text
-from icmlora.formats.images.header_notes import header_notes
+from icmlora.formats.file_header import header_notes
 from icmlora.io.text import counted, escape, human_percent, human_size, in_ranges
 
 if TYPE_CHECKING:

@@ -21,8 +21,7 @@ from icmlora.formats.discovery.discovery import find_adapters
 from icmlora.formats.discovery.tree import Folder
 from icmlora.formats.format import (
     AdapterBytes,
-    AdapterFormat,
-    AdapterPaths,
+    FoundAdapter,
     check_target,
     replaces,
     write_adapter_files,
@@ -68,35 +67,27 @@ class _OnDisk:
     """An adapter on disk."""
 
     name: str
-    format: AdapterFormat
-    paths: AdapterPaths
+    paths: FoundAdapter
 
     def read(self, base_model: Path | None) -> SourceAdapter:
         paths = self.paths
         config = b"" if paths.config is None else read_regular(paths.config, max_bytes=_CONFIG_LIMIT)
         card = None if paths.card is None else read_regular(paths.card, max_bytes=_COMPANION_LIMIT)
         companions = {name: read_regular(path, max_bytes=_COMPANION_LIMIT) for name, path in paths.companions.items()}
-        weights = read_weights(paths.weights, self.format)
+        weights = read_weights(paths.weights, paths.format)
         content = AdapterBytes(weights, config, card, companions)
 
         def find_base() -> FoundBase:
             from icmlora.base_models.finding.lookup import find_base_model, inspect_base
 
-            label = self.format.inspect(config, weights).base_model or ""
+            label = paths.format.inspect(config, weights).base_model or ""
             try:
                 return find_base_model(label) if base_model is None else inspect_base(label, base_model)
             except BaseModelNotFound as error:
                 error.hint = "specify its folder or GGUF file with --base-model PATH"
                 raise
 
-        return SourceAdapter(self.name, self.format, content, find_base, path=self.place)
-
-    @property
-    def files(self) -> list[Path]:
-        """All its files."""
-        paths = self.paths
-        others = [path for path in (paths.config, paths.card) if path is not None]
-        return [paths.weights, *others, *paths.companions.values()]
+        return SourceAdapter(self.name, paths.format, content, find_base, path=self.place)
 
     @property
     def place(self) -> Path:
@@ -155,7 +146,7 @@ def convert(
         for done, adapter in enumerate(found):
             on_event(Progress(done, len(found), adapter.name))
             try:
-                output = place / f"{adapter.name}{(wanted.adapter_format or adapter.format).suffix or ''}"
+                output = place / f"{adapter.name}{(wanted.adapter_format or adapter.paths.format).suffix or ''}"
                 report.adapters.append(_convert_one(adapter, output, wanted, base_model, force=force))
                 on_event(report.adapters[-1])
             except Cancelled:
@@ -206,17 +197,13 @@ def _single(path: Path) -> _OnDisk | None:
 
 def _at(folder: Folder) -> list[_OnDisk]:
     """Return the adapters of a folder; the first format that knows a file has it."""
-    return [_OnDisk(paths.place.name, known, paths) for known in catalogue.FORMATS for paths in known.find(folder)]
+    return [_OnDisk(paths.place.name, paths) for known in catalogue.FORMATS for paths in known.find(folder)]
 
 
 def _many(path: Path) -> tuple[list[_OnDisk], Sequence[tuple[str, IcmError]]]:
     """Return the adapters under a folder by name, and what looks like one but cannot be read."""
     discovery = find_adapters([path], texts=False)
-    found = [
-        _OnDisk(task.name, one.format, AdapterPaths(one.place, one.weights, one.config, one.card, one.companions))
-        for task in discovery.tasks
-        for one in (task.final,)
-    ]
+    found = [_OnDisk(task.name, task.final) for task in discovery.tasks]
     if not found:
         for refusal in discovery.refused:
             raise refusal
@@ -231,14 +218,14 @@ def _convert_one(
     """Write one adapter as a folder, or as a file."""
     from icmlora.fleet.convert.resized_files import convert_files
 
-    target = wanted.adapter_format or found.format
-    if found.format.name != "lycoris":  # whose tensors say what can be made of it
+    target = wanted.adapter_format or found.paths.format
+    if found.paths.format.name != "lycoris":  # whose tensors say what can be made of it
         with located(found.place):
-            check_pair(found.format, target)
+            check_pair(found.paths.format, target)
     check_target(output, target, force=force)
     source = found.read(None if base_model is None else Path(base_model))
     made = convert_files(source, wanted)
-    if force and (own := replaces(output, made.format, made.content, found.name, found.files)):
+    if force and (own := replaces(output, made.format, made.content, found.name, found.paths.files)):
         hint = "write to another path, then replace the source if you no longer need it"
         raise DataError("the output would overwrite the source", path=own, hint=hint)
     write_adapter_files(output, made.format, made.content, found.name, force=force)
@@ -252,7 +239,7 @@ def _outcome(found: _OnDisk, content: AdapterBytes, made: ConvertedFiles, output
         name=found.name,
         source=str(found.place),
         output=str(output),
-        from_format=found.format.name,
+        from_format=found.paths.format.name,
         format=made.format.name,
         before=len(content.weights),
         size=len(made.content.weights),

@@ -22,10 +22,9 @@ from icmlora.adapter.module_groups import grouping
 from icmlora.adapter.resize import RankedSlots
 from icmlora.errors import AdapterRefused, located
 from icmlora.fleet.write.format_pairs import SourceAdapter, check_pair, convert_content, written_from
-from icmlora.formats.catalogue import format_named
+from icmlora.formats.catalogue import check_image_names, format_of_lora, lycoris_to_lora
+from icmlora.formats.file_header import HEADER, with_ranks
 from icmlora.formats.format import AdapterBytes, AdapterFormat, AdapterSummary, Template
-from icmlora.formats.images.header_ranks import with_ranks
-from icmlora.formats.images.single_file_check import HEADER
 from icmlora.io.safetensors import ITEM_BYTES, RawTensor, header_text, parse_header
 from icmlora.io.tensors import DTYPE_NAMES, dtype_name
 
@@ -70,7 +69,7 @@ def convert_files(source: SourceAdapter, wanted: Wanted) -> ConvertedFiles:
     summary = source.summary
     dtype, made_lora = wanted.dtype, None
     is_other = source.format.name == "lycoris" and summary.original_only is not None and not summary.does_nothing
-    known = _format_of_lora(source) if is_other else source.format
+    known = format_of_lora(source.content.weights) if is_other else source.format
     target = wanted.adapter_format or (source.format if wanted.rank is None else known)
     if target.name != source.format.name:
         check_pair(known, target)
@@ -91,10 +90,8 @@ def _check_names(source: SourceAdapter, target: AdapterFormat | None) -> None:
     if target is None or target.name == source.format.name or not target.is_for_images:
         return
     if source.format.name in written_from(target):
-        from icmlora.formats.images.conversion import checked_renaming
-
         with located(source.path):
-            checked_renaming(source.content.weights, source.format, target)
+            check_image_names(source.content.weights, source.format, target)
 
 
 def _own_dtype(summary: AdapterSummary) -> str:
@@ -105,22 +102,13 @@ def _as_lora(
     source: SourceAdapter, summary: AdapterSummary, wanted: Wanted
 ) -> tuple[SourceAdapter, Mapping[str, tuple[float, float]]]:
     """Make LoRA of another method; also return squared errors and norms by module."""
-    from icmlora.formats.images.lycoris_lora import low_rank
-
     if wanted.rank is None:
         fact = f"its modules have no rank: {summary.original_only}"
         raise AdapterRefused(fact, kind="original-only", path=source.path, hint="specify a rank, such as --rank 16")
     with located(source.path):
-        made = low_rank(source.content.weights, wanted.rank)
+        made = lycoris_to_lora(source.content.weights, wanted.rank)
     content = replace(source.content, weights=made.weights)
-    return replace(source, content=content, format=_format_of_lora(source)), made.errors
-
-
-def _format_of_lora(source: SourceAdapter) -> AdapterFormat:
-    """Return the format of the LoRA that is made of another method."""
-    from icmlora.formats.images.lycoris_lora import format_of_lora
-
-    return format_named(format_of_lora(source.content.weights))
+    return replace(source, content=content, format=format_of_lora(source.content.weights)), made.errors
 
 
 def _with_earlier(written: ConvertedFiles, errors: Mapping[str, tuple[float, float]]) -> ConvertedFiles:

@@ -32,7 +32,7 @@ from icmlora.formats.discovery.placeholder import (
     read_placeholder,
 )
 from icmlora.formats.discovery.tree import Folder
-from icmlora.formats.format import AdapterBytes, AdapterPaths
+from icmlora.formats.format import AdapterBytes, FoundAdapter
 from icmlora.io.files import HashedFile, hash_regular
 from icmlora.io.safetensors import read_header
 from icmlora.io.staging import writing_file
@@ -276,7 +276,7 @@ def _parts_of(folder: _AdapterFolder, adapter: Adapter) -> dict[Path, Part]:
     }
 
 
-def _parts(paths: AdapterPaths) -> Iterator[tuple[Path, Part]]:
+def _parts(paths: FoundAdapter) -> Iterator[tuple[Path, Part]]:
     yield paths.weights, "weights"
     if paths.config is not None:
         yield paths.config, "config"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from icmlora.errors import AdapterRefused, BaseModelNotFound, BaseModelUnsuited, DataError, located
 from icmlora.formats import catalogue
-from icmlora.formats.catalogue import format_named
+from icmlora.formats.catalogue import convert_image, format_named
 from icmlora.formats.format import AdapterBytes, AdapterFormat, AdapterSummary, RunnableAdapter
 
 if TYPE_CHECKING:
@@ -115,8 +115,6 @@ def convert_content(
     check_pair(source.format, target)
     with located(source.path):
         if target.is_for_images:
-            from icmlora.formats.images.conversion import convert_image
-
             return convert_image(source.content, source.format, target, metadata=metadata, dtype=dtype)
         base = _gguf_base(source.find_base) if "gguf" in (source.format.name, target.name) else None
         adapter = _runnable(source, base)

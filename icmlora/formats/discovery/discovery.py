@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from icmlora.errors import AdapterRefused
 from icmlora.formats import catalogue
-from icmlora.formats.discovery.found import FoundAdapter, FoundTask
+from icmlora.formats.discovery.found import FoundTask
 from icmlora.formats.discovery.initial_weights import with_initial_weights
 from icmlora.formats.discovery.naming import NameTemplate, choose_names
 from icmlora.formats.discovery.placeholder import (
@@ -45,6 +45,7 @@ from icmlora.formats.discovery.task_names import (
 )
 from icmlora.formats.discovery.tree import Folder, walk
 from icmlora.formats.discovery.unsupported import APPLE_DOUBLE, PICKLES, described, foreign_adapters, is_passed_over
+from icmlora.formats.format import FoundAdapter
 from icmlora.formats.peft.config import MAX_CONFIG_BYTES
 from icmlora.formats.peft.peft import CONFIG_NAME, WEIGHTS_NAME
 from icmlora.io.files import open_regular, read_exactly, read_regular
@@ -194,9 +195,9 @@ def name_tasks(
 def _collect(folder: Folder, root: Path, runs: defaultdict[Path, _Run], refused: list[AdapterRefused]) -> None:
     # The user's folder may be a checkpoint itself, so include its own name.
     levels = 1 + len(folder.path.relative_to(root).parts)
-    found = [(known, paths) for known in catalogue.FORMATS for paths in known.find(folder)]
-    adapters = [FoundAdapter.of(*one, folder.pickle) for one in found]
-    homes = [run_folder(one.place, levels) if one.run is None else (one.run, one.step) for _, one in found]
+    found = (adapter for known in catalogue.FORMATS for adapter in known.find(folder))
+    adapters = [replace(adapter, pickle=folder.pickle) for adapter in found]
+    homes = [run_folder(one.place, levels) if one.run is None else (one.run, one.step) for one in adapters]
     for adapter, (home, step) in zip(adapters, homes, strict=True):
         _add(adapter, home, step, root, runs)
     away = _collect_placeholders(folder, {adapter.place for adapter in adapters}, levels, root, runs, refused)
@@ -266,8 +267,8 @@ def _collect_file(file: Path, runs: defaultdict[Path, _Run]) -> bool:
         return False
     folder = Folder(file.parent, {file.name: file})
     for known in catalogue.FORMATS:
-        for paths in known.find(folder):
-            runs[paths.place].adapters[None] = FoundAdapter.of(known, paths)
+        for adapter in known.find(folder):
+            runs[adapter.place].adapters[None] = adapter
             return True
     return False
 

@@ -18,7 +18,8 @@ from icmlora.io.files import read_regular
 from icmlora.io.safetensors import read_tensor_header
 
 if TYPE_CHECKING:
-    from icmlora.formats.discovery.found import FoundAdapter, FoundTask
+    from icmlora.formats.discovery.found import FoundTask
+    from icmlora.formats.format import FoundAdapter
 
 _METHODS = ("pissa", "olora", "corda")
 

@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from icmlora.errors import AdapterRefused, UnsafeInput, located
-from icmlora.formats.discovery.found import FoundAdapter, FoundTask
+from icmlora.formats.discovery.found import FoundTask
+from icmlora.formats.format import FoundAdapter
 from icmlora.io.files import hash_open, open_regular, read_exactly
 from icmlora.io.safetensors import MAX_FILE_BYTES
 from icmlora.io.sandbox import NO_MEMORY, TOO_SLOW, UNAVAILABLE, Limits, Sandbox

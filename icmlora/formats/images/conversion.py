@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from icmlora.errors import AdapterRefused
+from icmlora.formats.file_header import HEADER, of_lora, with_ranks
 from icmlora.formats.format import AdapterBytes, AdapterFormat
 from icmlora.formats.images.diffusers import METADATA
 from icmlora.formats.images.families import ImageBase, base_of
-from icmlora.formats.images.header_ranks import of_lora, with_ranks
 from icmlora.formats.images.names import diffusers_to_kohya, lycoris_to_kohya, to_diffusers
 from icmlora.formats.images.single_file import SingleFileFormat
-from icmlora.formats.images.single_file_check import HEADER
 from icmlora.io.safetensors import RawTensor, encode
 from icmlora.io.tensors import dtype_name, raw_tensor
 

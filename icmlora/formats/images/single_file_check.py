@@ -12,6 +12,7 @@ import numpy as np
 
 from icmlora.adapter.module_groups import blocks_of
 from icmlora.errors import AdapterRefused
+from icmlora.formats.file_header import HEADER
 from icmlora.formats.format import AdapterSummary, Buffer
 from icmlora.formats.images.families import base_of
 from icmlora.formats.images.single_file_names import Factors, Naming, SortedFile, sort_file
@@ -19,8 +20,6 @@ from icmlora.formats.noted_form import commonest, note, types_to_note
 from icmlora.io.finite import bits, check_finite, is_zero
 from icmlora.io.safetensors import TensorHeader, TensorInfo, header_text, read_header
 
-HEADER = "header.metadata"
-"""Name of the extra tensor of bytes that holds the header's metadata verbatim."""
 NOTHING = "does nothing"
 
 

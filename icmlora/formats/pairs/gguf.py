@@ -23,11 +23,11 @@ from icmlora.errors import AdapterRefused
 from icmlora.formats.format import (
     AdapterBytes,
     AdapterFormat,
-    AdapterPaths,
     AdapterSummary,
     Buffer,
     ConfigFacts,
     Extras,
+    FoundAdapter,
     LoadedAdapter,
     RunnableAdapter,
     Template,
@@ -107,10 +107,10 @@ class GgufFormat(AdapterFormat):
     suffix = SUFFIX
     about = "a single file NAME.gguf for llama.cpp"
 
-    def find(self, folder: Folder) -> list[AdapterPaths]:
+    def find(self, folder: Folder) -> list[FoundAdapter]:
         """Return every GGUF file that declares itself an adapter; whole models are skipped."""
         stems = ((without_suffix(name, SUFFIX), path) for name, path in sorted(folder.files.items()))
-        return [AdapterPaths(folder.path / stem, path) for stem, path in stems if stem and _says_adapter(path)]
+        return [FoundAdapter(self, folder.path / stem, path) for stem, path in stems if stem and _says_adapter(path)]
 
     def _summary(self, config: bytes, weights: Buffer) -> AdapterSummary:
         self.read_config(config)

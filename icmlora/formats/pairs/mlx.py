@@ -26,12 +26,12 @@ from icmlora.errors import AdapterRefused, UnsafeInput
 from icmlora.formats.format import (
     AdapterBytes,
     AdapterFormat,
-    AdapterPaths,
     AdapterSummary,
     Buffer,
     ConfigFacts,
     Extras,
     FolderFormat,
+    FoundAdapter,
     LoadedAdapter,
     RunnableAdapter,
     Template,
@@ -107,7 +107,7 @@ class MlxFormat(FolderFormat):
     weights_name = WEIGHTS_NAME
     watched = frozenset({CONFIG_NAME, WEIGHTS_NAME})
 
-    def find(self, folder: Folder) -> list[AdapterPaths]:
+    def find(self, folder: Folder) -> list[FoundAdapter]:
         """Return the adapter of a folder, unless its configuration is PEFT's."""
         return [paths for paths in super().find(folder) if not _is_pefts(folder.files[CONFIG_NAME])]
 
