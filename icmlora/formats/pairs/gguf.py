@@ -16,6 +16,7 @@ import base64
 import binascii
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,9 +85,6 @@ class _Parsed:
     alpha: float  # 0 if missing
     tensors: SortedPairs
 
-    def scale(self, rank: int) -> float:
-        return _scale(self.alpha, rank)
-
     def summary(self, weights: Buffer) -> AdapterSummary:
         facts, tensors = ConfigFacts(_base_of(self.header), None, TASK_TYPE), TensorHeader(self.header.tensors, {})
         kind = self.header.text(_KIND)
@@ -122,7 +120,7 @@ class GgufFormat(AdapterFormat):
 
         self.read_config(config)
         parsed = _parse(weights)
-        return read_pairs(weights, parsed.summary(weights), parsed.tensors, parsed.scale)
+        return read_pairs(weights, parsed.summary(weights), parsed.tensors, partial(_scale, parsed.alpha))
 
     def _run(self, config: bytes, weights: bytes) -> RunnableAdapter:
         self._load(config, weights)
@@ -150,7 +148,7 @@ class GgufFormat(AdapterFormat):
             form,
             turned=_turned,
             suffix=_WEIGHT,
-            scale=lambda rank: _scale(alpha, rank),
+            scale=partial(_scale, alpha),
             dtype=dtype,
             rank=rank,
         )
