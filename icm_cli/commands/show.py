@@ -15,7 +15,7 @@ from icmlora.fleet.measure.metric_result import MetricResult, gain_text, measure
 from icmlora.fleet.params import Param
 from icmlora.fleet.stats.bill_text import limits_text
 from icmlora.fleet.tasks.tasks import show_task
-from icmlora.formats.images.header_notes import header_notes
+from icmlora.formats.file_header import header_notes
 from icmlora.io.text import counted, escape, human_percent, human_size, in_ranges
 
 if TYPE_CHECKING:

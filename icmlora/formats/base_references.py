@@ -90,7 +90,18 @@ def resolve(blob: bytes, base: BaseSource) -> dict[str, RawTensor]:
         BaseModelMismatch: The base model lacks one of them.
         DataError: The record is damaged.
     """
-    return {name: _resolved(reference, base) for name, reference in parse_references(blob).items()}
+    tensors = {}
+    for name, reference in parse_references(blob).items():
+        found = base.read(reference.tensor)
+        found = None if found is None or found.shape != reference.shape else widened(found, reference.dtype)
+        if found is None or hashlib.sha256(found.data).hexdigest() != reference.digest:
+            raise BaseModelMismatch(
+                f"the adapter needs tensor {reference.tensor} of base model {base.label!r} as ingested, "
+                "but the copy on this machine has different values",
+                hint="run `icm base add NAME PATH` with the copy that the adapter was trained on",
+            )
+        tensors[name] = found
+    return tensors
 
 
 def widened(tensor: RawTensor, dtype: str) -> RawTensor | None:
@@ -102,18 +113,6 @@ def widened(tensor: RawTensor, dtype: str) -> RawTensor | None:
     wide = bytearray(2 * len(tensor.data))  # bfloat16 is the upper half of a float32; the lower half is zero
     wide[2::4], wide[3::4] = tensor.data[::2], tensor.data[1::2]
     return RawTensor(dtype, tensor.shape, bytes(wide))
-
-
-def _resolved(reference: Reference, base: BaseSource) -> RawTensor:
-    found = base.read(reference.tensor)
-    found = None if found is None or found.shape != reference.shape else widened(found, reference.dtype)
-    if found is None or hashlib.sha256(found.data).hexdigest() != reference.digest:
-        raise BaseModelMismatch(
-            f"the adapter needs tensor {reference.tensor} of base model {base.label!r} as ingested, "
-            "but the copy on this machine has different values",
-            hint="run `icm base add NAME PATH` with the copy that the adapter was trained on",
-        )
-    return found
 
 
 def _reference(name: str, value: object) -> Reference:

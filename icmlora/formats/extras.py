@@ -62,7 +62,9 @@ def unpack_extras(
 def pack(data: bytes, width: int = 1) -> bytes:
     """Compress bytes losslessly; `width` is the size of their numbers in bytes."""
     compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
-    return _HEAD.pack(_MAGIC, width, len(data)) + compressor.compress(_planes(data, width))
+    whole = len(data) - len(data) % width
+    planes = b"".join(data[byte:whole:width] for byte in range(width)) + data[whole:]
+    return _HEAD.pack(_MAGIC, width, len(data)) + compressor.compress(planes)
 
 
 def unpack(packed: bytes) -> bytes:
@@ -82,7 +84,10 @@ def unpack(packed: bytes) -> bytes:
             raise ValueError("cut short")
     except (struct.error, ValueError, zstandard.ZstdError) as error:
         raise _unreadable(error) from error
-    return _unplaned(planes, width)
+    count, data = length // width, bytearray(planes)
+    for byte in range(width):
+        data[byte : count * width : width] = planes[byte * count : (byte + 1) * count]
+    return bytes(data)
 
 
 def unpacked_size(packed: bytes) -> int:
@@ -102,16 +107,3 @@ def _stated(packed: bytes) -> tuple[int, int]:
 
 def _unreadable(error: Exception) -> DataError:
     return DataError(f"an extra of the adapter cannot be read: {error}")
-
-
-def _planes(data: bytes, width: int) -> bytes:
-    whole = len(data) - len(data) % width
-    return b"".join(data[byte:whole:width] for byte in range(width)) + data[whole:]
-
-
-def _unplaned(planes: bytes, width: int) -> bytes:
-    count = len(planes) // width
-    data = bytearray(planes)
-    for byte in range(width):
-        data[byte : count * width : width] = planes[byte * count : (byte + 1) * count]
-    return bytes(data)

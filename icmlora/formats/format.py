@@ -1,6 +1,6 @@
 """The interface of an adapter format.
 
-    folder --find--> AdapterPaths --read bytes--> config, weights --inspect--> AdapterSummary      (no torch)
+    folder --find--> FoundAdapter --read bytes--> config, weights --inspect--> AdapterSummary      (no torch)
                                                         |---------read-------> LoadedAdapter       (tensors)
                                                         `-------runnable-----> RunnableAdapter     (tensors)
     AdapterBytes <--encode-- Adapter
@@ -36,10 +36,11 @@ Texts = Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class AdapterPaths:
-    """The files of one adapter on disk; every path is a regular file.
+class FoundAdapter:
+    """One adapter on disk; every path is a regular file.
 
     Attributes:
+        format: The format that found it.
         place: The folder, or for a single file the file without its suffix: the task is named after it.
         weights: The file with the tensors.
         config: The configuration file; None if the header of the weights contains the configuration.
@@ -47,9 +48,13 @@ class AdapterPaths:
         companions: Name to path of other files that belong to the adapter, such as a tokenizer. For an adapter in a
             single file, the name omits the adapter's: `preview.png` is the file `NAME.preview.png`.
         run: For a checkpoint in a single file, the place of its run.
-        step: For a checkpoint in a single file, its training step.
+        step: The training step of a checkpoint; for a checkpoint in a folder, discovery sets it.
+        is_final: Whether it represents its task; discovery sets it for exactly one.
+        pickle: The file name of the weights if they are, or were, a pickle.
+        initial: The file with its initial weights (see initial_weights.py).
     """
 
+    format: AdapterFormat
     place: Path
     weights: Path
     config: Path | None = None
@@ -57,6 +62,14 @@ class AdapterPaths:
     companions: Mapping[str, Path] = field(default_factory=dict)
     run: Path | None = None
     step: int | None = None
+    is_final: bool = False
+    pickle: str | None = None
+    initial: Path | None = None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All files of the adapter."""
+        return tuple(path for path in (self.weights, self.config, self.card, *self.companions.values()) if path)
 
 
 @dataclass(frozen=True)
@@ -189,7 +202,7 @@ class AdapterFormat(ABC):
     """Names of other files that may belong to an adapter; for a single file, the part after the adapter's name."""
 
     @abstractmethod
-    def find(self, folder: Folder) -> list[AdapterPaths]:
+    def find(self, folder: Folder) -> list[FoundAdapter]:
         """Return the adapters of this format in one folder, detected by file names and a few bytes."""
 
     def refuse(self, folder: Folder) -> list[AdapterRefused]:
@@ -211,7 +224,8 @@ class AdapterFormat(ABC):
     ) -> AdapterSummary:
         """Check an adapter completely and summarise it.
 
-        Safely readable input is never refused: if the adapter can have no code, `original_only` states the reason.
+        An adapter that can have no code is not refused: `original_only` states the reason. Formats other than PEFT
+        also refuse a file whose factors or scale are ambiguous, such as half a pair or an unknown alpha.
 
         Args:
             config: Its configuration; empty for a format without one.
@@ -326,14 +340,14 @@ class FolderFormat(AdapterFormat):
     config_name = "adapter_config.json"
     card_name = "README.md"
 
-    def find(self, folder: Folder) -> list[AdapterPaths]:
+    def find(self, folder: Folder) -> list[FoundAdapter]:
         """Return the adapter of a folder, at most one."""
         files = folder.files
         if self.config_name not in files or self.weights_name not in files:
             return []
         companions = {name: path for name, path in files.items() if name in self.companions}
         paths = files[self.weights_name], files[self.config_name], files.get(self.card_name)
-        return [AdapterPaths(folder.path, *paths, companions)]
+        return [FoundAdapter(self, folder.path, *paths, companions)]
 
     def lay_out(self, files: AdapterBytes, name: str) -> dict[str, bytes]:
         """Name the files; the configuration comes last because it makes the folder an adapter."""

@@ -58,25 +58,7 @@ _TENSORS: tuple[tuple[re.Pattern[str], _Refusal], ...] = (
 
 def refuse_unsupported(fields: dict[str, Any]) -> None:
     """Refuse a configuration that is not a plain LoRA."""
-    _check_method(fields)
-    for key, refusal in _FIELDS.items():
-        if fields.get(key) not in _UNUSED:
-            raise AdapterRefused(f"{key} is set: {refusal.what}", kind=refusal.kind, hint=refusal.hint)
-    _check_init(fields.get("init_lora_weights", True))
-    _check_unknown(fields)
-
-
-def refuse_tensor(name: str) -> None:
-    """Refuse a tensor of another method; skip tensors that can be kept as extras."""
-    for pattern, refusal in _TENSORS:
-        if pattern.search(name):
-            raise AdapterRefused(f"{name}: {refusal.what}", kind=refusal.kind, hint=refusal.hint)
-
-
-def _check_method(fields: dict[str, Any]) -> None:
     method = fields.get("peft_type")
-    if method == "LORA":
-        return
     if method is None:
         mlx = "fine_tune_type" in fields or "lora_parameters" in fields
         raise AdapterRefused(
@@ -84,8 +66,24 @@ def _check_method(fields: dict[str, Any]) -> None:
             kind="mlx" if mlx else "peft-method",
             hint="convert it to a PEFT folder" if mlx else 'add "peft_type": "LORA" if it is a plain PEFT LoRA',
         )
-    message = f"peft_type is {escape(repr(method), 48)}, not LORA"
-    raise AdapterRefused(message, kind="peft-method", hint="only a LORA can have a code")
+    if method != "LORA":
+        message = f"peft_type is {escape(repr(method), 48)}, not LORA"
+        raise AdapterRefused(message, kind="peft-method", hint="only a LORA can have a code")
+    for key, refusal in _FIELDS.items():
+        if fields.get(key) not in _UNUSED:
+            raise AdapterRefused(f"{key} is set: {refusal.what}", kind=refusal.kind, hint=refusal.hint)
+    _check_init(fields.get("init_lora_weights", True))
+    for key, value in fields.items():  # icm could not reproduce the effect of an unknown switch
+        if key not in _KNOWN and value not in _UNUSED and _SWITCH.fullmatch(key):
+            message = f"{escape(key, 120)!r} is set, a LoRA variant that this icm does not support"
+            raise AdapterRefused(message, kind="unknown-variant", hint=_MERGE)
+
+
+def refuse_tensor(name: str) -> None:
+    """Refuse a tensor of another method; skip tensors that can be kept as extras."""
+    for pattern, refusal in _TENSORS:
+        if pattern.search(name):
+            raise AdapterRefused(f"{name}: {refusal.what}", kind=refusal.kind, hint=refusal.hint)
 
 
 def _check_init(init: object) -> None:
@@ -99,14 +97,6 @@ def _check_init(init: object) -> None:
         message = f"init_lora_weights is {name}: its weights fit a modified base model, not the named one"
         raise AdapterRefused(f"{message}; {way_out}", kind="init")
     raise AdapterRefused(f"init_lora_weights is {escape(repr(init), 48)}, which this icm does not support", kind="init")
-
-
-def _check_unknown(fields: dict[str, Any]) -> None:
-    """Refuse unknown switches: icm could not reproduce their effect."""
-    for key, value in fields.items():
-        if key not in _KNOWN and value not in _UNUSED and _SWITCH.fullmatch(key):
-            message = f"{escape(key, 120)!r} is set, a LoRA variant that this icm does not support"
-            raise AdapterRefused(message, kind="unknown-variant", hint=_MERGE)
 
 
 # Keys that look like switches, but are read here or have no effect after training.

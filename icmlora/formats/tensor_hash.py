@@ -92,12 +92,12 @@ def plain_config(config: bytes) -> str:
         fields = parse_object(config, what="the configuration", max_bytes=len(config))
     except AdapterRefused:
         return config.decode("utf-8", "backslashreplace")
-    kept = {name: value for name, value in fields.items() if name not in _UNIMPORTANT and not _is_empty(value)}
+    kept = {
+        name: value
+        for name, value in fields.items()
+        if name not in _UNIMPORTANT and not (value is None or value is False or value in ([], {}))  # 0 is not empty
+    }
     return json.dumps(kept, sort_keys=True)
-
-
-def _is_empty(value: object) -> bool:
-    return value is None or value is False or value in ([], {})  # an alpha of 0 is not
 
 
 _Layout = tuple[bytes, tuple[tuple[int, int], ...]]

@@ -55,20 +55,13 @@ def _refuse_first(data: bytes | bytearray | memoryview, header: TensorHeader) ->
         values = bits(data, tensor.dtype, tensor.begin, tensor.end)
         wrong = np.flatnonzero((values & _EXPONENT[tensor.dtype]) == _EXPONENT[tensor.dtype])
         if wrong.size:
-            index = int(wrong[0])
+            index, shape = int(wrong[0]), tensor.shape
+            value = int(values[index])
+            name = "-Inf" if value >> (8 * ITEM_BYTES[tensor.dtype] - 1) else "Inf"
+            name = "NaN" if value & _MANTISSA[tensor.dtype] else name
+            position = [int(axis) for axis in np.unravel_index(index, shape)] if shape else []
             raise AdapterRefused(
-                f"{tensor.name} holds {_value_name(int(values[index]), tensor)} at {_position(index, tensor)}"
-                f" ({wrong.size:,} such values in the tensor)",
+                f"{tensor.name} holds {name} at {position} ({wrong.size:,} such values in the tensor)",
                 kind="non-finite",
                 hint="the training run diverged: use an earlier checkpoint",
             )
-
-
-def _value_name(value: int, tensor: TensorInfo) -> str:
-    if value & _MANTISSA[tensor.dtype]:
-        return "NaN"
-    return "-Inf" if value >> (8 * ITEM_BYTES[tensor.dtype] - 1) else "Inf"
-
-
-def _position(index: int, tensor: TensorInfo) -> str:
-    return str([int(axis) for axis in np.unravel_index(index, tensor.shape)]) if tensor.shape else "[]"

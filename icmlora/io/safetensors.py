@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 from icmlora.errors import AdapterRefused, UnsafeInput, located
+from icmlora.io.files import open_regular, read_exactly
+from icmlora.io.strict_json import parse_object
 from registry.names import escape
 
 MAX_HEADER_BYTES = 8 * 1024 * 1024
@@ -117,8 +119,6 @@ def remembered(function: Callable[_P, _T]) -> Callable[_P, _T]:
 def parse_header(text: bytes, size: int) -> TensorHeader:
     """Parse and check a header against the size of its file; raises as `read_header` does."""
     # Each tensor opens one brace, so counting braces bounds the memory for parsing.
-    from icmlora.io.strict_json import parse_object  # needed only for reading
-
     if text.count(b"{") > MAX_TENSORS + 2:
         raise UnsafeInput(f"more than {MAX_TENSORS:,} tensors", kind="limits")
     fields = parse_object(text, what="the safetensors header", max_bytes=MAX_HEADER_BYTES)
@@ -141,8 +141,6 @@ class PeekedHeader:
 
 def peek_header(path: Path) -> PeekedHeader | None:
     """Read the header of a file on disk, which may be truncated; None if there is no header."""
-    from icmlora.io.files import open_regular, read_exactly  # needed only for reading from disk
-
     try:
         with open_regular(path, max_bytes=2**62) as (descriptor, size):
             return peek_bytes(lambda count: read_exactly(descriptor, min(size, count), 0))
@@ -168,24 +166,18 @@ def peek_bytes(start: Callable[[int], bytes]) -> PeekedHeader | None:
 
 def read_tensor_header(path: Path, *, max_bytes: int = MAX_FILE_BYTES) -> TensorHeader:
     """Read and check the header of a safetensors file on disk, without its tensors."""
-    from icmlora.io.files import open_regular
-
     with located(path), open_regular(path, max_bytes=max_bytes) as (descriptor, size):
         return read_head(descriptor, size)
 
 
 def read_tensor(path: Path, info: TensorInfo, *, max_bytes: int = MAX_FILE_BYTES) -> RawTensor:
     """Read one tensor of a file on disk, at the offsets from its header."""
-    from icmlora.io.files import open_regular, read_exactly
-
     with located(path), open_regular(path, max_bytes=max_bytes) as (descriptor, _):
         return RawTensor(info.dtype, info.shape, read_exactly(descriptor, info.end - info.begin, info.begin))
 
 
 def read_head(descriptor: int, size: int) -> TensorHeader:
     """Read and check only the header of an open file; raises as `read_header` does."""
-    from icmlora.io.files import read_exactly
-
     start = read_exactly(descriptor, min(size, _PREFIX_BYTES + 1), 0)
     return parse_header(read_exactly(descriptor, _header_length(start, size), _PREFIX_BYTES), size)
 

@@ -36,7 +36,10 @@ def parse_object(data: bytes, *, what: str, max_bytes: int) -> dict[str, Any]:
     """
     if len(data) > max_bytes:
         raise UnsafeInput(f"{what} has {len(data):,} bytes, more than {max_bytes:,}", kind="limits")
-    _check_punctuation(data, what)
+    for mark in _PUNCTUATION:
+        if data.count(mark) > MAX_PUNCTUATION:
+            message = f"{what} contains more than {MAX_PUNCTUATION:,} of the character {mark.decode()}"
+            raise UnsafeInput(message, kind="limits")
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -68,13 +71,6 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"the number {text[:32]} is not finite")
     return value
-
-
-def _check_punctuation(data: bytes, what: str) -> None:
-    for mark in _PUNCTUATION:
-        if data.count(mark) > MAX_PUNCTUATION:
-            message = f"{what} contains more than {MAX_PUNCTUATION:,} of the character {mark.decode()}"
-            raise UnsafeInput(message, kind="limits")
 
 
 def _check_depth(value: dict[str, Any] | list[Any], what: str, depth: int = 1) -> None:

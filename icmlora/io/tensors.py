@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from icmlora.errors import AdapterRefused, DataError
+from icmlora.io.finite import bits
 from icmlora.io.safetensors import RawTensor, TensorHeader, encode, read_header
 
 DTYPE_NAMES: Mapping[str, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -31,8 +32,6 @@ def decode_float32(data: bytes | bytearray | memoryview, header: TensorHeader) -
     Raises:
         AdapterRefused: A tensor is not of a float type.
     """
-    from icmlora.io.finite import bits  # needed only for reading
-
     tensors: dict[str, torch.Tensor] = {}
     for run in header.runs:
         if run[0].dtype not in _TORCH:

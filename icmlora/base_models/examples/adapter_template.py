@@ -1,37 +1,28 @@
-"""Render an adapter's own chat template in a child process with limits. Never imports torch.
+"""Render an adapter's own chat template in a sandbox. Never imports torch.
 
 A template is a program. transformers' sandbox keeps it away from files and Python internals, but does not stop it from
 running forever or exhausting memory. The base model's template is as trusted as the base model. A template from an
-adapter's folder runs in its own process (`template_child.py`), once for all chats of a file.
+adapter's folder runs in a sandbox (`template_child.py`), once for all chats of a file.
 """
 
 from __future__ import annotations
 
 import json
-import signal
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
-from icmlora.base_models.examples import template_child
 from icmlora.base_models.examples.chat_template import ChatTemplate, Rendered, Templates
 from icmlora.base_models.examples.chats import Chat
 from icmlora.errors import DataError
-from icmlora.io.child import run_child
+from icmlora.io.sandbox import NO_MEMORY, TOO_SLOW, Limits, Sandbox
 
 JINJA_NAME, CONFIG_NAME = "chat_template.jinja", "tokenizer_config.json"
 _HINT = "remove the chat template from the adapter's folder and ingest it again to use the base model's template"
 
 
-@dataclass(frozen=True)
-class TemplateLimits:
-    """Limits for rendering all chats of a file, on top of what the process itself needs."""
-
-    memory: int = 256 << 20
-    memory_per_byte: int = 16
-    seconds: int = 20
-    seconds_per_megabyte: int = 20
-    wall_seconds: int = 120  # extra, for slow process startup
+LIMITS = Limits(memory_per_byte=16, seconds=20, seconds_per_byte=20 / 2**20)
+"""Limits for rendering all chats of a file."""
 
 
 def template_of(files: Mapping[str, bytes]) -> Templates | None:
@@ -55,7 +46,7 @@ def _is_named(entry: object) -> bool:
 
 
 def render_in_child(
-    template: ChatTemplate, chats: Sequence[Chat], limits: TemplateLimits = TemplateLimits()
+    template: ChatTemplate, chats: Sequence[Chat], limits: Limits = LIMITS
 ) -> list[Rendered | DataError]:
     """Render chats with an untrusted template; return the error in place of a chat that cannot be rendered.
 
@@ -64,20 +55,22 @@ def render_in_child(
     """
     work = {"templates": template.templates, "special_tokens": template.special_tokens, "chats": [*map(asdict, chats)]}
     data = json.dumps(work, default=str).encode()
-    memory = limits.memory + limits.memory_per_byte * len(data)
-    seconds = limits.seconds + limits.seconds_per_megabyte * len(data) // 2**20
-    with tempfile.TemporaryFile() as source, tempfile.TemporaryFile() as target:
+    with (
+        tempfile.TemporaryFile() as source,
+        tempfile.TemporaryFile() as target,
+        Sandbox("icmlora.base_models.examples.template_child") as sandbox,
+    ):
         source.write(data)
         source.flush()
-        status = run_child(
-            template_child.__file__,
-            [str(memory), str(seconds)],
-            source.fileno(),
-            target.fileno(),
-            wall_seconds=limits.wall_seconds + 2 * seconds,
-        )
+        status = sandbox.run({}, source.fileno(), target.fileno(), len(data), limits)
+        memory, seconds = limits.for_size(len(data))
+        if status == TOO_SLOW:
+            raise DataError(f"the adapter's own chat template takes more than {seconds} s", hint=_HINT)
+        if status == NO_MEMORY:
+            raise DataError(f"the adapter's own chat template takes more than {memory >> 20} MiB", hint=_HINT)
         if status != 0:
-            raise DataError(_fact(status, memory, seconds), hint=_HINT)
+            fact = f"the process that renders the adapter's own chat template ended with status {status}"
+            raise DataError(fact, hint=_HINT)
         target.seek(0)
         return [_result(entry) for entry in json.load(target)]
 
@@ -93,11 +86,3 @@ def _result(entry: dict[str, object]) -> Rendered | DataError:
         }:
             return Rendered(text, tuple((first, end) for first, end in spans), start, stop, context)
     return DataError(str(entry["refused"]))
-
-
-def _fact(status: int | None, memory: int, seconds: int) -> str:
-    if status in (None, -signal.SIGXCPU):
-        return f"the adapter's own chat template takes more than {seconds} s"
-    if status in (template_child.NO_MEMORY, -signal.SIGABRT, -signal.SIGKILL, -signal.SIGXFSZ):
-        return f"the adapter's own chat template takes more than {memory >> 20} MiB"
-    return f"the process that renders the adapter's own chat template ended with status {status}"

@@ -20,9 +20,8 @@ from icmlora.fleet.results import Report
 from icmlora.fleet.write.format_pairs import SourceAdapter, check_pair, format_to_write
 from icmlora.formats import catalogue
 from icmlora.formats.discovery.discovery import find_adapters
-from icmlora.formats.discovery.found import FoundAdapter
 from icmlora.formats.discovery.tree import Folder
-from icmlora.formats.format import AdapterBytes, check_target, replaces, write_adapter_files
+from icmlora.formats.format import AdapterBytes, FoundAdapter, check_target, replaces, write_adapter_files
 from icmlora.formats.weights import read_weights
 from icmlora.io.files import read_regular
 from icmlora.io.text import parse_bytes
@@ -176,9 +175,7 @@ def _single(path: Path) -> FoundAdapter | None:
     if folder != path:
         entries = {name: entry for name, entry in entries.items() if name.startswith(f"{path.stem}.")}
     # The first format that knows a file has it.
-    adapters = [
-        FoundAdapter.of(known, paths) for known in catalogue.FORMATS for paths in known.find(Folder(folder, entries))
-    ]
+    adapters = [one for known in catalogue.FORMATS for one in known.find(Folder(folder, entries))]
     found = next((one for one in adapters if path == (one.place if folder == path else one.weights)), None)
     if found is None and folder != path:
         hint = "run `icm convert --list-formats` to list the supported formats"

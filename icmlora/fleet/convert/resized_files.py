@@ -23,12 +23,9 @@ from icmlora.adapter.module_groups import grouping
 from icmlora.adapter.resize import RankedSlots
 from icmlora.errors import AdapterRefused, located
 from icmlora.fleet.write.format_pairs import SourceAdapter, check_pair, convert_content, written_from
-from icmlora.formats.catalogue import format_named
+from icmlora.formats.catalogue import check_image_names, format_of_lora, lycoris_to_lora
+from icmlora.formats.file_header import HEADER, with_ranks
 from icmlora.formats.format import AdapterBytes, AdapterFormat, Template
-from icmlora.formats.images.conversion import checked_renaming
-from icmlora.formats.images.header_ranks import with_ranks
-from icmlora.formats.images.lycoris_lora import format_of_lora, low_rank
-from icmlora.formats.images.single_file_check import HEADER
 from icmlora.io.safetensors import ITEM_BYTES, RawTensor, header_text, parse_header
 from icmlora.io.tensors import DTYPE_NAMES, dtype_name
 
@@ -73,14 +70,14 @@ def convert_files(source: SourceAdapter, wanted: Wanted) -> ConvertedFiles:
     target = wanted.adapter_format
     if target is not None and target.name != own.name and target.is_for_images and own.name in written_from(target):
         with located(source.path):  # refuse names before reading values
-            checked_renaming(weights, own, target)
+            check_image_names(weights, own, target)
     summary, dtype = source.summary, wanted.dtype
     own_dtype = next((name for name, short in DTYPE_NAMES.items() if short == summary.dtype), "float32")
     errors: Mapping[str, tuple[float, float]] | None = None  # squared errors and norms by module
     known = own
     is_other = own.name == "lycoris" and summary.original_only is not None and not summary.does_nothing
     if is_other:
-        known = format_named(format_of_lora(weights))
+        known = format_of_lora(weights)
     target = target or (own if wanted.rank is None else known)
     if target.name != own.name:
         check_pair(known, target)
@@ -89,7 +86,7 @@ def convert_files(source: SourceAdapter, wanted: Wanted) -> ConvertedFiles:
             fact = f"its modules have no rank: {summary.original_only}"
             raise AdapterRefused(fact, kind="original-only", path=source.path, hint="specify a rank, such as --rank 16")
         with located(source.path):
-            lora = low_rank(weights, wanted.rank)
+            lora = lycoris_to_lora(weights, wanted.rank)
         source = replace(source, content=replace(source.content, weights=lora.weights), format=known)
         errors, dtype = lora.errors, dtype or own_dtype
     if source.format.name != target.name:

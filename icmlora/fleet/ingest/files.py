@@ -23,8 +23,8 @@ from icmlora.base_models.examples.media_archive import has_media, read_examples
 from icmlora.base_models.finding.labels import full_label
 from icmlora.errors import DataError, IcmLoraError, located
 from icmlora.fleet.resources.adapter_row import new_adapter
-from icmlora.formats.discovery.found import FoundAdapter, FoundTask
-from icmlora.formats.format import AdapterSummary
+from icmlora.formats.discovery.found import FoundTask
+from icmlora.formats.format import AdapterSummary, FoundAdapter
 from icmlora.formats.tensor_hash import tensors_key
 from icmlora.formats.weights import check_head, read_weights
 from icmlora.io.files import read_regular

@@ -265,7 +265,7 @@ def header_of(store: Store, task: Task) -> Mapping[str, str]:
         return {}
     from icmlora.fleet.resources.decoding import base_tensors
     from icmlora.formats.extras import unpack_tensors
-    from icmlora.formats.images.single_file_check import HEADER
+    from icmlora.formats.file_header import HEADER
     from icmlora.io.safetensors import peek_bytes
     from icmlora.io.strict_json import parse_object
 

@@ -106,9 +106,7 @@ def convert_content(
     known, content = source.format, source.content
     with located(source.path):
         if target.is_for_images:
-            from icmlora.formats.images.conversion import convert_image
-
-            return convert_image(content, known, target, metadata=metadata, dtype=dtype)
+            return catalogue.convert_image(content, known, target, metadata=metadata, dtype=dtype)
         base = _gguf_base(source.find_base) if "gguf" in (known.name, target.name) else None
         if base is not None:
             from icmlora.formats.pairs.gguf_lora import encode_gguf, with_base_names

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from icmlora.errors import AdapterRefused
 from icmlora.formats import catalogue
-from icmlora.formats.discovery.found import FoundAdapter, FoundTask
+from icmlora.formats.discovery.found import FoundTask
 from icmlora.formats.discovery.initial_weights import with_initial_weights
 from icmlora.formats.discovery.naming import NameTemplate, choose_names
 from icmlora.formats.discovery.placeholder import (
@@ -45,6 +45,7 @@ from icmlora.formats.discovery.task_names import (
 )
 from icmlora.formats.discovery.tree import Folder, walk
 from icmlora.formats.discovery.unsupported import APPLE_DOUBLE, PICKLES, described, foreign_adapters, is_passed_over
+from icmlora.formats.format import FoundAdapter
 from icmlora.formats.peft.config import MAX_CONFIG_BYTES
 from icmlora.formats.peft.peft import CONFIG_NAME, WEIGHTS_NAME
 from icmlora.io.files import open_regular, read_exactly, read_regular
@@ -143,22 +144,22 @@ def find_tasks(
         if root.is_dir():
             for folder in walk(root, watched, refused.append):
                 _collect(with_pickle(folder) if read_bin else folder, root, runs, refused)
-        elif not _collect_file(root, runs):
-            refused.append(_not_found(path, root))
+        elif root.is_file():
+            if not _collect_file(root, runs):
+                refused.append(described(root))
+        else:
+            fact = "is neither a folder nor a file" if root.exists() else "does not exist"
+            hint = "specify a folder of adapters, or a file"
+            refused.append(AdapterRefused(fact, kind="not-a-folder", path=path, hint=hint))
     gathered = _gathered(runs)
     tasks = [_task(folder, run) for folder, run in gathered if run.adapters and not run.is_away]
     if not texts:
         tasks = [replace(task, samples=None, eval_data=None) for task in tasks]
     tasks = with_initial_weights(tasks, initial)
     stand_ins = sorted((item for _, run in gathered for item in run.stand_ins()), key=lambda item: item.path)
-    return Discovery(tuple(tasks), tuple(_unique(refused)), tuple(stand_ins))
-
-
-def _not_found(path: Path, root: Path) -> AdapterRefused:
-    if root.is_file():
-        return described(root)
-    fact = "is neither a folder nor a file" if root.exists() else "does not exist"
-    return AdapterRefused(fact, kind="not-a-folder", path=path, hint="specify a folder of adapters, or a file")
+    unique = {(error.path, error.kind): error for error in refused}.values()  # paths may overlap
+    in_order = sorted(unique, key=lambda error: (error.path or "", error.kind))
+    return Discovery(tuple(tasks), tuple(in_order), tuple(stand_ins))
 
 
 def no_adapter(paths: Sequence[Path]) -> AdapterRefused:
@@ -184,7 +185,14 @@ def name_tasks(
 ) -> tuple[FoundTask, ...]:
     """Return the tasks with their names, in natural order; see `naming.choose_names`."""
     if name is not None:
-        names = [_given_name(tasks, name)]
+        name = unicodedata.normalize("NFC", name)
+        problem = task_name_problem(name)
+        if problem is not None:
+            raise AdapterRefused(f"--name is not a valid task name: {problem}", kind="name")
+        if len(tasks) != 1:
+            hint = "use --name with the folder of one task, or use --name-from"
+            raise AdapterRefused(f"--name names one task, but {len(tasks)} were found", kind="name", hint=hint)
+        names = [name]
     else:
         names = choose_names(tasks, known, pattern=pattern, same_name_is_same_task=same_name_is_same_task)
     named = [replace(task, name=chosen) for task, chosen in zip(tasks, names, strict=True)]
@@ -194,9 +202,9 @@ def name_tasks(
 def _collect(folder: Folder, root: Path, runs: defaultdict[Path, _Run], refused: list[AdapterRefused]) -> None:
     # The user's folder may be a checkpoint itself, so include its own name.
     levels = 1 + len(folder.path.relative_to(root).parts)
-    found = [(known, paths) for known in catalogue.FORMATS for paths in known.find(folder)]
-    adapters = [FoundAdapter.of(*one, folder.pickle) for one in found]
-    homes = [run_folder(one.place, levels) if one.run is None else (one.run, one.step) for _, one in found]
+    found = (adapter for known in catalogue.FORMATS for adapter in known.find(folder))
+    adapters = [replace(adapter, pickle=folder.pickle) for adapter in found]
+    homes = [run_folder(one.place, levels) if one.run is None else (one.run, one.step) for one in adapters]
     for adapter, (home, step) in zip(adapters, homes, strict=True):
         _add(adapter, home, step, root, runs)
     away = _collect_placeholders(folder, {adapter.place for adapter in adapters}, levels, root, runs, refused)
@@ -262,12 +270,12 @@ def with_pickle(folder: Folder) -> Folder:
 
 def _collect_file(file: Path, runs: defaultdict[Path, _Run]) -> bool:
     """Collect an adapter given as a single file; return False if no format recognises it."""
-    if not file.is_file() or file.name.startswith(APPLE_DOUBLE):
+    if file.name.startswith(APPLE_DOUBLE):
         return False
     folder = Folder(file.parent, {file.name: file})
     for known in catalogue.FORMATS:
-        for paths in known.find(folder):
-            runs[paths.place].adapters[None] = FoundAdapter.of(known, paths)
+        for adapter in known.find(folder):
+            runs[adapter.place].adapters[None] = adapter
             return True
     return False
 
@@ -284,7 +292,12 @@ def _gathered(runs: Mapping[Path, _Run]) -> list[tuple[Path, _Run]]:
         outer = runs.get(home, _Run())
         main = replace(outer, adapters={}, not_kept=[], placeholders={})
         for folder in sorted(folders, key=lambda folder: _rank(folder, home)):
-            run = _without_copies(found[folder], main)
+            # Drop adapters that `main` has byte for byte: trainers save the last adapter twice.
+            run, known = found[folder], main.adapters
+            own = {
+                step: one for step, one in run.adapters.items() if step not in known or not _is_copy(known[step], one)
+            }
+            run = replace(run, adapters=own)
             if not _fit(main, run):
                 part = run.part or "-".join(folder.relative_to(home).parts)
                 notes = _Run(notes=outer.notes).joined(run).notes
@@ -303,16 +316,6 @@ def _rank(folder: Path, home: Path) -> tuple[int, str]:
     if words & {"best", "final"}:
         return (1 if "best" in words else 2), str(folder)
     return (4 if words & {"last", "latest"} else 3), str(folder)
-
-
-def _without_copies(run: _Run, other: _Run) -> _Run:
-    """Drop adapters that the other run has byte for byte: trainers save the last adapter twice."""
-    adapters = {
-        step: adapter
-        for step, adapter in run.adapters.items()
-        if step not in other.adapters or not _is_copy(other.adapters[step], adapter)
-    }
-    return replace(run, adapters=adapters)
 
 
 def _fit(run: _Run, other: _Run) -> bool:
@@ -358,20 +361,13 @@ def _same_bytes(one: Path, other: Path) -> bool:
         return False
 
 
-def _given_name(tasks: Sequence[FoundTask], name: str) -> str:
-    name = unicodedata.normalize("NFC", name)
-    problem = task_name_problem(name)
-    if problem is not None:
-        raise AdapterRefused(f"--name is not a valid task name: {problem}", kind="name")
-    if len(tasks) != 1:
-        hint = "use --name with the folder of one task, or use --name-from"
-        raise AdapterRefused(f"--name names one task, but {len(tasks)} were found", kind="name", hint=hint)
-    return name
-
-
 def _task(folder: Path, run: _Run) -> FoundTask:
-    final = _final_step(run)
     steps = sorted(run.adapters, key=_order)
+    final = steps[-1]
+    if final is not None:
+        state = run.note(STATE_NAME)
+        best = best_step(state) if state is not None else None
+        final = best if best in run.adapters else final
     return FoundTask(
         name="",
         folder=folder,
@@ -385,38 +381,19 @@ def _task(folder: Path, run: _Run) -> FoundTask:
 
 
 def _text(folder: Path, run: _Run, names: Sequence[str]) -> Path | None:
-    found = (run.note(name) or _next_to(folder, name) for name in names)
-    return next((path for path in found if path is not None), _images(folder / names[0].partition(".")[0]))
-
-
-def _images(folder: Path) -> Path | None:
-    """Return `folder` if it holds examples in the `imagefolder` convention."""
-    if not folder.is_dir() or folder.is_symlink():
+    for name in names:
+        beside = folder / name  # not among the notes if the user gave only a checkpoint
+        if (path := run.note(name)) is not None:
+            return path
+        if beside.is_file() and not beside.is_symlink():
+            return beside
+    images = folder / names[0].partition(".")[0]  # examples in the `imagefolder` convention
+    if not images.is_dir() or images.is_symlink():
         return None
-    is_one = (folder / "metadata.jsonl").is_file() or any(path.suffix.lower() in IMAGES for path in folder.glob("*/*"))
-    return folder if is_one else None
-
-
-def _final_step(run: _Run) -> int | None:
-    if None in run.adapters:
-        return None
-    state = run.note(STATE_NAME)
-    best = best_step(state) if state is not None else None
-    return best if best in run.adapters else max(run.adapters, key=_order)
+    is_one = (images / "metadata.jsonl").is_file() or any(path.suffix.lower() in IMAGES for path in images.glob("*/*"))
+    return images if is_one else None
 
 
 def _order(step: int | None) -> tuple[bool, int]:
     """Return a sort key for steps; an adapter outside a checkpoint comes last, saved at the end of training."""
     return (step is None, step or 0)
-
-
-def _next_to(folder: Path, name: str) -> Path | None:
-    """Return a text in the run's folder; needed if the user gave only a checkpoint."""
-    path = folder / name
-    return path if path.is_file() and not path.is_symlink() else None
-
-
-def _unique(refused: list[AdapterRefused]) -> list[AdapterRefused]:
-    """Return refusals without duplicates from overlapping paths."""
-    met = {(error.path, error.kind): error for error in refused}
-    return sorted(met.values(), key=lambda error: (error.path or "", error.kind))

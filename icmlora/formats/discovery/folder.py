@@ -12,7 +12,7 @@ from icmlora.formats import catalogue
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.discovery.placeholder import PLACEHOLDER_NAME
 from icmlora.formats.discovery.tree import Folder
-from icmlora.formats.format import AdapterPaths, write_adapter_files
+from icmlora.formats.format import write_adapter_files
 from icmlora.formats.peft.config import MAX_CONFIG_BYTES
 from icmlora.formats.weights import read_weights
 from icmlora.io.files import read_regular
@@ -34,15 +34,21 @@ def load_adapter(folder: str | Path) -> Adapter:
             states the reason.
     """
     place = Path(folder)
-    searched = _searched(place)
-    found = [(known, paths) for known in catalogue.FORMATS for paths in known.find(searched)]
-    if len({paths.weights for _, paths in found}) > 1:
-        names = some([paths.weights.name for _, paths in found])
+    if place.is_file():
+        searched = Folder(place.parent, {place.name: place})
+    else:
+        searched = Folder(
+            place, {path.name: path for path in place.iterdir() if path.is_file()} if place.is_dir() else {}
+        )
+    found = [adapter for known in catalogue.FORMATS for adapter in known.find(searched)]
+    if len({adapter.weights for adapter in found}) > 1:
+        names = some([adapter.weights.name for adapter in found])
         raise AdapterRefused(
             f"it holds several adapters: {names}", kind="several", path=place, hint="specify one of them"
         )
-    for known, paths in found:
-        return known.read(_config(paths), read_weights(paths.weights, known), path=place).adapter
+    for one in found:
+        config = b"" if one.config is None else read_regular(one.config, max_bytes=MAX_CONFIG_BYTES)
+        return one.format.read(config, read_weights(one.weights, one.format), path=place).adapter
     if PLACEHOLDER_NAME in searched.files:
         hint = f"run `icm restore {place}` to restore it"
         raise AdapterRefused("this is a placeholder, not an adapter", kind="placeholder", path=place, hint=hint)
@@ -53,12 +59,6 @@ def load_adapter(folder: str | Path) -> Adapter:
         raise AdapterRefused("is not an adapter in a supported format", kind="empty", path=place, hint=hint)
     hint = "specify the folder that contains adapter_config.json, or a file"
     raise AdapterRefused("there is no adapter in this folder", kind="empty", path=place, hint=hint)
-
-
-def _searched(place: Path) -> Folder:
-    if place.is_file():
-        return Folder(place.parent, {place.name: place})
-    return Folder(place, {path.name: path for path in place.iterdir() if path.is_file()} if place.is_dir() else {})
 
 
 def save_adapter(
@@ -92,7 +92,3 @@ def save_adapter(
     with located(place):
         files = known.encode(adapter, dtype=dtype, card=card, metadata=metadata or {})
     write_adapter_files(place, known, replace(files, companions=companions or {}), place.name, force=force)
-
-
-def _config(paths: AdapterPaths) -> bytes:
-    return b"" if paths.config is None else read_regular(paths.config, max_bytes=MAX_CONFIG_BYTES)

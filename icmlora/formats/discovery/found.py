@@ -1,42 +1,14 @@
-"""Adapters on disk, and the tasks that they belong to."""
+"""Tasks on disk."""
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from icmlora.formats.discovery.task_names import name_chain, names_above
-from icmlora.formats.format import AdapterFormat, AdapterPaths
+from icmlora.formats.format import FoundAdapter
 from registry.names import task_name_problem
-
-
-@dataclass(frozen=True)
-class FoundAdapter:
-    """One adapter on disk; the paths lead to regular files."""
-
-    format: AdapterFormat
-    place: Path  # its folder, or for a single file the file without its suffix
-    weights: Path  # the file with its tensors
-    config: Path | None  # the file with its configuration; None for a format without one
-    card: Path | None
-    step: int | None = None  # the training step of a checkpoint, or None for an adapter that is not a checkpoint
-    is_final: bool = False  # whether this is *the* adapter of its task; true for exactly one
-    companions: Mapping[str, Path] = field(default_factory=dict)  # other files that belong to it, by name
-    pickle: str | None = None  # the file name of the weights if they are, or were, a pickle
-    initial: Path | None = None  # the file with its initial weights (see initial_weights.py)
-
-    @classmethod
-    def of(cls, known: AdapterFormat, paths: AdapterPaths, pickle: str | None = None) -> FoundAdapter:
-        """Build it from a format's result; the caller sets `step` and `is_final` later."""
-        files = paths.place, paths.weights, paths.config, paths.card
-        return cls(known, *files, companions=paths.companions, pickle=pickle)
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """All files of the adapter."""
-        return tuple(path for path in (self.weights, self.config, self.card, *self.companions.values()) if path)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from icmlora.io.files import read_regular
 from icmlora.io.safetensors import read_tensor_header
 
 if TYPE_CHECKING:
-    from icmlora.formats.discovery.found import FoundAdapter, FoundTask
+    from icmlora.formats.discovery.found import FoundTask
+    from icmlora.formats.format import FoundAdapter
 
 _METHODS = ("pissa", "olora", "corda")
 
@@ -44,16 +45,13 @@ def with_initial_weights(tasks: Sequence[FoundTask], given: Path | None = None) 
 def _with_initial(adapter: FoundAdapter, given: Path | None) -> FoundAdapter:
     if adapter.config is None or adapter.format.name != PeftFormat.name:
         return adapter
-    folders = _near(adapter.place) if given is None else [given]
+    # Inside the adapter's folder, or next to it.
+    near = [home / f"{method}_init" for home in (adapter.place, adapter.place.parent) for method in _METHODS]
+    near = [folder for folder in near if folder.is_dir() and not folder.is_symlink()]
+    folders = near if given is None else [given]
     folders = [folder for folder in folders if folder != adapter.place]
     folder = next((folder for folder in folders if _fits(adapter.config, adapter.weights, folder)), None)
     return adapter if folder is None else replace(adapter, initial=folder / WEIGHTS_NAME)
-
-
-def _near(place: Path) -> list[Path]:
-    """Return folders that may hold an adapter's initial weights: inside its folder, or next to it."""
-    folders = [home / f"{method}_init" for home in (place, place.parent) for method in _METHODS]
-    return [folder for folder in folders if folder.is_dir() and not folder.is_symlink()]
 
 
 def _fits(config: Path, weights: Path, folder: Path) -> bool:

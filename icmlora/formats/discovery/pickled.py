@@ -1,65 +1,43 @@
 """Convert adapters whose weights are a pickle (`adapter_model.bin`), at the user's request only.
 
-`torch.load(weights_only=True)` reads each in its own process (`pickle_child.py`) with memory and time limits. That
-process gets two open files and no path, and its output is checked like any untrusted file.
+`torch.load(weights_only=True)` reads each in a sandbox (`pickle_child.py`). Its output is checked like any untrusted
+file.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from icmlora.errors import AdapterRefused, UnsafeInput, located
-from icmlora.formats.discovery import pickle_child
-from icmlora.formats.discovery.found import FoundAdapter, FoundTask
-from icmlora.io.child import Forker
+from icmlora.formats.discovery.found import FoundTask
+from icmlora.formats.format import FoundAdapter
 from icmlora.io.files import hash_open, open_regular, read_exactly
 from icmlora.io.safetensors import MAX_FILE_BYTES
+from icmlora.io.sandbox import NO_MEMORY, TOO_SLOW, UNAVAILABLE, Limits, Sandbox
 
 CONVERTED_FROM = "converted_from_sha256"
 """Header key for the digest of the pickle in converted weights."""
 
-_RESAVE = "save it as safetensors where it was trained"
+BROKEN, NOT_TENSORS, TOO_LARGE = 10, 11, 12
+"""Statuses of `pickle_child`."""
+LIMITS = Limits(seconds_per_byte=30 / 10**9)
 
 
-@dataclass(frozen=True)
-class PickleLimits:
-    """Resource limits for reading a pickle, in addition to PyTorch's own use."""
-
-    memory: int = 256 << 20
-    memory_per_byte: int = 4
-    seconds: int = 30
-    seconds_per_gigabyte: int = 30
-    wall_seconds: int = 120  # extra, for a slow process start
-
-
-class PickleReader:
-    """Converts pickles to safetensors, each in its own process, forked from a common parent.
+class PickleReader(Sandbox):
+    """Converts pickles to safetensors.
 
     Args:
-        limits: Limits of each process.
+        limits: Limits for each pickle.
     """
 
-    def __init__(self, limits: PickleLimits = PickleLimits()) -> None:
-        self._limits = limits
-        self._forker = Forker(pickle_child.__file__)
-
-    def __enter__(self) -> Self:
-        """Start nothing yet: few adapters are pickles."""
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Kill the parent process."""
-        self._forker.__exit__(kind, error, at)
+    def __init__(self, limits: Limits = LIMITS) -> None:
+        super().__init__("icmlora.formats.discovery.pickle_child")
+        self.limits = limits
 
     def convert(self, source: Path, target: Path, name: str) -> None:
         """Write the tensors of a pickle as safetensors, with its name and digest in the header.
@@ -68,20 +46,23 @@ class PickleReader:
             UnsafeInput: It holds other objects, or exceeds the limits.
             AdapterRefused: It is not a pickle.
         """
-        if sys.platform != "linux":  # the limits and the transfer of descriptors need Linux
-            raise UnsafeInput("a pickle, which icm reads on Linux only", kind="pickle", path=source, hint=_RESAVE)
         with located(source), open_regular(source, max_bytes=MAX_FILE_BYTES) as (descriptor, size):
             if read_exactly(descriptor, min(size, 8), 0) == b"version ":
                 raise AdapterRefused("a Git LFS pointer, not the file itself", kind="lfs", hint="run 'git lfs pull'")
             metadata = {"converted_from": name, CONVERTED_FROM: hash_open(descriptor, size), "format": "pt"}
-            memory = self._limits.memory + self._limits.memory_per_byte * size
-            seconds = self._limits.seconds + self._limits.seconds_per_gigabyte * size // 10**9
-            order = json.dumps({"metadata": metadata, "memory": memory, "seconds": seconds})
-            wall = self._limits.wall_seconds + 2 * seconds
             with target.open("wb") as output:
-                status = self._forker.run(order, descriptor, output.fileno(), wall_seconds=wall)
+                status = self.run({"metadata": metadata}, descriptor, output.fileno(), size, self.limits)
+            memory, seconds = self.limits.for_size(size)
+            fact, kind = {
+                TOO_SLOW: (f"a pickle that takes more than {seconds} s to read", "limits"),
+                NO_MEMORY: (f"a pickle that needs more than {memory >> 20} MiB to read", "limits"),
+                UNAVAILABLE: ("a pickle, which icm reads on Linux only", "pickle"),
+                BROKEN: ("a pickle that is damaged or runs code; no code was run", "pickle"),
+                NOT_TENSORS: ("a pickle that holds more than named tensors", "pickle"),
+                TOO_LARGE: ("a pickle whose tensors are far larger than the file", "limits"),
+            }.get(status, (f"the pickle reader exited with status {status}", "pickle"))
             if status != 0:
-                raise _refusal(status, memory, seconds)
+                raise UnsafeInput(fact, kind=kind, hint="save it as safetensors where it was trained")
 
 
 @contextmanager
@@ -111,19 +92,3 @@ def converted(
             return replace(found, weights=done[found.weights])
 
         yield [replace(task, adapters=tuple(map(convert, task.adapters))) for task in tasks], refused
-
-
-def _refusal(status: int | None, memory: int, seconds: int) -> AdapterRefused:
-    if status in (None, -signal.SIGXCPU):
-        fact, kind = f"a pickle that takes more than {seconds} s to read", "limits"
-    elif status in (pickle_child.NO_MEMORY, -signal.SIGABRT, -signal.SIGKILL, -signal.SIGXFSZ):
-        fact, kind = f"a pickle that needs more than {memory >> 20} MiB to read", "limits"
-    elif status == pickle_child.TOO_LARGE:
-        fact, kind = "a pickle whose tensors are far larger than the file", "limits"
-    elif status == pickle_child.NOT_TENSORS:
-        fact, kind = "a pickle that holds more than named tensors", "pickle"
-    elif status == pickle_child.BROKEN:
-        fact, kind = "a pickle that is damaged or runs code; no code was run", "pickle"
-    else:
-        fact, kind = f"the pickle reader exited with status {status}", "pickle"
-    return UnsafeInput(fact, kind=kind, hint=_RESAVE)

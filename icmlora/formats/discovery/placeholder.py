@@ -148,7 +148,7 @@ def placeholder_to_json(placeholder: Placeholder) -> bytes:
             "format": placeholder.format,
             "weights": placeholder.weights,
         },
-        "code": None if code is None else _stamps(code),
+        "code": None if code is None else {**_stamp(code.code), "generator": _stamp(code.generator)},
         "files": [{"name": file.name, "part": file.part, **_stamp(file.stamp)} for file in placeholder.files],
         "icm_placeholder": VERSION,
         "store": placeholder.store,
@@ -182,10 +182,6 @@ def parse_placeholder(data: bytes) -> Placeholder:
 
 def _stamp(stamp: FileStamp) -> dict[str, object]:
     return {"sha256": stamp.digest, "size": stamp.size}
-
-
-def _stamps(code: CodeStamp) -> dict[str, object]:
-    return {**_stamp(code.code), "generator": _stamp(code.generator)}
 
 
 def _files(value: dict[str, Any]) -> tuple[ReplacedFile, ...]:

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from icmlora.errors import AdapterRefused
+from icmlora.formats.file_header import HEADER, of_lora, with_ranks
 from icmlora.formats.format import AdapterBytes, AdapterFormat
 from icmlora.formats.images.diffusers import METADATA
-from icmlora.formats.images.families import ImageBase, base_of
-from icmlora.formats.images.header_ranks import of_lora, with_ranks
+from icmlora.formats.images.families import base_of
 from icmlora.formats.images.names import diffusers_to_kohya, lycoris_to_kohya, to_diffusers
 from icmlora.formats.images.single_file import SingleFileFormat
-from icmlora.formats.images.single_file_check import HEADER
-from icmlora.io.safetensors import RawTensor, encode
+from icmlora.io.safetensors import encode
 from icmlora.io.tensors import dtype_name, raw_tensor
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ def convert_image(
     ranks = [one.shape[0] for name, one in tensors.items() if name.endswith(("lora_A.weight", "lora_down.weight"))]
     kept = {name: text for name, text in checked.metadata.items() if name != METADATA}
     if target.name == "kohya":
-        tensors |= _alphas(tensors)
+        for name in [name for name in tensors if name.endswith(".lora_down.weight")]:
+            alpha = name.replace(".lora_down.weight", ".alpha")  # equal to the rank, so it does not scale the factors
+            tensors[alpha] = raw_tensor(alpha, torch.tensor(float(tensors[name].shape[0])), "F32")
         header = of_lora(kept, ranks)
     else:
         header = with_ranks(kept, ranks, alphas_stay=False)
@@ -82,21 +84,18 @@ def checked_renaming(weights: bytes, source: AdapterFormat, target: AdapterForma
     assert isinstance(source, SingleFileFormat)
     found, stated = source.look(weights)
     base = base_of(stated, {one.module: one.shape.inputs for one in found.factors})
-    rename = _renaming(source.name, target.name, base)
+    if target.name == "diffusers":
+        rename: Rename = partial(to_diffusers, base=base)
+    elif source.name == "lycoris":
+        rename = lycoris_to_kohya
+    else:
+        rename = partial(diffusers_to_kohya, is_sdxl=base.label == _SDXL)
     if found.factors and found.other_method is None:  # another method has nothing to rename
         if found.extras:
             fact = f"{found.extras[0].name} is not a LoRA factor, so diffusers cannot convert it"
             raise AdapterRefused(fact, kind="extras", hint="leave out --format to keep it unchanged")
         _refuse_losses(found.factors, rename)
     return rename
-
-
-def _renaming(source: str, target: str, base: ImageBase) -> Rename:
-    if target == "diffusers":
-        return lambda tensors: to_diffusers(tensors, base)
-    if source == "lycoris":
-        return lycoris_to_kohya
-    return lambda tensors: diffusers_to_kohya(tensors, is_sdxl=base.label == _SDXL)
 
 
 def _refuse_losses(factors: Sequence[Factors], rename: Rename) -> None:
@@ -113,13 +112,3 @@ def _refuse_losses(factors: Sequence[Factors], rename: Rename) -> None:
         if rows[number] != one.up.shape[0]:
             fact = f"diffusers has no converter for {one.module}: it would be lost"
             raise AdapterRefused(fact, kind="layers", hint="leave out --format to keep its names")
-
-
-def _alphas(tensors: Mapping[str, RawTensor]) -> dict[str, RawTensor]:
-    """Return for each module an alpha equal to its rank, which does not scale the factors."""
-    found = {}
-    for name, down in tensors.items():
-        if name.endswith(".lora_down.weight"):
-            alpha = name.replace(".lora_down.weight", ".alpha")
-            found[alpha] = raw_tensor(alpha, torch.tensor(float(down.shape[0])), "F32")
-    return found

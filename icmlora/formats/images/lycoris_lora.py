@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from icmlora.errors import AdapterRefused, DataError
+from icmlora.formats.file_header import of_lora
 from icmlora.formats.images.families import base_of
-from icmlora.formats.images.header_ranks import of_lora
 from icmlora.formats.images.single_file_check import scalar
 from icmlora.formats.images.single_file_names import NUMBERS, other_method
 from icmlora.io.finite import check_finite

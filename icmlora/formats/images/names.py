@@ -11,7 +11,7 @@ tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from icmlora.errors import AdapterRefused
@@ -191,14 +191,11 @@ def _renamed_text(pairs: Pairs, family: Family) -> dict[str, Tensor]:
         place = next(((match.end(), part) for one, part in _TEXT.items() if (match := one.match(stem))), None)
         name = clip_name(stem[place[0] :]) if place is not None and place[1] in known else None
         if place is None or name is None:
-            raise _lost(stem, f"diffusers loads {_loaded(known)} of {family.label}")
+            into = f"adapters only into CLIP, the {' and the '.join(known)}" if known else "none into the text encoders"
+            raise _lost(stem, f"diffusers loads {into} of {family.label}")
         for half, values in zip("AB", pair, strict=True):
             found[f"{place[1]}.{name}.lora_{half}.weight"] = values
     return found
-
-
-def _loaded(encoders: Collection[str]) -> str:
-    return f"adapters only into CLIP, the {' and the '.join(encoders)}" if encoders else "none into the text encoders"
 
 
 def _unet_name(module: str) -> str | None:

@@ -22,10 +22,10 @@ from icmlora.errors import AdapterRefused
 from icmlora.formats.format import (
     AdapterBytes,
     AdapterFormat,
-    AdapterPaths,
     AdapterSummary,
     Buffer,
     Extras,
+    FoundAdapter,
     LoadedAdapter,
     RunnableAdapter,
     Template,
@@ -89,9 +89,9 @@ class SingleFileFormat(AdapterFormat):
         self._scales, self._restated = scales, restated
         self._folder_file, self._takes_damaged = folder_file, takes_damaged
 
-    def find(self, folder: Folder) -> list[AdapterPaths]:
+    def find(self, folder: Folder) -> list[FoundAdapter]:
         """Return an adapter for every file whose tensors have names of this format."""
-        found: dict[str, AdapterPaths] = {}
+        found: dict[str, FoundAdapter] = {}
         names = sorted(folder.files)
         for name in names:
             path, stem = folder.files[name], without_suffix(name, SUFFIX)
@@ -101,11 +101,11 @@ class SingleFileFormat(AdapterFormat):
             if not self._takes_damaged if header is None else not self._naming.owns(header.names):
                 continue
             if name == self._folder_file:
-                found[name] = AdapterPaths(folder.path, path, card=folder.files.get("README.md"))
+                found[name] = FoundAdapter(self, folder.path, path, card=folder.files.get("README.md"))
             else:
                 # Next to `dog.safetensors`, `dog.SAFETENSORS` is another adapter.
                 place = folder.path / (name if name != stem + SUFFIX and stem + SUFFIX in folder.files else stem)
-                found[name] = AdapterPaths(place, path, companions=_companions(stem, names, folder))
+                found[name] = FoundAdapter(self, place, path, companions=_companions(stem, names, folder))
         return list(_in_runs(found, folder))
 
     def _summary(self, config: bytes, weights: Buffer) -> AdapterSummary:
@@ -176,7 +176,7 @@ def _companions(stem: str, names: Sequence[str], folder: Folder) -> dict[str, Pa
     return {ending: folder.files[start + ending] for ending in endings if ending.lower() in COMPANIONS}
 
 
-def _in_runs(found: Mapping[str, AdapterPaths], folder: Folder) -> Iterator[AdapterPaths]:
+def _in_runs(found: Mapping[str, FoundAdapter], folder: Folder) -> Iterator[FoundAdapter]:
     """Yield the adapters, marking files with the same training in their notes as checkpoints of one run.
 
     kohya saves `NAME-000010`, `NAME-step00000500` and `NAME`, ai-toolkit `NAME_000000500` and `NAME`. Files that only

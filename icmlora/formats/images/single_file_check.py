@@ -12,15 +12,14 @@ import numpy as np
 
 from icmlora.adapter.module_groups import blocks_of
 from icmlora.errors import AdapterRefused
+from icmlora.formats.file_header import HEADER
 from icmlora.formats.format import AdapterSummary, Buffer
 from icmlora.formats.images.families import base_of
-from icmlora.formats.images.single_file_names import Factors, Naming, SortedFile, sort_file
+from icmlora.formats.images.single_file_names import Factors, Naming, sort_file
 from icmlora.formats.noted_form import commonest, note, types_to_note
 from icmlora.io.finite import bits, check_finite, is_zero
 from icmlora.io.safetensors import TensorHeader, TensorInfo, header_text, read_header
 
-HEADER = "header.metadata"
-"""Name of the extra tensor of bytes that holds the header's metadata verbatim."""
 NOTHING = "does nothing"
 
 
@@ -52,7 +51,13 @@ def check_file(weights: Buffer, naming: Naming) -> CheckedFile:
     found = sort_file(header, naming)
     _check_stated_alpha(header.metadata, found.factors)
     alphas = {one.module: scalar(weights, one.alpha) for one in found.factors if one.alpha is not None}
-    reason, does_nothing = _why_no_code(header, found), not header.tensors
+    reason, does_nothing = None, not header.tensors
+    if does_nothing:
+        reason = f"{NOTHING}: it holds no tensors"
+    elif found.other_method is not None:
+        reason = f"it is {found.other_method}, not plain LoRA"
+    elif not found.factors:
+        reason = "it has no LoRA factors"
     try:
         check_finite(weights, header)
     except AdapterRefused as refusal:
@@ -97,14 +102,6 @@ def scalar(data: Buffer, info: TensorInfo) -> float:
     if not isfinite(value):
         raise AdapterRefused(f"{info.name} is {value}, not a finite number", kind="alpha")
     return value
-
-
-def _why_no_code(header: TensorHeader, found: SortedFile) -> str | None:
-    if not header.tensors:
-        return f"{NOTHING}: it holds no tensors"
-    if found.other_method is not None:
-        return f"it is {found.other_method}, not plain LoRA"
-    return None if found.factors else "it has no LoRA factors"
 
 
 def _check_stated_alpha(metadata: Mapping[str, str], factors: tuple[Factors, ...]) -> None:

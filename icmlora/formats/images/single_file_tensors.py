@@ -19,8 +19,9 @@ import torch
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import AdapterRefused
 from icmlora.formats.factors import fitted_parts, load_factors, unscaled
+from icmlora.formats.file_header import HEADER
 from icmlora.formats.format import LoadedAdapter, Template
-from icmlora.formats.images.single_file_check import HEADER, CheckedFile
+from icmlora.formats.images.single_file_check import CheckedFile
 from icmlora.formats.images.single_file_names import NUMBERS, Factors, Naming, Restated, Scales
 from icmlora.formats.noted_form import bad_note, reading, types_of
 from icmlora.io.safetensors import ITEM_BYTES, TENSOR_NAME, RawTensor, encode

@@ -16,6 +16,7 @@ import base64
 import binascii
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,11 +24,11 @@ from icmlora.errors import AdapterRefused
 from icmlora.formats.format import (
     AdapterBytes,
     AdapterFormat,
-    AdapterPaths,
     AdapterSummary,
     Buffer,
     ConfigFacts,
     Extras,
+    FoundAdapter,
     LoadedAdapter,
     RunnableAdapter,
     Template,
@@ -84,9 +85,6 @@ class _Parsed:
     alpha: float  # 0 if missing
     tensors: SortedPairs
 
-    def scale(self, rank: int) -> float:
-        return _scale(self.alpha, rank)
-
     def summary(self, weights: Buffer) -> AdapterSummary:
         facts, tensors = ConfigFacts(_base_of(self.header), None, TASK_TYPE), TensorHeader(self.header.tensors, {})
         kind = self.header.text(_KIND)
@@ -107,10 +105,10 @@ class GgufFormat(AdapterFormat):
     suffix = SUFFIX
     about = "a single file NAME.gguf for llama.cpp"
 
-    def find(self, folder: Folder) -> list[AdapterPaths]:
+    def find(self, folder: Folder) -> list[FoundAdapter]:
         """Return every GGUF file that declares itself an adapter; whole models are skipped."""
         stems = ((without_suffix(name, SUFFIX), path) for name, path in sorted(folder.files.items()))
-        return [AdapterPaths(folder.path / stem, path) for stem, path in stems if stem and _says_adapter(path)]
+        return [FoundAdapter(self, folder.path / stem, path) for stem, path in stems if stem and _says_adapter(path)]
 
     def _summary(self, config: bytes, weights: Buffer) -> AdapterSummary:
         self.read_config(config)
@@ -122,7 +120,7 @@ class GgufFormat(AdapterFormat):
 
         self.read_config(config)
         parsed = _parse(weights)
-        return read_pairs(weights, parsed.summary(weights), parsed.tensors, parsed.scale)
+        return read_pairs(weights, parsed.summary(weights), parsed.tensors, partial(_scale, parsed.alpha))
 
     def _run(self, config: bytes, weights: bytes) -> RunnableAdapter:
         self._load(config, weights)
@@ -150,7 +148,7 @@ class GgufFormat(AdapterFormat):
             form,
             turned=_turned,
             suffix=_WEIGHT,
-            scale=lambda rank: _scale(alpha, rank),
+            scale=partial(_scale, alpha),
             dtype=dtype,
             rank=rank,
         )

@@ -26,12 +26,12 @@ from icmlora.errors import AdapterRefused, UnsafeInput
 from icmlora.formats.format import (
     AdapterBytes,
     AdapterFormat,
-    AdapterPaths,
     AdapterSummary,
     Buffer,
     ConfigFacts,
     Extras,
     FolderFormat,
+    FoundAdapter,
     LoadedAdapter,
     RunnableAdapter,
     Template,
@@ -107,7 +107,7 @@ class MlxFormat(FolderFormat):
     weights_name = WEIGHTS_NAME
     watched = frozenset({CONFIG_NAME, WEIGHTS_NAME})
 
-    def find(self, folder: Folder) -> list[AdapterPaths]:
+    def find(self, folder: Folder) -> list[FoundAdapter]:
         """Return the adapter of a folder, unless its configuration is PEFT's."""
         return [paths for paths in super().find(folder) if not _is_pefts(folder.files[CONFIG_NAME])]
 
@@ -162,8 +162,10 @@ class MlxFormat(FolderFormat):
         largest = max(shape.rank for shape in like.layout)
         if rank is None and MlxConfig.parse(config).rank not in (None, largest):
             rank = largest  # MLX-LM supports only one rank for all modules
-        if rank is not None:
-            config = _with_rank(config, rank)
+        if rank is not None:  # with scale 1; the scale moves into the factors
+            fields = parse_object(config, what=CONFIG_NAME, max_bytes=MAX_CONFIG_BYTES)
+            fields["lora_parameters"] = {**(fields.get("lora_parameters") or {}), "rank": rank, "scale": 1.0}
+            config = (json.dumps(fields, indent=4) + "\n").encode()
         scale = MlxConfig.parse(config).scale
         tensors = write_pairs(
             adapter,
@@ -245,13 +247,6 @@ def _scale(parameters: Mapping[str, Any]) -> float:
     return float(scale)
 
 
-def _with_rank(config: bytes, rank: int) -> bytes:
-    """Return a configuration with another rank and scale 1; the scale moves into the factors."""
-    fields = parse_object(config, what=CONFIG_NAME, max_bytes=MAX_CONFIG_BYTES)
-    fields["lora_parameters"] = {**(fields.get("lora_parameters") or {}), "rank": rank, "scale": 1.0}
-    return (json.dumps(fields, indent=4) + "\n").encode()
-
-
 def _metadata_of(form: PairForm) -> dict[str, str]:
     found = form.own.get("metadata", {})
     is_text = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
@@ -302,7 +297,15 @@ def encode_mlx(adapter: RunnableAdapter, *, metadata: Mapping[str, str], dtype: 
             raise AdapterRefused(f"two modules would both be {place}.{key}", kind="layers")
         tensors |= {name: raw_tensor(name, value, kind) for name, value in named.items()}
         keys.add(key)
-    return AdapterBytes(encode(tensors, {"format": "mlx", **metadata}), _fresh_config(adapter, rank, sorted(keys)))
+    fields = {
+        "fine_tune_type": "dora" if adapter.magnitudes else "lora",
+        # The scale is already in lora_b. Readers of this file that ignore the scale get the same result.
+        "lora_parameters": {"dropout": 0.0, "keys": sorted(keys), "rank": rank, "scale": 1.0},
+        "model": adapter.adapter.base_model,
+        "num_layers": -1,  # all; a module without tensors in the file has no effect
+    }
+    config = (json.dumps(fields, indent=4, sort_keys=True) + "\n").encode()
+    return AdapterBytes(encode(tensors, {"format": "mlx", **metadata}), config)
 
 
 def _place(module: str) -> tuple[str, str]:
@@ -316,17 +319,6 @@ def _place(module: str) -> tuple[str, str]:
     # MLX-LM has its own name for the text model in a larger model.
     model = "model" if match["model"] == "model." else "language_model.model"
     return f"{model}.{match['block']}", match["key"]
-
-
-def _fresh_config(adapter: RunnableAdapter, rank: int, keys: list[str]) -> bytes:
-    fields = {
-        "fine_tune_type": "dora" if adapter.magnitudes else "lora",
-        # The scale is already in lora_b. Readers of this file that ignore the scale get the same result.
-        "lora_parameters": {"dropout": 0.0, "keys": keys, "rank": rank, "scale": 1.0},
-        "model": adapter.adapter.base_model,
-        "num_layers": -1,  # all; a module without tensors in the file has no effect
-    }
-    return (json.dumps(fields, indent=4, sort_keys=True) + "\n").encode()
 
 
 MLX: AdapterFormat = MlxFormat()

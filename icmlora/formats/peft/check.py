@@ -43,8 +43,15 @@ def check_adapter(config: bytes, weights: Buffer) -> CheckedAdapter:
         check_finite(weights, plan.header)
     except AdapterRefused as refusal:
         return _without_code(plan, refusal.message, does_nothing=True)
-    if plan.config is not None and plan.tensors is not None and _is_dead(plan.config, plan.tensors, weights):
-        has_extras = bool(plan.tensors.extras)
+    parsed, tensors = plan.config, plan.tensors
+    if parsed is None or tensors is None:
+        return plan
+    # Stops at the first module with a nonzero dW.
+    if all(
+        parsed.scale_of(pair.target or pair.module) == 0.0 or is_zero(weights, pair.b) or is_zero(weights, pair.a)
+        for pair in tensors.pairs
+    ):
+        has_extras = bool(tensors.extras)
         what = "its LoRA does nothing" if has_extras else NOTHING
         return _without_code(plan, f"{what}: B @ A is zero in every module", does_nothing=not has_extras)
     return plan
@@ -107,14 +114,6 @@ def _without_code(plan: CheckedAdapter, reason: str, *, does_nothing: bool) -> C
     summary = replace(plan.summary, layout=(), extras=(), template="")
     reason = plan.summary.original_only or reason
     return CheckedAdapter(plan.header, replace(summary, original_only=reason, does_nothing=does_nothing))
-
-
-def _is_dead(config: AdapterConfig, tensors: SortedTensors, weights: Buffer) -> bool:
-    """Return whether dW is zero in every module; stops at the first module with a nonzero dW."""
-    return all(
-        config.scale_of(pair.target or pair.module) == 0.0 or is_zero(weights, pair.b) or is_zero(weights, pair.a)
-        for pair in tensors.pairs
-    )
 
 
 def _template(pairs: tuple[FactorPair, ...], metadata: Mapping[str, str]) -> str:

@@ -15,15 +15,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from icmlora.errors import AdapterRefused, UnsafeInput
 from icmlora.formats.format import ConfigFacts
+from icmlora.formats.peft.name_patterns import NamePattern, PatternRefused, Steps, parse_pattern
 from icmlora.io.strict_json import parse_object
 from registry.names import escape, is_module_name
-
-if TYPE_CHECKING:
-    from icmlora.formats.peft.name_patterns import NamePattern
 
 PREFIX = "base_model.model."  # PEFT's prefix to a module's name in the base model
 MAX_CONFIG_BYTES = 1024 * 1024
@@ -94,8 +92,6 @@ class AdapterConfig:
 def _first_match(patterns: Sequence[tuple[NamePattern, _Number]], module: str, default: _Number) -> _Number:
     if not patterns:
         return default
-    from icmlora.formats.peft.name_patterns import PatternRefused  # most adapters have no patterns
-
     try:
         return next((value for pattern, value in patterns if pattern.matches(module)), default)
     except PatternRefused as refused:
@@ -217,8 +213,6 @@ class _Reader:
             return []
         if not isinstance(value, dict):
             raise self._wrong(key, value, "an object")
-        from icmlora.formats.peft.name_patterns import PatternRefused, Steps, parse_pattern  # few have patterns
-
         steps, found = Steps(), []
         for name, item in value.items():
             try:

@@ -65,7 +65,8 @@ def convert(config: bytes, weights: bytes, initial: bytes) -> tuple[bytes, bytes
     _check(config, pairs, initial_pairs)
     tensors, began = raw_tensors(weights, header.tensors), raw_tensors(initial, initial_header.tensors)
     for pair, start in zip(pairs, initial_pairs, strict=True):
-        tensors[pair.a.name] = _more_rows(tensors[pair.a.name], began[start.a.name])
+        a, a0 = tensors[pair.a.name], began[start.a.name]
+        tensors[pair.a.name] = RawTensor(a.dtype, (2 * a.shape[0], a.shape[1]), a.data + a0.data)  # [A; A0] (2 r, in)
         tensors[pair.b.name] = _less_columns(tensors[pair.b.name], began[start.b.name])
     return convert_config(config), encode(tensors, header.metadata)
 
@@ -123,11 +124,6 @@ def _check(config: bytes, pairs: tuple[FactorPair, ...], initial: tuple[FactorPa
 
 def _forms(pairs: tuple[FactorPair, ...]) -> list[tuple[object, ...]]:
     return [(pair.module, pair.a.dtype, pair.a.shape, pair.b.dtype, pair.b.shape) for pair in pairs]
-
-
-def _more_rows(a: RawTensor, initial: RawTensor) -> RawTensor:
-    """Return [A; A0], of shape (2 r, in)."""
-    return RawTensor(a.dtype, (2 * a.shape[0], a.shape[1]), a.data + initial.data)
 
 
 def _less_columns(b: RawTensor, initial: RawTensor) -> RawTensor:

@@ -42,8 +42,6 @@ _CANNOT_RUN = {
     "use_qalora": "it pools its inputs (QALoRA)",
     "layer_replication": "it repeats layers of its base model (layer_replication)",
 }
-
-
 _EVALUATE = "write it with `icm materialize` and evaluate it where it was trained"
 
 

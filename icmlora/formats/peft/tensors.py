@@ -21,6 +21,7 @@ from icmlora.errors import AdapterRefused
 from icmlora.formats.factors import Factors, fitted, fitted_parts, load_factors, scaled, unscaled
 from icmlora.formats.format import LoadedAdapter, Template
 from icmlora.formats.noted_form import bad_note, reading, types_of
+from icmlora.formats.peft.check import check_adapter
 from icmlora.formats.peft.config import PREFIX, AdapterConfig, usual_names, with_ranks
 from icmlora.formats.peft.names import without_wrappers
 from icmlora.io.safetensors import MAX_DIMENSION, TENSOR_NAME, RawTensor, encode
@@ -39,8 +40,6 @@ def read_adapter(config: bytes, weights: bytes) -> LoadedAdapter:
     Raises:
         AdapterRefused: The adapter is damaged, or can have no code.
     """
-    from icmlora.formats.peft.check import check_adapter  # needed only for reading
-
     checked = check_adapter(config, weights)
     parsed, pairs = checked.config, () if checked.tensors is None else checked.tensors.pairs
     tensors = [tensor for pair in pairs for tensor in (pair.a, pair.b)]

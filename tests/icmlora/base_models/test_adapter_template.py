@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from icmlora.base_models.examples.adapter_template import TemplateLimits, render_in_child, template_of
+from icmlora.base_models.examples.adapter_template import LIMITS, render_in_child, template_of
 from icmlora.base_models.examples.chat_template import ChatTemplate
 from icmlora.base_models.examples.chats import Chat, chat_of
 from icmlora.errors import DataError
 from tests.icmlora.base_models.chat_templates import GEMMA, MARKED, MISTRAL, QWEN, chat_tokenizer
 
-FEW = TemplateLimits(memory=64 << 20, seconds=1)
+FEW = replace(LIMITS, memory=64 << 20, seconds=1)
 TURNS = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "It is 4."}]
 
 

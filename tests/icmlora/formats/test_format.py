@@ -21,8 +21,7 @@ from icmlora.errors import AdapterRefused
 from icmlora.formats import catalogue
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.discovery.discovery import find_adapters
-from icmlora.formats.discovery.found import FoundAdapter
-from icmlora.formats.format import AdapterBytes, AdapterFormat, Template, write_adapter_files
+from icmlora.formats.format import AdapterBytes, AdapterFormat, FoundAdapter, Template, write_adapter_files
 from icmlora.formats.pairs.gguf import GgufFormat
 from icmlora.formats.pairs.mlx import MlxFormat
 from icmlora.formats.peft.peft import PeftFormat

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icmlora.formats.images.header_ranks import of_lora, with_ranks
+from icmlora.formats.file_header import of_lora, with_ranks
 
 NOTED = {"ss_network_dim": "8", "ss_network_alpha": "4.0", "ss_tag_frequency": "{}", "modelspec.title": "dog"}
 

@@ -8,6 +8,7 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,15 @@ from safetensors.torch import load_file
 from icmlora.errors import AdapterRefused, UnsafeInput
 from icmlora.formats.discovery import pickle_child
 from icmlora.formats.discovery.discovery import find_tasks
-from icmlora.formats.discovery.pickled import PickleLimits, PickleReader
+from icmlora.formats.discovery.pickled import LIMITS, PickleReader
 from icmlora.io.safetensors import RawTensor, encode, read_header
+from icmlora.io.sandbox import Limits
 from tests.icmlora.adapter_files import config, factors, write_adapter
 
-FEW = PickleLimits(memory=64 << 20, seconds=1)
+FEW = replace(LIMITS, memory=64 << 20, seconds=1)
 
 
-def converted(source: Path, limits: PickleLimits = FEW) -> dict[str, torch.Tensor]:
+def converted(source: Path, limits: Limits = FEW) -> dict[str, torch.Tensor]:
     target = source.parent / "converted.safetensors"
     with PickleReader(limits) as reader:
         reader.convert(source, target, source.name)
@@ -113,7 +115,7 @@ def test_a_bare_pickle_that_runs_code_is_not_run(tmp_path: Path) -> None:
     ids=["list", "number", "nested", "number-as-name", "sparse", "complex", "meta", "tensor", "text"],
 )
 def test_only_tensors_by_name_count(found: Any) -> None:
-    assert pickle_child._plain(found, torch) is None
+    assert pickle_child._plain(found) is None
 
 
 @pytest.mark.slow
@@ -142,7 +144,7 @@ def test_a_pickle_that_never_ends_is_stopped(tmp_path: Path) -> None:
 
 
 def test_a_process_that_hangs_is_ended(tmp_path: Path) -> None:
-    limits = PickleLimits(seconds=0, wall_seconds=0)
+    limits = replace(LIMITS, seconds=0, wall_seconds=0)
     with pytest.raises(UnsafeInput, match="takes more than 0 s"):
         converted(saved(tmp_path, factors()), limits)
 
@@ -201,10 +203,10 @@ def test_a_pickle_that_is_stopped_does_not_take_the_next_one_with_it(tmp_path: P
 @pytest.mark.slow
 def test_after_a_hanging_process_was_ended_the_next_pickle_is_read(tmp_path: Path) -> None:
     source = saved(tmp_path, factors())
-    with PickleReader(PickleLimits(wall_seconds=0, seconds=0)) as reader:
+    with PickleReader(replace(LIMITS, wall_seconds=0, seconds=0)) as reader:
         with pytest.raises(UnsafeInput, match="takes more than 0 s"):
             reader.convert(source, tmp_path / "out", "adapter_model.bin")
-        reader._limits = FEW
+        reader.limits = FEW
         reader.convert(source, tmp_path / "out", "adapter_model.bin")
     assert load_file(tmp_path / "out").keys() == factors().keys()
 

@@ -19,10 +19,10 @@ from icmlora.errors import AdapterRefused
 from icmlora.formats.format import (
     AdapterBytes,
     AdapterFormat,
-    AdapterPaths,
     AdapterSummary,
     Buffer,
     Extras,
+    FoundAdapter,
     LoadedAdapter,
     RunnableAdapter,
     Template,
@@ -55,10 +55,10 @@ class ToyFormat(AdapterFormat):
     about = "a single file NAME.toy"
     suffix = SUFFIX
 
-    def find(self, folder: Folder) -> list[AdapterPaths]:
+    def find(self, folder: Folder) -> list[FoundAdapter]:
         """Find every file of the suffix: each is an adapter, named after the file."""
         files = [path for name, path in sorted(folder.files.items()) if name.endswith(SUFFIX)]
-        return [AdapterPaths(folder.path / path.stem, path) for path in files]
+        return [FoundAdapter(self, folder.path / path.stem, path) for path in files]
 
     def refuse(self, folder: Folder) -> list[AdapterRefused]:
         """Report the old suffix."""
