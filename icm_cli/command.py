@@ -184,6 +184,8 @@ def _for_typer(parameter: inspect.Parameter) -> inspect.Parameter:
     if param is None:  # declared for Typer already
         return parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
     kind, default = get_args(parameter.annotation)[0], parameter.default
+    if default is inspect.Parameter.empty and not param.is_argument and NoneType in get_args(kind):
+        default = None
     is_required = default is inspect.Parameter.empty
     if param.parse is not None:
         kind = str if is_required else str | None
@@ -227,7 +229,7 @@ def _converted(
         elif param.setting is not None:
             found[name] = session.setting(param.setting, value)
         elif value is None or value == []:
-            found[name] = () if parameter.default is inspect.Parameter.empty else parameter.default
+            found[name] = value if parameter.default is inspect.Parameter.empty else parameter.default
         else:
             plain = [getattr(item, "value", item) for item in value] if isinstance(value, list) else value
             found[name] = plain if param.parse is None else _parsed(param.parse, value)
