@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
     from icmlora.fleet.context import Event
-    from icmlora.fleet.measure.evaluate import EvaluateReport, TaskEvaluated
     from icmlora.fleet.measure.measure import SourceResult
+    from icmlora.fleet.measure.report import EvaluateReport, TaskEvaluated
     from registry.manifests import Source
 
 MEASURE_REST = "run `icm eval` to measure the rest"
@@ -117,7 +117,7 @@ def no_gain(task: str, scores: Mapping[Source, MetricResult], gains: Collection[
 
 def print_measured(session: Session, event: Event) -> None:
     """Print a measured task as a JSON line, and details about its rows."""
-    from icmlora.fleet.measure.evaluate import TaskEvaluated
+    from icmlora.fleet.measure.report import TaskEvaluated
 
     if isinstance(event, TaskEvaluated):
         sources, with_context = (

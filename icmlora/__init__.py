@@ -67,15 +67,15 @@ if TYPE_CHECKING:
     from icmlora.fleet.bundles.import_ import ImportReport
     from icmlora.fleet.context import Event, Progress
     from icmlora.fleet.convert.convert import convert
-    from icmlora.fleet.encode.encode import EncodeReport
+    from icmlora.fleet.encode.report import EncodeReport
     from icmlora.fleet.evict.restore import RestoreReport
     from icmlora.fleet.evict.types import EvictReport
-    from icmlora.fleet.few_shot.generate import Generated
+    from icmlora.fleet.few_shot.generated import Generated
     from icmlora.fleet.few_shot.task_context import ContextReport
     from icmlora.fleet.ingest.report import IngestReport
     from icmlora.fleet.map.task_map import MapReport
-    from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable
-    from icmlora.fleet.report.report import ReportSummary
+    from icmlora.fleet.measure.report import EvaluateReport, Measurable
+    from icmlora.fleet.report.summary import ReportSummary
     from icmlora.fleet.stats.bill import Bill
     from icmlora.fleet.tasks.copies import CopyReport
     from icmlora.fleet.tasks.described import DescribedTask
@@ -201,14 +201,14 @@ _HOMES = {
     "DescribedTask": "icmlora.fleet.tasks.described",
     "DuplicatesReport": "icmlora.fleet.tasks.duplicate_pairs",
     "EditReport": "icmlora.fleet.tasks.tasks",
-    "EncodeReport": "icmlora.fleet.encode.encode",
-    "EvaluateReport": "icmlora.fleet.measure.evaluate",
+    "EncodeReport": "icmlora.fleet.encode.report",
+    "EvaluateReport": "icmlora.fleet.measure.report",
     "Event": "icmlora.fleet.context",
     "EvictReport": "icmlora.fleet.evict.types",
     "ExportReport": "icmlora.fleet.bundles.export",
     "Finding": "registry.findings",
     "Fleet": "icmlora.fleet.api",
-    "Generated": "icmlora.fleet.few_shot.generate",
+    "Generated": "icmlora.fleet.few_shot.generated",
     "Generator": "registry.manifests",
     "GeneratorVersion": "icmlora.fleet.tasks.generators",
     "GroupError": "icmlora.adapter.metrics",
@@ -223,7 +223,7 @@ _HOMES = {
     "MaterializeReport": "icmlora.fleet.write.materialize",
     "Merged": "icmlora.fleet.write.merge",
     "MergedPart": "icmlora.fleet.write.cards",
-    "Measurable": "icmlora.fleet.measure.evaluate",
+    "Measurable": "icmlora.fleet.measure.report",
     "Metric": "icmlora.base_models.modality",
     "Progress": "icmlora.fleet.context",
     "PruneReport": "registry.reachability",
@@ -231,7 +231,7 @@ _HOMES = {
     "RecognizeReport": "icmlora.fleet.vectors.recognize",
     "Removal": "icmlora.fleet.tasks.tasks",
     "RemoveReport": "icmlora.fleet.tasks.tasks",
-    "ReportSummary": "icmlora.fleet.report.report",
+    "ReportSummary": "icmlora.fleet.report.summary",
     "RestoreReport": "icmlora.fleet.evict.restore",
     "RolledBack": "icmlora.fleet.tasks.generators",
     "Separated": "icmlora.fleet.bases.labels",

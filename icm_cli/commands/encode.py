@@ -9,7 +9,7 @@ from icm_cli.session import Session
 from icm_cli.text import as_fields, coded_size, figure, grouped
 from icmlora.fleet.context import Event
 from icmlora.fleet.encode import encode as use_case
-from icmlora.fleet.encode.encode import EncodeReport, TaskEncoded
+from icmlora.fleet.encode.report import EncodeReport, TaskEncoded
 from icmlora.io.text import counted, human_size, some
 
 _STATUS = {

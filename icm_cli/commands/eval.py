@@ -13,7 +13,7 @@ from icmlora.fleet.measure import evaluate as use_case
 from icmlora.fleet.measure.metric_result import MAX_TOKENS
 
 if TYPE_CHECKING:
-    from icmlora.fleet.measure.evaluate import EvaluateReport
+    from icmlora.fleet.measure.report import EvaluateReport
 
 
 @command(use_case.evaluate)

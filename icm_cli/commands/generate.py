@@ -10,14 +10,14 @@ from icm_cli.guard_report import guard_json, guard_text
 from icm_cli.session import Session
 from icmlora.errors import Cancelled
 from icmlora.fleet.few_shot import generate as use_case
-from icmlora.fleet.few_shot.train import SAMPLE_TOKENS
+from icmlora.fleet.few_shot.generated import SAMPLE_TOKENS
 from icmlora.fleet.measure.metric_result import measured_in
 from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from icmlora.fleet.few_shot.generate import Generated
+    from icmlora.fleet.few_shot.generated import Generated
     from icmlora.task_vectors.distances import Familiarity, Neighbour
 
 _NEAREST = 5

@@ -16,7 +16,7 @@ from icmlora.io.text import counted, human_size
 
 if TYPE_CHECKING:
     from icmlora.fleet.report.pictures import Distances, TaskPictures
-    from icmlora.fleet.report.report import ReportSummary
+    from icmlora.fleet.report.summary import ReportSummary
 
 
 @command(write_report)

@@ -29,7 +29,7 @@ from unittest.mock import patch
 
 from icmlora import Fleet
 from icmlora.fleet.encode import tasks as encoding
-from icmlora.fleet.encode.encode import TaskEncoded
+from icmlora.fleet.encode.report import TaskEncoded
 from icmlora.fleet.encode.search import encode_tasks
 from icmlora.fleet.resources.loading import ModelCache
 from icmlora.fleet.resources.workers import Tell, _cluster

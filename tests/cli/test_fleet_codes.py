@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from icmlora import Cancelled, Event, Fleet, Progress
-from icmlora.fleet.encode.encode import EncodeReport, TaskEncoded
+from icmlora.fleet.encode.report import EncodeReport, TaskEncoded
 from icmlora.fleet.evict.types import EvictReport, TaskEvicted
-from icmlora.fleet.measure.evaluate import EvaluateReport, TaskEvaluated
+from icmlora.fleet.measure.report import EvaluateReport, TaskEvaluated
 from registry.errors import TaskNotFound
 from tests.cli.coded import codes
 from tests.icmlora.tiny_base import LABEL

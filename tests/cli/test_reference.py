@@ -12,7 +12,7 @@ from icm_cli.commands.vectors import vectors as vectors_command
 from icm_cli.errors import ExitCode
 from icm_cli.reference import commands, pages
 from icmlora.fleet.few_shot.generate import generate
-from icmlora.fleet.few_shot.train import SAMPLE_TOKENS
+from icmlora.fleet.few_shot.generated import SAMPLE_TOKENS
 from icmlora.fleet.report.report import write_report
 from icmlora.fleet.vectors.extraction import SAMPLES_READ
 from icmlora.fleet.vectors.vectors import extract_vectors

@@ -15,8 +15,8 @@ from icm_cli.commands import train as command
 from icm_cli.errors import ExitCode
 from icm_cli.session import Session
 from icmlora.fleet.context import Event
-from icmlora.fleet.encode.encode import TaskEncoded
-from icmlora.fleet.measure.evaluate import TaskEvaluated
+from icmlora.fleet.encode.report import TaskEncoded
+from icmlora.fleet.measure.report import TaskEvaluated
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource
 from icmlora.fleet.train import generator as publishing
 from icmlora.fleet.train import run as training

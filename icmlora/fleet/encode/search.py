@@ -21,8 +21,8 @@ from icmlora.errors import (
     GeneratorError,
     OutOfMemory,
 )
-from icmlora.fleet.encode.encode import EncodeStatus, NewCode, TaskEncoded
 from icmlora.fleet.encode.refiner import Refiner, TrialCode, coarse_for, lost_before, refine_all, stoppable
+from icmlora.fleet.encode.report import EncodeStatus, NewCode, TaskEncoded
 from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.resources.adapter_source import mean_vectors
 from icmlora.fleet.resources.decoding import codec_of_task

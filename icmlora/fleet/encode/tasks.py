@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from icmlora.errors import DataError
 from icmlora.fleet.context import Context, Shard, reporting, select_tasks
-from icmlora.fleet.encode.encode import EncodeReport, TaskEncoded
+from icmlora.fleet.encode.report import EncodeReport, TaskEncoded
 from icmlora.fleet.encode.search import encode_tasks
 from icmlora.fleet.failures import Failed
 from icmlora.fleet.resources.task_code import is_same_code, replaced_bytes, with_code

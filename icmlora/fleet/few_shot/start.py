@@ -24,7 +24,7 @@ from icmlora.fewshot.start import FewShotStart, encodable_part, untrained_fewsho
 from icmlora.fewshot.start_file import fewshot_start_from_bytes, fewshot_start_to_bytes, mean_code
 from icmlora.fleet.context import Context, GeneratorCache
 from icmlora.fleet.failures import FAILURES, as_error
-from icmlora.fleet.few_shot.train import SAMPLE_TOKENS
+from icmlora.fleet.few_shot.generated import SAMPLE_TOKENS
 from icmlora.fleet.resources.adapter_source import refuse_large
 from icmlora.fleet.resources.decoding import decode_code
 from icmlora.fleet.resources.loading import open_base, read_original

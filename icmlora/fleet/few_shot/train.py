@@ -9,9 +9,6 @@ from icmlora.fleet.params import BaseModelName, Device, Param
 from icmlora.fleet.train.report import TrainReport
 from icmlora.fleet.train.train import Seed
 
-SAMPLE_TOKENS = 128
-"""Tokens read of each sample, here and in `icm generate`."""
-
 
 @use_case
 def train_few_shot(

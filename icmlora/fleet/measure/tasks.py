@@ -17,9 +17,9 @@ from icmlora.base_models.reading import EvaluationData
 from icmlora.errors import BaseModelNotFound, BaseModelUnsuited, DataError
 from icmlora.fleet.context import Context, Shard, has_loaders, locate_base, reporting, select_tasks
 from icmlora.fleet.failures import FAILURES, BaseUnavailable, Failed, FailureLog, as_error
-from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable, TaskEvaluated
 from icmlora.fleet.measure.measure import SOURCES, TaskLosses, record_measurements
 from icmlora.fleet.measure.metric_result import MAX_TOKENS
+from icmlora.fleet.measure.report import EvaluateReport, Measurable, TaskEvaluated
 from icmlora.fleet.resources.decoding import read_context
 from icmlora.fleet.resources.loading import ModelCache
 from icmlora.fleet.resources.texts import adapter_template, own_text

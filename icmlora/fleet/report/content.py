@@ -19,7 +19,7 @@ from icmlora.fleet.map.task_map import map_of
 from icmlora.fleet.report.facts import facts_of
 from icmlora.fleet.report.page import Map, Page
 from icmlora.fleet.report.rate_picture import rate_picture
-from icmlora.fleet.report.report import ReportSummary
+from icmlora.fleet.report.summary import ReportSummary
 from icmlora.fleet.report.task_table import task_table
 from icmlora.fleet.stats.stats import bill_of
 from icmlora.formats.catalogue import format_named

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, cast
 
 from icmlora.errors import Cancelled
 from icmlora.fleet.context import Context, StageBegun
-from icmlora.fleet.encode.encode import EncodeReport
+from icmlora.fleet.encode.report import EncodeReport
 from icmlora.fleet.encode.tasks import encode_in
-from icmlora.fleet.measure.evaluate import EvaluateReport
+from icmlora.fleet.measure.report import EvaluateReport
 from icmlora.fleet.measure.tasks import evaluate_in, measurable_in
 from icmlora.fleet.train.report import TrainReport, Updated
 from icmlora.generator.codec.limits import Limits

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from icmlora.fleet.context import Event
-from icmlora.fleet.encode.encode import EncodeReport
+from icmlora.fleet.encode.report import EncodeReport
 from icmlora.fleet.failures import BaseModelFailed
-from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable
+from icmlora.fleet.measure.report import EvaluateReport, Measurable
 from icmlora.fleet.results import Report
 from registry.errors import IcmError
 from registry.manifests import WithRelativeError

@@ -21,8 +21,8 @@ import torch
 
 from icmlora import Fleet
 from icmlora.fleet.context import Event
-from icmlora.fleet.encode.encode import TaskEncoded
-from icmlora.fleet.measure.evaluate import TaskEvaluated
+from icmlora.fleet.encode.report import TaskEncoded
+from icmlora.fleet.measure.report import TaskEvaluated
 from icmlora.fleet.train.report import EpisodeDone, StepDone
 from icmlora.fleet.vectors.vectors import VectorsExtracted
 from icmlora.io.devices import resolve_device

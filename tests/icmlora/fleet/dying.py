@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from icmlora.fleet.encode.encode import TaskEncoded
+from icmlora.fleet.encode.report import TaskEncoded
 from icmlora.fleet.encode.search import encode_tasks
 from icmlora.fleet.resources.loading import ModelCache
 from icmlora.fleet.resources.workers import Tell

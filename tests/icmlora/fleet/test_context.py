@@ -12,7 +12,7 @@ import pytest
 
 from icmlora import Cancelled, Event, Fleet, IcmError, Progress
 from icmlora.errors import DeviceUnavailable
-from icmlora.fleet.encode.encode import TaskEncoded
+from icmlora.fleet.encode.report import TaskEncoded
 from registry.errors import NotAStore
 from tests.icmlora.fleet.stores import TASKS, code_blobs, copy_of, equal, files_of, is_sound, stop_after
 

@@ -8,7 +8,7 @@ import pytest
 
 from icmlora import Cancelled, DataError, Fleet, OptionsConflict, Progress, StoreLocked, TaskNotFound
 from icmlora.fleet.context import Event
-from icmlora.fleet.encode.encode import EncodeReport, TaskEncoded
+from icmlora.fleet.encode.report import EncodeReport, TaskEncoded
 from icmlora.training.effect import Effect, EffectLoss
 from tests.icmlora.fleet.stores import TASKS, blob_of, code_blobs, files_of, is_sound, stop_after, tasks_in
 from tests.icmlora.tiny_base import LABEL

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from icmlora import BaseModelNotFound, Cancelled, DataError, Fleet, TaskNotFound
-from icmlora.fleet.measure.evaluate import EvaluateReport, Measurable, TaskEvaluated
+from icmlora.fleet.measure.report import EvaluateReport, Measurable, TaskEvaluated
 from tests.icmlora.fleet.stores import files_of, is_sound, stop_after, tasks_in
 from tests.icmlora.tiny_base import LABEL
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from icmlora import Cancelled, DataError, Event, Fleet, TaskNotFound
-from icmlora.fleet.encode.encode import TaskEncoded
+from icmlora.fleet.encode.report import TaskEncoded
 from icmlora.fleet.evict.types import EvictReport, TaskEvicted
 from tests.icmlora.fleet.stores import (
     TASKS,

@@ -11,8 +11,8 @@ from icm_cli.app import run
 from icmlora import Cancelled, Fleet
 from icmlora.errors import InvalidWorkers
 from icmlora.fleet.context import Event, StageBegun
-from icmlora.fleet.encode.encode import TaskEncoded
-from icmlora.fleet.measure.evaluate import TaskEvaluated
+from icmlora.fleet.encode.report import TaskEncoded
+from icmlora.fleet.measure.report import TaskEvaluated
 from icmlora.fleet.train.report import TrainReport
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import TASKS, code_blobs, copy_of, is_sound, stop_after, tasks_in

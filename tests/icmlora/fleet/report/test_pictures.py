@@ -18,7 +18,7 @@ from icmlora import Fleet
 from icmlora.base_models.running.pipeline import Pixels
 from icmlora.errors import BaseModelNotFound, DataError
 from icmlora.fleet.report.pictures import data_uri, distances
-from icmlora.fleet.report.report import ReportSummary
+from icmlora.fleet.report.summary import ReportSummary
 from tests.icmlora.fleet.image_store import LABEL
 from tests.icmlora.formats.tiny_pipelines import tiny_sd15
 
