@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 
 from icmlora.fleet.encode import search
-from icmlora.fleet.few_shot import generate
+from icmlora.fleet.few_shot import generating as generate
 from icmlora.fleet.resources import adapter_source, loading
 from icmlora.generator.initial_a.search import SeedSearch
 from icmlora.training.refinement import FOR_SHARE, RefineConfig

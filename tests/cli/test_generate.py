@@ -15,8 +15,7 @@ from icm_cli.errors import ExitCode
 from icmlora.base_models.examples.examples import parse_examples
 from icmlora.base_models.kinds.likelihood import nll
 from icmlora.base_models.running.attach import adapted
-from icmlora.fleet.few_shot import from_samples
-from icmlora.fleet.few_shot import generate as generating
+from icmlora.fleet.few_shot import from_samples, generating
 from registry.store import Store
 from tests.cli.conftest import Ran
 from tests.cli.tiny_fleet import icm_quietly, write_subject

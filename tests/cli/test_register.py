@@ -13,7 +13,7 @@ from icmlora.adapter.metrics import squared_error
 from icmlora.base_models.examples.examples import parse_examples
 from icmlora.base_models.kinds.likelihood import nll
 from icmlora.base_models.running.attach import adapted
-from icmlora.fleet.few_shot import generate as generating
+from icmlora.fleet.few_shot import generating
 from icmlora.formats.discovery.folder import load_adapter
 from registry.errors import TaskConflict
 from registry.store import Store

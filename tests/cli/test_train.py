@@ -20,7 +20,7 @@ from icmlora.fleet.measure.report import TaskEvaluated
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource
 from icmlora.fleet.train import generator as publishing
 from icmlora.fleet.train import run as training
-from icmlora.training.effect import Effect, Lost
+from icmlora.training.effect import Effect, EffectLoss
 from registry.store import Store
 from tests.cli.coded import current
 from tests.cli.conftest import Ran
@@ -241,7 +241,7 @@ def test_a_rank_that_does_not_fit_in_a_byte_has_a_code_beside_earlier_ones(
 def test_a_task_that_falls_short_of_a_limit_does_not_keep_the_rest_from_being_measured(
     icm: Icm, mixed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Effect, "lost", lambda *_, **__: Lost(0.5, 0.5))
+    monkeypatch.setattr(Effect, "lost", lambda *_, **__: EffectLoss(0.5, 0.5))
     ran = icm("train", "--steps", STEPS, "--device", "cpu", "--keep", "0.98", "--refine", "0")
     assert ran.code == ExitCode.PARTLY
     assert "CODE GAIN" in ran.out

@@ -8,7 +8,7 @@ import pytest
 
 from icmlora import Cancelled, DataError, Event, Fleet, Progress
 from icmlora.fleet.train.report import CodeMade, StepDone, TrainReport, Updated
-from icmlora.training.config import LEAST_STEPS
+from icmlora.training.config import MIN_STEPS
 from registry.encoding import unpacked
 from registry.store import Store
 from tests.cli.tiny_fleet import write_lora
@@ -176,4 +176,4 @@ def test_many_new_tasks_take_no_more_steps_than_a_first_training(fleet: Fleet, t
     with pytest.raises(Cancelled):
         Fleet(fleet.path, on_event=listen).update(device="cpu", refine=0, evaluate=False)
     (step,) = [event for event in heard if isinstance(event, StepDone)]
-    assert step.at.steps <= LEAST_STEPS
+    assert step.at.steps <= MIN_STEPS

@@ -47,7 +47,7 @@ def trained(path: Path, **options: Any) -> tuple[Path, nn.Module, nn.Module]:
 
 def converted(file: Path, target: str, rank: int) -> tuple[Path, AdapterConverted]:
     out = file.with_name(f"{target}.safetensors")
-    (done,) = convert(file, out, adapter_format=target, rank=rank, dtype="float32").adapters
+    (done,) = convert(file, out, adapter_format=target, rank=rank, dtype="float32").done
     return out, done
 
 
@@ -166,7 +166,7 @@ def test_lokr_with_dotted_names_becomes_the_same_lora_as_with_flattened_ones(tmp
     for form, stem in stems.items():
         source, out = tmp_path / f"{form}.safetensors", tmp_path / f"{form}-lora.safetensors"
         save_file({f"{stem}.{part}": one for part, one in parts.items()}, source)
-        (done,) = convert(source, out, rank=8, dtype="float32").adapters
+        (done,) = convert(source, out, rank=8, dtype="float32").done
         assert (done.format, done.relative_error < 1e-6) == (form, True)
         made[form] = {name.removeprefix(stem): one for name, one in load_file(out).items()}
     assert made["comfyui"].keys() == made["lycoris"].keys()
