@@ -1,20 +1,19 @@
-"""Options shared by several commands.
+"""Write Typer options, and declare those that belong to the command line rather than to a use case.
 
-`icm_cli.session.command` adds the global options to every command, so they work before and after its name.
+`icm_cli.command` adds the global options to every command, so they work before and after its name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, cast
 
 import typer
 
 from icm_cli.config import DEFAULT_LOCK_TIMEOUT
+from icmlora.fleet.params import Completed
 
 GLOBAL_PANEL = "Global options"
-Completed = Literal["task", "base", "tag", "filter", "sort", "format"]
 
 
 def option(
@@ -81,74 +80,4 @@ LockTimeoutOpt = Annotated[
         panel=GLOBAL_PANEL,
     ),
 ]
-
-TaskArg = Annotated[str, argument("TASK", "Task name (see `icm ls`).", completes="task")]
-TasksArg = Annotated[list[str], argument("TASK...", "Task names (see `icm ls`).", completes="task")]
-SomeTasksArg = Annotated[list[str] | None, argument("[TASK]...", "Task names. Default: all tasks.", completes="task")]
-BaseModelOpt = Annotated[str | None, option("--base-model NAME", "Only tasks of this base model.", completes="base")]
-LoaderOpt = Annotated[
-    str | None,
-    option(
-        "--loader MODULE:FUNCTION",
-        "Custom function that loads the base model, for models outside transformers.",
-    ),
-]
-FiltersOpt = Annotated[
-    list[str] | None,
-    option(
-        "--filter -F FIELD=VALUE",
-        "Only tasks that match, such as 'rank>=8', 'tag=prod', 'base~llama'. Repeat to combine with AND.",
-        completes="filter",
-    ),
-]
-SortOpt = Annotated[
-    str | None, option("--sort FIELD[:desc]", "Sort by a field, such as 'size:desc'. Default: name.", completes="sort")
-]
-LimitOpt = Annotated[int | None, option("--limit N", "Show at most N tasks.", min=1)]
-FromOpt = Annotated[Path | None, option("--from FILE", "Read this bundle instead of the store.")]
-DryRunOpt = Annotated[bool, option("--dry-run -n", "Print the planned changes without making them.")]
 YesOpt = Annotated[bool, option("--yes -y", "Skip the confirmation question.")]
-ForceOpt = Annotated[bool, option("--force -f", "Overwrite a non-empty output folder.")]
-SeedOpt = Annotated[int | None, option("--seed N", "Random seed.")]
-DeviceOpt = Annotated[
-    str | None, option("--device auto|cpu|cuda|cuda:N|mps", "Compute device. Default: auto. (env: ICM_DEVICE)")
-]
-
-WorkersOpt = Annotated[
-    str | None,
-    option(
-        "--workers N|ray://HOST:PORT",
-        "Run N local processes, or use a Ray cluster. Needs Ray. Default: one process.",
-    ),
-]
-ShardOpt = Annotated[
-    str | None,
-    option(
-        "--shard I/N",
-        "Process only part I of N of the tasks, such as 1/8. Parts can run in parallel on several machines.",
-    ),
-]
-
-
-def max_error_option(text: str) -> Any:
-    """Return an option for an upper limit on the relative error of codes."""
-    return option("--max-error X", text, min=1e-4, max=0.9)
-
-
-def quality_option(text: str) -> Any:
-    """Return an option for the quality of codes."""
-    return option("--quality 1..8", f"1 (smallest) to 8 (most accurate). {text}", min=1, max=8)
-
-
-def keep_option(text: str) -> Any:
-    """Return an option for the share of an adapter's effect that codes preserve."""
-    return option("--keep SHARE", text, min=0.5, max=0.9999)
-
-
-def refine_option(text: str) -> Any:
-    """Return an option for the number of refinement steps."""
-    return option("--refine STEPS", text, min=0)
-
-
-DtypeName = Literal["bfloat16", "float16", "float32"]
-OutputOpt = Annotated[Path, option("--output -o DIR", "Output folder. Must not exist or be empty.")]

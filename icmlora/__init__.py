@@ -70,8 +70,7 @@ if TYPE_CHECKING:
     from icmlora.fleet.encode.report import EncodeReport
     from icmlora.fleet.evict.restore import RestoreReport
     from icmlora.fleet.evict.types import EvictReport
-    from icmlora.fleet.few_shot.generated import Generated
-    from icmlora.fleet.few_shot.task_context import ContextReport
+    from icmlora.fleet.few_shot.generated import ContextReport, Generated
     from icmlora.fleet.ingest.report import IngestReport
     from icmlora.fleet.map.task_map import MapReport
     from icmlora.fleet.measure.report import EvaluateReport, Measurable
@@ -194,7 +193,7 @@ _HOMES = {
     "Bill": "icmlora.fleet.stats.bill",
     "Bundle": "icmlora.fleet.bundles.bundles",
     "Check": "icmlora.fleet.tasks.doctor",
-    "ContextReport": "icmlora.fleet.few_shot.task_context",
+    "ContextReport": "icmlora.fleet.few_shot.generated",
     "CopyReport": "icmlora.fleet.tasks.copies",
     "CustomModel": "icmlora.base_models.kinds.custom_model",
     "DatabaseUrl": "registry.names",

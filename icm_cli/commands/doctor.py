@@ -10,8 +10,8 @@ import typer
 from icm_cli.command import Call, command
 from icm_cli.config import config_file, log_file
 from icm_cli.errors import ExitCode
-from icm_cli.options import option
 from icm_cli.session import Session
+from icmlora.fleet.params import Param
 from icmlora.fleet.tasks.doctor import Check, examine
 from icmlora.io.text import human_size
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 PathOpt = Annotated[
     Literal["store", "db", "blobs", "config", "log"] | None,
-    option(
-        "--path",
+    Param(
         "Print only the path of the store, its database, its blobs, the configuration file or the log. For "
         "scripts. The path may not exist.",
+        "--path",
     ),
 ]
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from icm_cli.command import Call, command
 from icm_cli.errors import UsageProblem
-from icm_cli.options import option
 from icm_cli.output import Field
 from icm_cli.session import Session
+from icmlora.fleet.params import Param
 from icmlora.fleet.tasks.tasks import EditReport, edit_tasks
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ _FIELDS: tuple[Field[Task], ...] = (
 def edit(
     session: Session,
     call: Call[EditReport],
-    note: Annotated[str | None, option("--note TEXT", "New note. Replaces the old one.")] = None,
-    no_note: Annotated[bool, option("--no-note", "Remove the note.")] = False,
+    note: Annotated[str | None, Param("New note. Replaces the old one.", "--note TEXT")] = None,
+    no_note: Annotated[bool, Param("Remove the note.", "--no-note")] = False,
 ) -> None:
     if note is not None and no_note:
         raise UsageProblem("--note and --no-note cannot be used together", hint="omit one of them")

@@ -6,16 +6,14 @@ from dataclasses import replace
 from typing import Annotated
 
 from icm_cli.command import Call, command
-from icm_cli.options import argument
 from icm_cli.session import Session
 from icmlora.fleet.context import address_of
+from icmlora.fleet.params import Param
 from icmlora.fleet.tasks import init as initialisation
 from icmlora.fleet.tasks.init import InitReport
 from icmlora.io.text import counted
 
-StoreArg = Annotated[
-    str | None, argument("[STORE]", "A folder or postgresql://HOST/DATABASE. Default: as for --store.")
-]
+StoreArg = Annotated[str | None, Param("A folder or postgresql://HOST/DATABASE. Default: as for --store.", "[STORE]")]
 
 
 @command(initialisation.init)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from icm_cli.command import Call, command
-from icm_cli.options import FromOpt
 from icm_cli.session import Session
 from icm_cli.text import as_fields, claim_json, claim_text
 from icmlora.fleet.measure.metric_result import measured_in
+from icmlora.fleet.params import BundleFile
 from icmlora.fleet.write import materialize as use_cases
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _FROM = {
 
 
 @command(use_cases.materialize)
-def materialize(session: Session, call: Call[MaterializeReport], bundle: FromOpt = None) -> None:
+def materialize(session: Session, call: Call[MaterializeReport], bundle: BundleFile = None) -> None:
     out, task = session.out, call["task"]
     if bundle is None:
         done = call.now()

@@ -8,28 +8,28 @@ from typing import Annotated
 from icm_cli.command import plain_command as command
 from icm_cli.config import cache_folder
 from icm_cli.errors import UsageProblem
-from icm_cli.options import BaseModelOpt, DeviceOpt, LoaderOpt, option
 from icm_cli.output import Column
 from icm_cli.session import Session
+from icmlora.fleet.params import BaseModelName, Device, Loader, Param
 from icmlora.io.text import counted
 
 SamplesOpt = Annotated[
     Path | None,
-    option("--samples FILE", "Samples as JSON lines, as for `icm generate`. Uses 32 of them, spread over the file."),
+    Param("Samples as JSON lines, as for `icm generate`. Uses 32 of them, spread over the file.", "--samples FILE"),
 ]
 DescriptionOpt = Annotated[
     str | None,
-    option("--description TEXT", "Instead of samples: rank tasks by words in their names, notes, tags and cards."),
+    Param("Instead of samples: rank tasks by words in their names, notes, tags and cards.", "--description TEXT"),
 ]
 BundleOpt = Annotated[
     Path | None,
-    option(
-        "--bundle --from FILE",
+    Param(
         "Compare with the tasks of this bundle instead of the store. --base-model is then the path of the base model, "
         "and --loader the function that loads it.",
+        "--bundle --from FILE",
     ),
 ]
-LimitOpt = Annotated[int, option("--limit N", "Show at most N tasks.", min=1)]
+LimitOpt = Annotated[int, Param("Show at most N tasks.", "--limit N", min=1)]
 
 _COLUMNS = (Column("task", shrink=True), Column("probability", right=True), Column("distance", right=True))
 _DESCRIBED = (Column("task", shrink=True), Column("score", right=True))
@@ -42,10 +42,10 @@ def recognize(
     samples: SamplesOpt = None,
     description: DescriptionOpt = None,
     limit: LimitOpt = 5,
-    base_model: BaseModelOpt = None,
+    base_model: BaseModelName = None,
     bundle: BundleOpt = None,
-    loader: LoaderOpt = None,
-    device: DeviceOpt = None,
+    loader: Loader = None,
+    device: Device = "auto",
 ) -> None:
     """Find the stored task that matches some samples.
 
@@ -68,7 +68,7 @@ def recognize(
         return
     from icmlora.fleet.vectors.recognize import recognize as use_case
 
-    out, device = session.out, session.device(device)
+    out = session.out
     if bundle is not None:
         from icmlora.fleet.bundles.bundles import Bundle
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from icm_cli.command import Call, command
-from icm_cli.options import DryRunOpt, YesOpt
+from icm_cli.options import YesOpt
 from icm_cli.session import Session
+from icmlora.fleet.params import DryRun
 from icmlora.fleet.tasks.tasks import RemoveReport, plan_removal, remove_tasks
 from icmlora.io.text import counted, human_size
 
 
 @command(remove_tasks, without=("last_copies",))
-def rm(session: Session, call: Call[RemoveReport], dry_run: DryRunOpt = False, yes: YesOpt = False) -> None:
+def rm(session: Session, call: Call[RemoveReport], dry_run: DryRun = False, yes: YesOpt = False) -> None:
     out, planned = session.out, plan_removal(session.context, call["tasks"])
     for task in planned:
         versions = f"{counted(task.versions, 'version')}, " if task.versions > 1 else ""

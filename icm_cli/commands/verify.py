@@ -9,9 +9,10 @@ import typer
 
 from icm_cli.command import Call, command
 from icm_cli.errors import ExitCode, UsageProblem
-from icm_cli.options import DryRunOpt, YesOpt, option
+from icm_cli.options import YesOpt
 from icm_cli.session import Session
 from icm_cli.text import as_fields
+from icmlora.fleet.params import DryRun, Param
 from icmlora.fleet.tasks import verify as verification
 from icmlora.fleet.tasks.verify import Found, rebuild_database, repair_files
 from icmlora.io.text import counted, some
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 
 RepairOpt = Annotated[
     bool,
-    option(
-        "--repair",
+    Param(
         "Rebuild a missing, damaged or old database from the manifests, correct flipped bits in small files, and move "
         "other damaged files to quarantine. Implies --read-data.",
+        "--repair",
     ),
 ]
 
@@ -35,7 +36,7 @@ def verify(
     session: Session,
     call: Call[list[Finding]],
     repair: RepairOpt = False,
-    dry_run: DryRunOpt = False,
+    dry_run: DryRun = False,
     yes: YesOpt = False,
 ) -> None:
     if repair and call["tasks"]:

@@ -25,8 +25,8 @@ from icmlora.fewshot.finetune import FinetuneConfig, finetune
 from icmlora.fewshot.guard import ContextAblation, Guard, left_out
 from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.context import Context
+from icmlora.fleet.few_shot.context_choice import usable_samples
 from icmlora.fleet.few_shot.generated import SAMPLE_TOKENS, GenerateOptions
-from icmlora.fleet.few_shot.task_context import usable_samples
 from icmlora.io.devices import texts_at_once
 
 _ORDERS = 4  # orders of the samples, one after the other, when an adapter is refined for its context

@@ -61,3 +61,15 @@ class GenerateOptions:
     distil: int = 0
     rank: int | None = None
     context_tokens: int = MAX_CONTEXT_TOKENS
+
+
+@dataclass(frozen=True)
+class ContextReport:
+    """A context that was chosen and stored."""
+
+    task: str
+    samples: int  # in the context
+    tokens: int
+    size: int  # bytes in the store
+    guard: Guard | None  # the losses with and without it; None if there is only one sample
+    precision: str  # of the base model

@@ -31,10 +31,10 @@ from icmlora.errors import DataError, NotCovered
 from icmlora.fewshot.described import described_samples
 from icmlora.fleet.context import Context, base_name, has_loaders
 from icmlora.fleet.encode.refiner import Refiner, TrialCode, refine_all
+from icmlora.fleet.few_shot.context_choice import kept_files
 from icmlora.fleet.few_shot.from_samples import make_from
 from icmlora.fleet.few_shot.generated import SAMPLE_TOKENS, Generated, GenerateOptions
 from icmlora.fleet.few_shot.start import read_few_shot_start
-from icmlora.fleet.few_shot.task_context import kept_files
 from icmlora.fleet.resources.adapter_row import new_adapter
 from icmlora.fleet.resources.loading import open_base
 from icmlora.fleet.resources.stored_vectors import comparable_vectors, comparison_key

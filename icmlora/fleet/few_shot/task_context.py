@@ -1,173 +1,73 @@
-"""The context of a task: samples that stand before its requests, kept next to its adapter.
-
-samples ──left out──▶ four to measure context and adapter
-   └──the others──▶ context ──▶ context.txt, context.json ──▶ extras of the adapter
-"""
+"""Choose, show and remove the context of a task: `icm context`."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
-from icmlora.base_models.catalogue import check_examples
-from icmlora.base_models.examples.context import TaskContext
-from icmlora.base_models.examples.examples import spread
-from icmlora.base_models.examples.media_archive import read_examples
-from icmlora.base_models.reading import unread_examples
-from icmlora.errors import BaseModelUnsuited, DataError
-from icmlora.fewshot.context_choice import MAX_TOKENS, ContextScorer, choose_context
-from icmlora.fewshot.guard import ContextAblation, Guard, left_out
-from icmlora.fleet.context import Context, has_loaders, use_case
-from icmlora.fleet.resources.code_source import StoreCodes
-from icmlora.fleet.resources.decoding import read_context
-from icmlora.fleet.resources.loading import open_base, read_runnable
-from icmlora.fleet.resources.texts import adapter_template
-from icmlora.fleet.write.materialize import render
-from icmlora.fleet.write.sources import ResolvedSource, resolve_source
-from icmlora.formats.catalogue import format_named
-from icmlora.formats.extras import pack
-from icmlora.formats.peft.peft import CONTEXT_NAMES
-from icmlora.io.devices import resolve_device
-from registry.manifests import Extra, File, Task
+from icmlora.fleet.context import Context, use_case
+from icmlora.fleet.few_shot.generated import MAX_CONTEXT_TOKENS, MAX_SAMPLES, ContextReport
+from icmlora.fleet.params import Device, Param, TaskName
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from icmlora.base_models.modality import BaseModel
-    from registry.storage.blobs.content import Blobs
-    from registry.store import Store
-
-COUNT = 64
-"""Samples that a context is chosen from, unless the user says otherwise."""
-
-
-@dataclass(frozen=True)
-class ContextReport:
-    """A context that was chosen and is kept now."""
-
-    task: str
-    samples: int  # that it is made of
-    tokens: int
-    size: int  # bytes that it takes in the store
-    guard: Guard | None  # the losses with and without it; None if there is only one sample
-    precision: str  # of the base model
+    from icmlora.base_models.examples.context import TaskContext
 
 
 @use_case
 def set_context(
     context: Context,
-    task: str,
+    task: TaskName,
     *,
-    samples: str | Path | None = None,
-    count: int = COUNT,
-    tokens: int = MAX_TOKENS,
-    device: str = "auto",
+    samples: Annotated[
+        str | Path | None,
+        Param("Samples in the format of `icm generate`. Default: the samples stored with the task.", "--samples FILE"),
+    ] = None,
+    count: Annotated[
+        int, Param("Choose from at most K samples, evenly spaced in the file.", "--count K", min=1)
+    ] = MAX_SAMPLES,
+    tokens: Annotated[
+        int, Param("Maximum length of the context in tokens.", "--tokens N", min=16)
+    ] = MAX_CONTEXT_TOKENS,
+    device: Device = "auto",
 ) -> ContextReport:
-    """Choose the context of a task, measure its effect, and keep it next to the task's adapter.
+    """Choose example samples to place at the start of every prompt.
 
-    It takes the place of an earlier one. `materialize` writes it, and bundles have it; the gateway puts it before
-    requests.
+    A few samples in the prompt often improve results, with or without an adapter. By default, as many samples as fit
+    are used. Longer, shorter or fewer samples are chosen if they score better on the other samples. The context is
+    stored with the adapter. `icm materialize` writes it to context.txt and, for chats, context.json. `icm serve` adds
+    it to requests that ask for it. Needs the base model.
 
-    Args:
-        context: The store.
-        task: Name of the task.
-        samples: File of samples; by default the task's own.
-        count: Maximum number of samples to choose from, spread over the file.
-        tokens: Maximum length of the context.
-        device: Where to compute.
+    Example:
+      icm context shakespeare --samples plays.jsonl
+      icm context shakespeare --show
 
     Raises:
         DataError: There are no samples, they are not text, or none is short enough.
         BaseModelUnsuited: The base model is no causal language model.
         BaseModelNotFound: It is not on this machine.
     """
-    place, path = resolve_device(device), None if samples is None else Path(samples)
-    with context.open() as store:
-        codes = StoreCodes(store, context)
-        chosen = resolve_source(codes, codes.get(task))
-        data = _samples(store, chosen, path)
-        check_examples(data, path=path, any_row=has_loaders())
-        check_place(chosen.task.final.format)
-        context.progress(0, None, f"loading {chosen.task.base_model}")
-        base = open_base(store, chosen.task.base_model, place, cache=context.cache)
-        prompted = ContextScorer(base, adapter_template(store, chosen.task))
-        found = usable_samples(prompted, data, path, count)
-        held, others = left_out(found)
-        with _on(base, codes, chosen):
-            tell = partial(context.progress, note="choosing the context")
-            made = choose_context(prompted, others, tokens, total=len(found), tell=tell)
-            measure = partial(ContextAblation.of, prompted, made, held or found, leave_one_out=not held)
-            adapted = measure()
-        guard = Guard.of(measure(), adapted, in_turn=not held)
-        made = prompted.filled(made, held, tokens)
-        files = kept_files(store.blobs, made.context.files)
-        store.update(chosen.task.name, partial(_with_files, files=files))
-    size = sum(file.packed_size for file in files)
-    return ContextReport(chosen.task.name, len(made.samples), made.tokens, size, guard, base.dtype)
+    from icmlora.fleet.few_shot.context_choice import choose  # imports torch
+
+    return choose(context, task, None if samples is None else Path(samples), count, tokens, device)
 
 
 @use_case
-def remove_context(context: Context, task: str) -> bool:
-    """Forget the context of a task; return whether it had one."""
+def remove_context(context: Context, task: TaskName) -> bool:
+    """Remove the context of a task; return whether it had one."""
+    from icmlora.fleet.few_shot.context_choice import with_files  # imports torch
+    from icmlora.formats.peft.peft import CONTEXT_NAMES
+
     with context.open() as store:
         had = any(extra.file in CONTEXT_NAMES for extra in store.task(task).final.extras)
-        store.update(task, partial(_with_files, files=()))
+        store.update(task, partial(with_files, files=()))
     return had
 
 
 @use_case
-def task_context(context: Context, task: str) -> TaskContext | None:
+def task_context(context: Context, task: TaskName) -> TaskContext | None:
     """Return the context of a task, or None; raise `DataError` if its files cannot be read as one."""
+    from icmlora.fleet.resources.decoding import read_context  # imports torch
+
     with context.open(read_only=True) as store:
         return read_context(store.blobs.read, store.task(task).final)
-
-
-def check_place(adapter_format: str) -> None:
-    """Raise `DataError` if the adapters of a format have no place for a context."""
-    if not format_named(adapter_format).companions >= CONTEXT_NAMES:
-        raise DataError(f"an adapter in the format {adapter_format!r} cannot include a context")
-
-
-def usable_samples(prompted: ContextScorer, data: bytes, path: Path | None, count: int) -> list[Any]:
-    """Return at most `count` samples of a file that can stand before a request."""
-    base = prompted.base
-    if not base.modality.takes_context:
-        fact = f"{base.label} is a {base.modality.name}, and only a causal language model reads a context"
-        raise BaseModelUnsuited(fact)
-    return prompted.usable(spread(unread_examples(base, data, path=path).items, count))
-
-
-def kept_files(blobs: Blobs, files: Mapping[str, bytes]) -> tuple[Extra, ...]:
-    """Store files, and return them as extras of an adapter."""
-    found = []
-    for name, data in files.items():
-        packed = pack(data)
-        found.append(Extra(blob=File(blobs.put(packed), len(packed)), file=name, size=len(data)))
-    return tuple(found)
-
-
-def _with_files(task: Task, *, files: Sequence[Extra]) -> Task:
-    """Return a task with other files for its context."""
-    others = (extra for extra in task.final.extras if extra.file not in CONTEXT_NAMES)
-    return replace(task, final=replace(task.final, extras=(*others, *files)))
-
-
-def _samples(store: Store, chosen: ResolvedSource, path: Path | None) -> bytes:
-    if path is not None:
-        return read_examples(path)
-    if chosen.task.samples is None:
-        raise DataError(f"task {chosen.task.name!r} has no samples", hint="add some with --samples FILE")
-    return store.blobs.read(chosen.task.samples)
-
-
-def _on(base: BaseModel, codes: StoreCodes, chosen: ResolvedSource) -> AbstractContextManager[Any]:
-    """Put the adapter that `materialize` would write on the base model."""
-    from icmlora.base_models.running.attach import adapted
-
-    if chosen.source == "original":
-        return adapted(base, read_runnable(codes.store, chosen.task.final))
-    files = render(chosen)
-    return adapted(base, chosen.format.runnable(files.config, files.weights))

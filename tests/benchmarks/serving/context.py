@@ -31,7 +31,7 @@ from icmlora import Fleet
 from icmlora.base_models.examples.context import TaskContext
 from icmlora.base_models.examples.examples import plain
 from icmlora.fewshot.context_choice import ContextScorer
-from icmlora.fleet.few_shot.task_context import _with_files, kept_files
+from icmlora.fleet.few_shot.context_choice import kept_files, with_files
 from registry.store import Store
 from tests.benchmarks.performance.machine import describe_machine
 from tests.benchmarks.serving.vllm import Server, gateway, parser_of, prompts_of, started, version
@@ -82,7 +82,7 @@ def give_contexts(options: argparse.Namespace) -> dict[str, tuple[TaskContext, i
             lines = (options.fleet / task / "samples.jsonl").read_text(encoding="utf-8").split("\n")
             samples = plain(json.loads(line)["text"] for line in lines if line)
             context = prompted.context_of(prompted.fitting(samples, PIECE, options.tokens), PIECE).context
-            store.update(task, partial(_with_files, files=kept_files(store.blobs, context.files)))
+            store.update(task, partial(with_files, files=kept_files(store.blobs, context.files)))
             found[task] = context, len(tokenizer(context.text)["input_ids"])
     return found
 

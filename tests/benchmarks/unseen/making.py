@@ -15,8 +15,8 @@ from icmlora.base_models.modality import BaseModel
 from icmlora.fewshot.context_choice import ContextScorer, choose_context
 from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.context import Context
+from icmlora.fleet.few_shot.context_choice import usable_samples
 from icmlora.fleet.few_shot.from_samples import Made, Recipe, Source, make_from
-from icmlora.fleet.few_shot.task_context import usable_samples
 from tests.benchmarks.unseen.rows import RANK
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from icmlora.base_models.examples.context import TaskContext
-from icmlora.fleet.few_shot.task_context import kept_files
+from icmlora.fleet.few_shot.context_choice import kept_files
 from icmlora.serving.tasks import ServedTask
 from registry.store import Store
 from tests.icmlora.serving.conftest import Served
