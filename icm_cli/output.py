@@ -26,7 +26,7 @@ from icm_cli.table import Column as Column
 from icmlora.io.text import escape, escape_lines, width
 
 if TYPE_CHECKING:
-    from icm_cli.progress import Progress
+    from icm_cli.progress import ProgressDisplay
 
 R = TypeVar("R")
 
@@ -160,12 +160,12 @@ class Output:
         """Print why the command failed."""
         _write(sys.stderr, failure.as_json() if self.is_json else failure.as_text())
 
-    def progress(self, label: str) -> Progress:
+    def progress(self, label: str) -> ProgressDisplay:
         """Return a progress display on stderr: a bar on a terminal, otherwise a line every few seconds."""
-        from icm_cli.progress import PlainProgress, Progress, RichProgress
+        from icm_cli.progress import PlainProgress, ProgressDisplay, RichProgress
 
         if not self._progress or self.mode in (Mode.JSON, Mode.QUIET):
-            return Progress()
+            return ProgressDisplay()
         if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             return RichProgress(label)
         return PlainProgress(label)

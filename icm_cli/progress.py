@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _DEFAULT_INTERVAL = 10.0  # seconds between plain lines
 
 
-class Progress:
+class ProgressDisplay:
     """Base class of progress displays. Shows nothing."""
 
     def __enter__(self) -> Self:
@@ -33,7 +33,7 @@ class Progress:
         """Show that `done` of `total` steps are finished. A total of None is unknown."""
 
 
-class PlainProgress(Progress):
+class PlainProgress(ProgressDisplay):
     """Writes a line every `ICM_PROGRESS_INTERVAL` seconds."""
 
     def __init__(self, label: str) -> None:
@@ -62,7 +62,7 @@ class PlainProgress(Progress):
         sys.stderr.flush()
 
 
-class RichProgress(Progress):
+class RichProgress(ProgressDisplay):
     """Draws a bar with Rich, which is imported only on a terminal."""
 
     def __init__(self, label: str) -> None:

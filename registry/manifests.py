@@ -96,7 +96,7 @@ class Extra(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adapter(Part):
+class StoredAdapter(Part):
     """One adapter of a task."""
 
     SHARED = (
@@ -166,7 +166,7 @@ class Adapter(Part):
         """Bytes of its extras in the store; other tasks may share some of them."""
         return sum(extra.blob.size for extra in self.extras)
 
-    def is_same(self, other: Adapter) -> bool:
+    def is_same(self, other: StoredAdapter) -> bool:
         """Return whether two adapters have the same files, so that measurements of one hold for the other."""
         return (self.weights, self.initial, self.config) == (other.weights, other.initial, other.config)
 
@@ -304,8 +304,8 @@ class Task(State):
     version: int = 1
     base_model: str
     label: str | None = None  # how its adapters name the base model, if differently
-    final: Adapter  # the adapter that is materialized
-    checkpoints: tuple[Adapter, ...] = ()  # by step
+    final: StoredAdapter  # the adapter that is materialized
+    checkpoints: tuple[StoredAdapter, ...] = ()  # by step
     samples: File | None = None  # training samples (JSON lines)
     eval_data: File | None = None  # held-out texts (JSON lines)
     vectors: tuple[Vector, ...] = ()
@@ -333,7 +333,7 @@ class Task(State):
         return self.final.original_only or (WITHOUT_BASE if self.base_model == UNKNOWN_BASE else None)
 
     @property
-    def adapters(self) -> tuple[Adapter, ...]:
+    def adapters(self) -> tuple[StoredAdapter, ...]:
         """All its adapters: checkpoints by step, the final one last."""
         return (*self.checkpoints, self.final)
 
@@ -400,7 +400,7 @@ class Generator(State):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Label(Part):
+class BaseLabel(Part):
     """Another name of a base model."""
 
     label: str
@@ -408,7 +408,7 @@ class Label(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseModel(State):
+class BaseRecord(State):
     """A base model; fingerprint and shape are known once its weights have been seen."""
 
     KIND = "base"
@@ -416,7 +416,7 @@ class BaseModel(State):
     name: str
     fingerprint: str | None = None
     shape: Json | None = None
-    labels: tuple[Label, ...] = ()  # its other names
+    labels: tuple[BaseLabel, ...] = ()  # its other names
 
     @property
     def ref(self) -> str:
@@ -473,4 +473,4 @@ class Removed(State):
         return f"{self.of}/{self.name.lower() if self.of == Task.KIND else self.name}"
 
 
-KINDS: Mapping[str, type[State]] = {kind.KIND: kind for kind in (Task, Generator, BaseModel, Run, Removed)}
+KINDS: Mapping[str, type[State]] = {kind.KIND: kind for kind in (Task, Generator, BaseRecord, Run, Removed)}

@@ -21,7 +21,7 @@ from registry.encoding import Shared, decode, encode, read_shared
 from registry.errors import DamagedStore, GeneratorNotFound, LostRace, TaskConflict, TaskNotFound
 from registry.filters import Selection
 from registry.listing import IS_TASK, ROW, selected
-from registry.manifests import BaseModel, File, Generator, Part, Removed, Run, State, Task, now
+from registry.manifests import BaseRecord, File, Generator, Part, Removed, Run, State, Task, now
 from registry.names import Address, split_version
 from registry.refs import Written, chunks, move, raise_seq, ref_of, remove_ref, replace_rows
 from registry.storage.blobs.content import Blobs
@@ -182,14 +182,14 @@ class StateStore:
         """Return the training run of a base model that can be resumed."""
         return cast("Run | None", self._current(Run.KIND, base_model))
 
-    def base_models(self) -> list[BaseModel]:
+    def base_models(self) -> list[BaseRecord]:
         """Return the base models by name: those with facts or labels, and those that tasks name."""
         known = {base.name: base for base in self._described_bases()}
-        return [known.get(name) or BaseModel(name=name) for name in sorted({*known, *self.task_counts()})]
+        return [known.get(name) or BaseRecord(name=name) for name in sorted({*known, *self.task_counts()})]
 
-    def base_model(self, label: str) -> BaseModel:
+    def base_model(self, label: str) -> BaseRecord:
         """Return the base model that has a label; a new one if the store does not know it."""
-        return next((base for base in self._described_bases() if label in base.names), BaseModel(name=label))
+        return next((base for base in self._described_bases() if label in base.names), BaseRecord(name=label))
 
     def base_name(self, label: str) -> str:
         """Return the name of the base model that has a label; the label itself if the store does not know it."""
@@ -277,7 +277,7 @@ class StateStore:
         """
         return self._retried(lambda: self.task(name), change, older=split_version(name)[1] is not None)
 
-    def update_base(self, label: str, change: Callable[[BaseModel], BaseModel]) -> BaseModel:
+    def update_base(self, label: str, change: Callable[[BaseRecord], BaseRecord]) -> BaseRecord:
         """Change the record of a base model, as `update` changes a task."""
         return self._retried(lambda: self.base_model(label), change)
 
@@ -391,11 +391,11 @@ class StateStore:
             else:
                 yield found
 
-    def _described_bases(self) -> list[BaseModel]:
+    def _described_bases(self) -> list[BaseRecord]:
         """Return the base models with facts or labels."""
         with self._db.read() as connection:
-            digests = connection.scalars(select(REFS.c.manifest).where(REFS.c.kind == BaseModel.KIND)).all()
-        return cast(list[BaseModel], list(map(self._state, digests)))
+            digests = connection.scalars(select(REFS.c.manifest).where(REFS.c.kind == BaseRecord.KIND)).all()
+        return cast(list[BaseRecord], list(map(self._state, digests)))
 
     def _current(self, kind: str, name: str) -> State | None:
         with self._db.read() as connection:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from registry.manifests import Adapter, Task
+from registry.manifests import StoredAdapter, Task
 from registry.store import Store
 
 
 def moved(store: Path, before: Path, after: Path) -> Path:
     """Let the copy of a store say that it ingested its adapters from the folder `after`, not from `before`."""
 
-    def elsewhere(adapter: Adapter) -> Adapter:
+    def elsewhere(adapter: StoredAdapter) -> StoredAdapter:
         return replace(adapter, source=adapter.source.replace(str(before), str(after)))
 
     def change(task: Task) -> Task:

@@ -1,6 +1,7 @@
 """The rules of CONTRIBUTING that a program can check."""
 
 import ast
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -39,3 +40,9 @@ def test_there_are_no_import_cycles() -> None:
     graph = grimp.build_graph("icm_cli", "icmlora", "registry", exclude_type_checking_imports=False, cache_dir=None)
     # A cycle raises `CycleError`, which names its modules.
     TopologicalSorter({name: graph.find_modules_directly_imported_by(name) for name in graph.modules}).prepare()
+
+
+def test_each_class_name_is_used_once() -> None:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in FILES]
+    names = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    assert [name for name, count in names.items() if count > 1] == []

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from icmlora.adapter.metrics import GroupError
     from icmlora.fleet.tasks.tasks import TaskDetails
-    from registry.manifests import Adapter, Code, Measurement, Task
+    from registry.manifests import Code, Measurement, StoredAdapter, Task
 
 ErrorsOpt = Annotated[
     bool,
@@ -148,7 +148,7 @@ def _kept(task: Task) -> list[tuple[str, str]]:
 def _print_adapters(session: Session, details: TaskDetails) -> None:
     final = details.task.final
     is_same = dict(zip(map(id, details.task.checkpoints), details.same_as_final, strict=True))
-    fields: list[Field[Adapter]] = [
+    fields: list[Field[StoredAdapter]] = [
         Field("step", lambda adapter: "-" if adapter.step is None else str(adapter.step), right=True),
         Field("final", lambda adapter: "yes" if adapter is final else ""),
         Field("rank", lambda adapter: str(adapter.rank_max), right=True),
@@ -160,7 +160,7 @@ def _print_adapters(session: Session, details: TaskDetails) -> None:
     session.out.listing(fields, details.task.adapters)
 
 
-def _size(adapter: Adapter) -> str:
+def _size(adapter: StoredAdapter) -> str:
     if adapter.was_never_here:
         return "none"
     return "evicted" if adapter.is_evicted else human_size(adapter.original_bytes)
@@ -253,7 +253,7 @@ def _code_json(code: Code) -> dict[str, object]:
     return {**as_fields(code, "more", "claim"), "size": code.size, "claimed": claim_json(code.claim)}
 
 
-def _adapter_json(adapter: Adapter, is_final: bool, same_as_final: bool) -> dict[str, object]:
+def _adapter_json(adapter: StoredAdapter, is_final: bool, same_as_final: bool) -> dict[str, object]:
     return {
         **as_fields(adapter, "more", "layout", "template"),
         "is_final": is_final,

@@ -26,7 +26,7 @@ from icmlora.io.safetensors import FLOAT_TYPES, MAX_DIMENSION, MAX_FILE_BYTES
 from icmlora.io.strict_json import parse_object
 from registry import encoding
 from registry.errors import DamagedStore
-from registry.manifests import Adapter, Claim, Code, File, Generator, Measurement, Part, State, Task, is_digest
+from registry.manifests import Claim, Code, File, Generator, Measurement, Part, State, StoredAdapter, Task, is_digest
 from registry.names import escape, is_file_name, is_module_name, task_name_problem
 
 MAX_CODE_BYTES = 1024**3
@@ -92,7 +92,7 @@ def bundled_task(task: Task) -> Task:
     kept = ("weights", "config", "card", "step", "is_generated", "dtype", "layout", "format", "template")
     facts: dict[str, Any] = {name: getattr(final, name) for name in kept}
     shapes, targets = [ModuleShape(*entry) for entry in final.layout], _targets(final)
-    original = Adapter(
+    original = StoredAdapter(
         **facts,
         extras=tuple(replace(extra, more={}) for extra in final.extras),
         rank_max=max((shape.rank for shape in shapes), default=0),
@@ -112,7 +112,7 @@ def bundled_task(task: Task) -> Task:
     )
 
 
-def _targets(final: Adapter) -> list[tuple[str, ...]]:
+def _targets(final: StoredAdapter) -> list[tuple[str, ...]]:
     """Return the valid target modules of an adapter with these modules: blocks for image models."""
     names = [module for module, *_ in final.layout]
     return [target_modules(names), blocks_of(names)]
@@ -314,7 +314,7 @@ def _check_claim(name: str, claim: Claim) -> None:
         raise BundleError(f"the bundle states an impossible figure for {name!r}") from None
 
 
-def _check_layout(final: Adapter) -> None:
+def _check_layout(final: StoredAdapter) -> None:
     names = [module for module, *_ in final.layout]
     if not names or len(set(names)) != len(names):
         raise BundleError("a layout of the bundle is empty or names a module twice")

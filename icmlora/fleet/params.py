@@ -76,10 +76,7 @@ def parameters_of(function: Callable[..., Any], skip: int) -> dict[str, Paramete
 @cache
 def params_of(use_case: Callable[..., Any]) -> Mapping[str, Param]:
     """Return the declared parameters of a use case by name."""
-    try:
-        found = parameters_of(use_case, skip=1).items()
-    except NameError:  # until every use case is declared with `Param`
-        return {}
+    found = parameters_of(use_case, skip=1).items()
     return {name: param for name, parameter in found if (param := param_of(parameter.annotation)) is not None}
 
 

@@ -38,7 +38,7 @@ class Work(Protocol):
 
 
 @dataclass(frozen=True)
-class Limits:
+class SandboxLimits:
     """Limits for one input, in addition to what the process needs for its imports."""
 
     memory: int = 256 << 20
@@ -73,7 +73,7 @@ class Sandbox:
         """Kill the script."""
         self._end()
 
-    def run(self, order: dict[str, Any], source: int, target: int, size: int, limits: Limits) -> int:
+    def run(self, order: dict[str, Any], source: int, target: int, size: int, limits: SandboxLimits) -> int:
         """Process one input and return its status.
 
         Args:

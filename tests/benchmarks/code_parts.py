@@ -23,7 +23,7 @@ import torch
 
 from icmlora.fleet.context import Context
 from icmlora.fleet.resources.loading import ModelCache
-from icmlora.generator.codec.code import Code, CodeHead
+from icmlora.generator.codec.code import CodeHead, ParsedCode
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.config import GeneratorConfig
 from icmlora.generator.files.container import ABSENT, counts_to_bytes
@@ -87,7 +87,7 @@ def parts_of(folder: Path, tasks: list[str]) -> Iterator[Parts]:
                 continue
             data = store.blobs.read(row.blob)
             codec = models.generator_file(row.generator).codec_of(data)
-            code = Code.from_bytes(data, codec.config)
+            code = ParsedCode.from_bytes(data, codec.config)
             fields = fields_of(code.head, codec.config)
             head = len(zlib.compress(b"".join(fields.values()), 9))
             without = {

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from icmlora.task_vectors.file import vectors_to_bytes
-from registry.manifests import Adapter, Code, File, Generator, Measurement, Source, Task, Vector, View
+from registry.manifests import Code, File, Generator, Measurement, Source, StoredAdapter, Task, Vector, View
 from registry.store import Store
 
 BASE_MODEL = "tiny-llama"
@@ -52,7 +52,7 @@ def _task(number: int, weights: File, code: File, vectors: File, config: File, g
     return Task(
         name=name,
         base_model=BASE_MODEL,
-        final=Adapter(
+        final=StoredAdapter(
             weights=weights,
             config=config,
             source=f"loras/{name}",

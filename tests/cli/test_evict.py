@@ -17,8 +17,7 @@ from icmlora.adapter.model import Adapter
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.generator.codec.codec import Codec
 from registry.errors import StoreFull
-from registry.manifests import Adapter as StoredAdapter
-from registry.manifests import Code
+from registry.manifests import Code, StoredAdapter
 from registry.storage.sqlite import SqliteDatabase
 from registry.store import Store
 from tests.cli.coded import damage

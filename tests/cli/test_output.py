@@ -9,7 +9,7 @@ import pytest
 
 from icm_cli.errors import ExitCode, Failure, UsageProblem
 from icm_cli.output import Column, Mode, Output
-from icm_cli.progress import PlainProgress, Progress, RichProgress
+from icm_cli.progress import PlainProgress, ProgressDisplay, RichProgress
 
 COLUMNS = [Column("task", shrink=True), Column("size", right=True)]
 SPARE = [Column("task", shrink=True), Column("vectors", spare=1), Column("checkpoints", spare=2)]
@@ -176,7 +176,7 @@ def test_progress_is_a_bar_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("silent", [{"as_json": True}, {"quiet": True}, {"progress": False}])
 def test_progress_is_silent_if_it_is_switched_off(silent: dict[str, bool]) -> None:
-    assert type(Output(**silent).progress("x")) is Progress
+    assert type(Output(**silent).progress("x")) is ProgressDisplay
 
 
 def test_plain_progress_writes_a_line_with_the_note_escaped(

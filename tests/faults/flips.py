@@ -452,7 +452,7 @@ def believing() -> Iterator[None]:
 def without_comparing() -> Iterator[None]:
     """Prune everything that the database does not name, without comparing it with the manifests: another control."""
 
-    def sort(found: reachability.Walk, rest: dict[Any, list[reachability.Found]], *known: Any) -> None:
+    def sort(found: reachability.Walk, rest: dict[Any, list[reachability.FoundState]], *known: Any) -> None:
         found.garbage += [one for states in rest.values() for one in states]
 
     with (

@@ -11,7 +11,7 @@ from typing import Any
 
 from icmlora.bundle.file import MAGIC, write_bundle
 from registry.encoding import packed, unpacked
-from registry.manifests import Adapter, Claim, Code, File, Generator, Task, Vector
+from registry.manifests import Claim, Code, File, Generator, StoredAdapter, Task, Vector
 
 HEAD = 41
 BASE = "acme/tiny"
@@ -31,7 +31,7 @@ def blob(name: str) -> File:
     return File(hashlib.sha256(CONTENT[name]).hexdigest(), len(CONTENT[name]))
 
 
-def adapter(**fields: Any) -> Adapter:
+def adapter(**fields: Any) -> StoredAdapter:
     """Return what a bundle has of an original."""
     plain: dict[str, Any] = {
         "weights": File("5" * 64, 4096),
@@ -45,7 +45,7 @@ def adapter(**fields: Any) -> Adapter:
         "target_modules": ("q_proj",),
         "layout": LAYOUT,
     }
-    return Adapter(**plain | fields)
+    return StoredAdapter(**plain | fields)
 
 
 def task(name: str, *, claim: Claim | None = None, vectors: Sequence[Vector] = (), **fields: Any) -> Task:
@@ -138,7 +138,7 @@ def forge(path: Path, change: Callable[[Opened], object]) -> Path:
 
     def manifest(body: Any) -> str:
         if isinstance(body, dict) and "final" in body:
-            body = body | {"final": split(body["final"], Adapter.SHARED)}
+            body = body | {"final": split(body["final"], StoredAdapter.SHARED)}
             if isinstance(body.get("vectors"), list):
                 body["vectors"] = [split(one, Vector.SHARED) for one in body["vectors"]]
         return part(zlib.compress(bundle.raw(zlib.decompress(packed(body)).decode()).encode()))

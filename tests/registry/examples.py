@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from registry.manifests import Adapter, Code, File, Generator, Json, Measurement, Task, Vector
+from registry.manifests import Code, File, Generator, Json, Measurement, StoredAdapter, Task, Vector
 from registry.names import DatabaseUrl
 from registry.store import Store
 from tests.registry.pairs import pair
@@ -29,9 +29,9 @@ def put(store: Store, data: bytes) -> File:
     return File(store.blobs.put(data), len(data))
 
 
-def adapter(store: Store, weights: bytes, *, step: int | None = None, **changes: Any) -> Adapter:
+def adapter(store: Store, weights: bytes, *, step: int | None = None, **changes: Any) -> StoredAdapter:
     """Store the bytes of one adapter and return it."""
-    made = Adapter(
+    made = StoredAdapter(
         weights=put(store, weights),
         config=put(store, b'{"r": 8}'),
         step=step,

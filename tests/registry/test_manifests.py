@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 from registry.encoding import decode, encode, files_of, packed, read, read_shared, unpacked, written
 from registry.errors import DamagedStore
 from registry.manifests import (
-    Adapter,
-    BaseModel,
+    BaseLabel,
+    BaseRecord,
     Code,
     CodeLimits,
     Extra,
     File,
     Generator,
-    Label,
     Measurement,
     Part,
     Removed,
     Run,
     State,
+    StoredAdapter,
     Task,
     Vector,
 )
@@ -43,7 +43,7 @@ def maybe(values: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
 
 
 ADAPTERS = st.builds(
-    Adapter,
+    StoredAdapter,
     weights=FILES,
     config=FILES,
     card=maybe(FILES),
@@ -117,9 +117,9 @@ STATES = st.one_of(
         metrics=JSON,
     ),
     st.builds(
-        BaseModel,
+        BaseRecord,
         name=TEXTS,
-        labels=st.lists(st.builds(Label, label=TEXTS, reason=st.just("told")), max_size=2).map(tuple),
+        labels=st.lists(st.builds(BaseLabel, label=TEXTS, reason=st.just("told")), max_size=2).map(tuple),
     ),
     st.builds(Run, base_model=TEXTS, config=JSON, weights=maybe(FILES), codes=st.lists(FILES, max_size=2).map(tuple)),
     st.builds(Removed, of=st.just("task"), name=TEXTS),
@@ -154,7 +154,7 @@ def test_all_files_of_a_task_but_evicted_weights_are_needed(task: Task) -> None:
 
 
 def small(**changes: object) -> Task:
-    adapter = Adapter(
+    adapter = StoredAdapter(
         weights=File("a" * 64, 100),
         config=File("b" * 64, 10),
         source="/loras/dog",

@@ -10,7 +10,7 @@ import pytest
 
 from registry.errors import DamagedStore, LostRace, StoreReadOnly, TaskConflict, TaskNotFound
 from registry.filters import Selection, parse_filter, parse_sort
-from registry.manifests import BaseModel, Run, Task
+from registry.manifests import BaseRecord, Run, Task
 from registry.states import PAGE
 from registry.store import Store
 from tests.registry.examples import BASE, adapter, code, ingest, measurement, put, task, train
@@ -185,7 +185,7 @@ def test_a_base_model_is_known_by_its_labels_and_by_its_tasks(store: Store) -> N
     ingest(store, "rust")
     assert [base.name for base in store.base_models()] == [BASE]
     store.update_base("other/base", lambda base: replace(base, fingerprint="f00d"))
-    assert store.base_model("other/base") == BaseModel(
+    assert store.base_model("other/base") == BaseRecord(
         name="other/base", fingerprint="f00d", seq=store.base_model("other/base").seq
     )
     assert [base.name for base in store.base_models()] == [BASE, "other/base"]
@@ -262,9 +262,9 @@ class TestSelections:
         assert fleet.names(Selection(sort=parse_sort("name:desc"), limit=1)) == ["sql"]
 
     def test_a_label_of_the_base_model_finds_its_tasks(self, fleet: Store) -> None:
-        from registry.manifests import Label
+        from registry.manifests import BaseLabel
 
-        fleet.update_base(BASE, lambda base: replace(base, labels=(Label(label="mirror/Copy", reason="told"),)))
+        fleet.update_base(BASE, lambda base: replace(base, labels=(BaseLabel(label="mirror/Copy", reason="told"),)))
         assert fleet.count(Selection(filters=(parse_filter("base=mirror/copy"),))) == 4
 
     def test_rows_say_what_manifests_say(self, fleet: Store) -> None:

@@ -15,13 +15,13 @@ from dataclasses import asdict
 from icmlora.base_models.examples.chat_template import ChatTemplate, Rendered, Templates
 from icmlora.base_models.examples.chats import Chat
 from icmlora.errors import DataError
-from icmlora.io.sandbox import NO_MEMORY, TOO_SLOW, Limits, Sandbox
+from icmlora.io.sandbox import NO_MEMORY, TOO_SLOW, Sandbox, SandboxLimits
 
 JINJA_NAME, CONFIG_NAME = "chat_template.jinja", "tokenizer_config.json"
 _HINT = "remove the chat template from the adapter's folder and ingest it again to use the base model's template"
 
 
-LIMITS = Limits(memory_per_byte=16, seconds=20, seconds_per_byte=20 / 2**20)
+LIMITS = SandboxLimits(memory_per_byte=16, seconds=20, seconds_per_byte=20 / 2**20)
 """Limits for rendering all chats of a file."""
 
 
@@ -46,7 +46,7 @@ def _is_named(entry: object) -> bool:
 
 
 def render_in_child(
-    template: ChatTemplate, chats: Sequence[Chat], limits: Limits = LIMITS
+    template: ChatTemplate, chats: Sequence[Chat], limits: SandboxLimits = LIMITS
 ) -> list[Rendered | DataError]:
     """Render chats with an untrusted template; return the error in place of a chat that cannot be rendered.
 

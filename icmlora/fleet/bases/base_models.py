@@ -20,7 +20,7 @@ from icmlora.fleet.bases.labels import Joined, Separated, join, separate
 from icmlora.fleet.context import Context, Event, use_case
 from icmlora.fleet.params import Loader, Param
 from registry.errors import BaseModelConflict, StoreNotFound, StoreReadOnly, StoreUnavailable
-from registry.manifests import BaseModel
+from registry.manifests import BaseRecord
 from registry.names import LoadIn, some
 
 BaseName = Annotated[str, Param("Base model name, as given in the adapters.", "NAME", completes="base")]
@@ -34,7 +34,7 @@ Labels = Annotated[
 class KnownBase:
     """A base model that an adapter names or that the user added."""
 
-    base: BaseModel
+    base: BaseRecord
     tasks: int
     location: Location | None  # that the user set on this machine
     path: Path | None  # where a local copy is
@@ -66,10 +66,12 @@ def list_base_models(
         ]
 
 
-def _known_bases(stored: Sequence[BaseModel]) -> list[BaseModel]:
+def _known_bases(stored: Sequence[BaseRecord]) -> list[BaseRecord]:
     """Return the base models of a store and those with a location on this machine, by name."""
     named = {name for base in stored for name in base.names}
-    return sorted([*stored, *(BaseModel(name=name) for name in locations().keys() - named)], key=lambda base: base.name)
+    return sorted(
+        [*stored, *(BaseRecord(name=name) for name in locations().keys() - named)], key=lambda base: base.name
+    )
 
 
 @use_case
@@ -121,14 +123,14 @@ def add_base_model(
     if meant != name:
         context.on_event(NameTaken(name, meant))
         name, found = meant, replace(found, label=meant)
-    mine = next((base for base in bases if name in base.names), BaseModel(name=name))
+    mine = next((base for base in bases if name in base.names), BaseRecord(name=name))
     for label in {name, *locations().keys() & set(mine.names)}:  # the later location counts, whatever the name
         set_location(label, Location(found.path, loader, load_in))
     _join_same(context, bases, mine, found)
     return found.path
 
 
-def _meant(bases: Sequence[BaseModel], name: str) -> str:
+def _meant(bases: Sequence[BaseRecord], name: str) -> str:
     """Return the base model that a relative path means: one that adapters name so, or that path from here."""
     known = {label: base.name for base in bases for label in base.names}
     found = sorted({known[label] for label in named_by(name, list(known))})
@@ -140,7 +142,7 @@ def _meant(bases: Sequence[BaseModel], name: str) -> str:
     return typed_label(name)
 
 
-def _join_same(context: Context, bases: Sequence[BaseModel], mine: BaseModel, found: FoundBase) -> None:
+def _join_same(context: Context, bases: Sequence[BaseRecord], mine: BaseRecord, found: FoundBase) -> None:
     """Join a base model to one of the same files; where both have a generator, the user has to say which stays."""
     for other in (base for base in bases if base.name != mine.name):
         try:
@@ -233,7 +235,7 @@ def separate_labels(context: Context, name: BaseName, labels: Labels) -> list[Se
         return [separate(store, label) for label in labels]
 
 
-def _locate(base: BaseModel, tasks: int, location: Location | None) -> KnownBase:
+def _locate(base: BaseRecord, tasks: int, location: Location | None) -> KnownBase:
     try:
         return KnownBase(base, tasks, location, find_located(base.names).path, None)
     except BaseModelNotFound as error:

@@ -20,7 +20,7 @@ from icmlora.base_models.finding.lookup import FoundBase, read_config
 from icmlora.base_models.finding.mirrors import original_of
 from icmlora.errors import AdapterRefused, BaseModelNotFound, BaseModelUnsuited
 from icmlora.fleet.context import Context, Event
-from registry.manifests import BaseModel, Label
+from registry.manifests import BaseLabel, BaseRecord
 from registry.names import UNKNOWN_BASE, escape
 
 if TYPE_CHECKING:
@@ -126,14 +126,14 @@ class KnownBases:
         name = self.name_of(label)
         if name not in self._copies:
             try:
-                self._copies[name] = find_located((self._bases.get(name) or BaseModel(name=name)).names)
+                self._copies[name] = find_located((self._bases.get(name) or BaseRecord(name=name)).names)
             except BaseModelNotFound:
                 self._copies[name] = None
         return self._copies[name]
 
 
-def _with_label(joined: BaseJoined, base: BaseModel) -> BaseModel:
+def _with_label(joined: BaseJoined, base: BaseRecord) -> BaseRecord:
     """Return a base model with another label, which no task has yet."""
     if joined.label in base.names:
         return base
-    return replace(base, labels=(*base.labels, Label(label=joined.label, reason=joined.reason)))
+    return replace(base, labels=(*base.labels, BaseLabel(label=joined.label, reason=joined.reason)))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from registry.errors import BaseModelConflict, LostRace
 from registry.filters import Selection
-from registry.manifests import BaseModel, Generator, JoinReason, Label, State, Task
+from registry.manifests import BaseLabel, BaseRecord, Generator, JoinReason, State, Task
 from registry.names import UNKNOWN_BASE
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _joined(
         if other.name != label:
             hint = f"join {other.name} instead, or run `icm base alias {other.name} {label} --remove` first"
             raise BaseModelConflict(f"{label!r} is a label of {other.name!r}", hint=hint)
-        new = (Label(label=label, reason=reason), *other.labels)
+        new = (BaseLabel(label=label, reason=reason), *other.labels)
         base = replace(base, labels=tuple(sorted((*base.labels, *new), key=lambda one: one.label)))
         if base.fingerprint is None:
             base = replace(base, fingerprint=other.fingerprint, shape=other.shape)
@@ -117,7 +117,7 @@ def _joined(
 
 
 def _chosen(
-    base: BaseModel, other: BaseModel, mine: Generator | None, theirs: Generator, keep: str | None
+    base: BaseRecord, other: BaseRecord, mine: Generator | None, theirs: Generator, keep: str | None
 ) -> Generator:
     """Return which of two generators stays in use."""
     if mine is None:
@@ -146,7 +146,7 @@ def renumbered(
     return [*numbered[:-1], replace(numbered[-1], manifest=None if current is None else current.manifest)]
 
 
-def _with_codes(store: Store, base: BaseModel, tasks: Sequence[Task]) -> list[Task]:
+def _with_codes(store: Store, base: BaseRecord, tasks: Sequence[Task]) -> list[Task]:
     return [task for task in (*store.tasks(Selection(base_model=base.name)), *tasks) if task.code is not None]
 
 

@@ -23,7 +23,7 @@ from icmlora.fleet.resources.loading import ModelCache, read_with_extras
 from icmlora.fleet.resources.workers import Tell
 from icmlora.io.second_process import in_two_processes
 from registry.errors import DamagedStore, StoreIOError, TaskNotFound
-from registry.manifests import Adapter, Code, Measurement, Task
+from registry.manifests import Code, Measurement, StoredAdapter, Task
 
 if TYPE_CHECKING:
     from registry.store import Store
@@ -39,7 +39,7 @@ class Evictable:
     result: TaskEvicted  # with the measured figures; nothing is evicted yet
     task: Task  # as it was checked
     code: Code
-    adapters: tuple[Adapter, ...]
+    adapters: tuple[StoredAdapter, ...]
     measured: tuple[Measurement, ...] = ()
 
 
@@ -175,7 +175,7 @@ def check_recorded(store: Store, task: Task, limits: EvictLimits) -> None:
     check_references(store, task)
 
 
-def check_bytes(store: Store, adapter: Adapter, source: Sequence[str] = ()) -> None:
+def check_bytes(store: Store, adapter: StoredAdapter, source: Sequence[str] = ()) -> None:
     """Check all bytes that restore an adapter: its source, its configuration and its extras.
 
     Raises:

@@ -18,7 +18,7 @@ from icmlora.fleet.resources.task_code import is_same_code
 from icmlora.formats.format import AdapterBytes
 from icmlora.io.text import counted
 from registry.errors import DamagedStore, StoreFull, TaskNotFound
-from registry.manifests import Adapter, Task, now
+from registry.manifests import StoredAdapter, Task, now
 from registry.reachability import count_uses
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Evictor:
             folders=folders,
         )
 
-    def _record(self, checked: Evictable, adapters: Sequence[Adapter]) -> None:
+    def _record(self, checked: Evictable, adapters: Sequence[StoredAdapter]) -> None:
         """Record an eviction in the manifest. Works on a full disk.
 
         Raises:
@@ -125,7 +125,7 @@ class Evictor:
         moment = now()
         files = {(one.weights, one.config, one.step) for one in adapters}
 
-        def without_weights(adapter: Adapter) -> Adapter:
+        def without_weights(adapter: StoredAdapter) -> StoredAdapter:
             is_chosen = not adapter.is_evicted and (adapter.weights, adapter.config, adapter.step) in files
             return replace(adapter, evicted_at=moment) if is_chosen else adapter
 
@@ -152,7 +152,7 @@ class Evictor:
             self._free()  # the files of earlier evictions
             run(update)
 
-    def _take(self, adapters: Iterable[Adapter]) -> int:
+    def _take(self, adapters: Iterable[StoredAdapter]) -> int:
         """Plan to free the files of evicted adapters; return the bytes of those that nothing else needs."""
         freed = 0
         for adapter in adapters:
@@ -207,7 +207,7 @@ class Evictor:
         reason = next((folder.reason for folder in folders if folder.status == "left"), None)
         return TaskEvicted(name, "known" if reason is None else "kept", reason=reason, folders=folders)
 
-    def _check_original(self, adapter: Adapter) -> None:
+    def _check_original(self, adapter: StoredAdapter) -> None:
         if adapter.is_evicted:
             raise CheckFailed("its original is no longer in the store")
         check_bytes(self._store, adapter, [adapter.weights])

@@ -39,7 +39,7 @@ from icmlora.io.safetensors import read_header
 from icmlora.io.staging import writing_file
 from registry.errors import RegistryError
 from registry.files import failpoint, fsync_dir, is_full, unlink
-from registry.manifests import Adapter, Code, Task
+from registry.manifests import Code, StoredAdapter, Task
 from registry.names import absolute, is_file_name
 from registry.storage.blobs.content import digest_of
 
@@ -64,7 +64,7 @@ class Placeholders:
     def replace_files(
         self,
         task: Task,
-        adapter: Adapter,
+        adapter: StoredAdapter,
         check: Callable[[], None],
         code: Code | None,
         decoded: _Decoded = lambda: None,
@@ -90,7 +90,7 @@ class Placeholders:
             fact = f"it cannot be changed: {error.strerror or error}"
             return FolderReplaced(adapter.source, "left", reason=fact, is_full=is_full(error))
 
-    def has_left(self, adapter: Adapter) -> bool:
+    def has_left(self, adapter: StoredAdapter) -> bool:
         """Return whether a placeholder of this adapter is in its folder."""
         try:
             folder = _AdapterFolder.of(adapter)
@@ -102,7 +102,7 @@ class Placeholders:
         self,
         folder: _AdapterFolder,
         task: Task,
-        adapter: Adapter,
+        adapter: StoredAdapter,
         check: Callable[[], None],
         code: Code | None,
         decoded: _Decoded,
@@ -136,7 +136,7 @@ class Placeholders:
         return FolderReplaced(adapter.source, "replaced", freed)
 
     def _unchanged(
-        self, folder: _AdapterFolder, adapter: Adapter, parts: Mapping[Path, Part], decoded: _Decoded
+        self, folder: _AdapterFolder, adapter: StoredAdapter, parts: Mapping[Path, Part], decoded: _Decoded
     ) -> list[HashedFile]:
         """Return the files that may go, configuration first and weights last; raise if the adapter is another one."""
         files: dict[Part, list[HashedFile]] = {"config": [], "companion": [], "weights": []}
@@ -161,7 +161,7 @@ class Placeholders:
                 raise NotReplaced(f"{file.path.name} has changed since it was ingested")
         return [file for some in files.values() for file in some]
 
-    def _pickle_digest(self, adapter: Adapter) -> str | None:
+    def _pickle_digest(self, adapter: StoredAdapter) -> str | None:
         """Return the digest of the pickle that an original was converted from; None for another or evicted adapter."""
         if adapter.is_evicted:
             return None
@@ -170,7 +170,7 @@ class Placeholders:
         except AdapterRefused:  # another format than safetensors
             return None
 
-    def _has_kept(self, adapter: Adapter, name: str, file: HashedFile) -> bool:
+    def _has_kept(self, adapter: StoredAdapter, name: str, file: HashedFile) -> bool:
         """Return whether the store has exactly the bytes of a file next to an adapter, under this name."""
         kept = next((extra for extra in adapter.extras if extra.file == name), None)
         if kept is None or kept.size != file.status.st_size:
@@ -183,7 +183,7 @@ class Placeholders:
         self,
         folder: _AdapterFolder,
         task: Task,
-        adapter: Adapter,
+        adapter: StoredAdapter,
         files: Sequence[HashedFile],
         parts: Mapping[Path, Part],
         code: Code | None,
@@ -221,7 +221,7 @@ class _AdapterFolder:
     placeholder: Path
 
     @classmethod
-    def of(cls, adapter: Adapter) -> _AdapterFolder | None:
+    def of(cls, adapter: StoredAdapter) -> _AdapterFolder | None:
         """Find the folder that an adapter was ingested from; None if there was none, or it is not there any more."""
         if not os.path.isabs(adapter.source):  # it came in a bundle, or the generator made it
             return None
@@ -235,7 +235,7 @@ class _AdapterFolder:
             raise NotReplaced("its path contains a symbolic link")
         return cls(place, home, placeholder_path(place, is_folder=is_folder))
 
-    def read_placeholder(self, adapter: Adapter) -> Placeholder | None:
+    def read_placeholder(self, adapter: StoredAdapter) -> Placeholder | None:
         """Read the placeholder of an adapter, if there is one; raise if it is another adapter's."""
         if not os.path.lexists(self.placeholder):
             return None
@@ -248,7 +248,7 @@ class _AdapterFolder:
         """Return the name under which the store keeps a file next to the adapter."""
         return path.name if self.home == self.place else path.name.removeprefix(f"{self.place.name}.")
 
-    def parts(self, adapter: Adapter) -> dict[Path, Part]:
+    def parts(self, adapter: StoredAdapter) -> dict[Path, Part]:
         """Return the files of the adapter in the folder; there are none if it is not there any more."""
         prefix = "" if self.home == self.place else f"{self.place.name}."
         with os.scandir(self.home) as entries:

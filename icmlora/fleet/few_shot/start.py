@@ -36,8 +36,7 @@ from icmlora.io.devices import gradient_dtype
 from icmlora.io.text import counted
 from registry.errors import GeneratorConflict
 from registry.filters import Selection
-from registry.manifests import Adapter as StoredAdapter
-from registry.manifests import File, Generator, Task
+from registry.manifests import File, Generator, StoredAdapter, Task
 
 if TYPE_CHECKING:
     from registry.store import Store

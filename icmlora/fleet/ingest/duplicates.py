@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from icmlora.fleet.ingest.known_tasks import KnownTasks
 from icmlora.formats.tensor_hash import plain_config, same_tensors, tensors_digest
 from registry.errors import DamagedStore
-from registry.manifests import Adapter, Task
+from registry.manifests import StoredAdapter, Task
 
 if TYPE_CHECKING:
     from registry.tables import TaskRow
@@ -32,12 +32,12 @@ class KnownTensors:
     def __init__(self, known: KnownTasks, read: Callable[[str], bytes] | None) -> None:
         """Start with the tasks of the store; `read` returns its blobs, and is None without a store."""
         self._known = known
-        self._finals: dict[str, Adapter | TaskRow] = {}  # by name in lower case; the row of a known task
+        self._finals: dict[str, StoredAdapter | TaskRow] = {}  # by name in lower case; the row of a known task
         self._names: defaultdict[str, dict[str, int]] = defaultdict(dict)  # key -> name -> position, the store's first
         self._digest = lru_cache(None)(lambda blob: None if read is None else tensors_digest(read(blob)))
         self._plain = lru_cache(_CONFIGS)(lambda blob: None if read is None else plain_config(read(blob)))
 
-    def look_up(self, finals: Sequence[Adapter]) -> None:
+    def look_up(self, finals: Sequence[StoredAdapter]) -> None:
         """Note the tasks of the store that may have one of these final adapters, before they are recorded."""
         for row in self._known.with_tensors_of(finals):
             if row.name.lower() not in self._finals:  # otherwise this ingest has recorded it
@@ -61,16 +61,16 @@ class KnownTensors:
         except DamagedStore:
             return ()
 
-    def _add(self, name: str, final: Adapter | TaskRow) -> None:
+    def _add(self, name: str, final: StoredAdapter | TaskRow) -> None:
         self._finals[name.lower()] = final
         for key in _keys(final):
             self._names[key].setdefault(name, len(self._finals))
 
-    def _is_same(self, known: Adapter | TaskRow, final: Adapter) -> bool:
+    def _is_same(self, known: StoredAdapter | TaskRow, final: StoredAdapter) -> bool:
         try:
             if not same_tensors(known, final, self._digest):
                 return False
-            if not isinstance(known, Adapter):
+            if not isinstance(known, StoredAdapter):
                 task = self._known.task(known)
                 if task is None:
                     return False
@@ -83,6 +83,6 @@ class KnownTensors:
             return False
 
 
-def _keys(final: Adapter | TaskRow) -> list[str]:
+def _keys(final: StoredAdapter | TaskRow) -> list[str]:
     """Return keys that are equal for adapters that may be the same."""
     return [str(final.weights)] if final.tensors_key is None else [str(final.weights), final.tensors_key]

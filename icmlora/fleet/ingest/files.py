@@ -31,7 +31,7 @@ from icmlora.io.files import read_regular
 from icmlora.io.safetensors import TensorInfo
 from registry.errors import SourceRefused
 from registry.files import read_plain
-from registry.manifests import Adapter, File, Task
+from registry.manifests import File, StoredAdapter, Task
 from registry.names import UNKNOWN_BASE, source_label
 from registry.storage.blobs.content import PutRefusal, digest_of
 
@@ -256,9 +256,9 @@ class _Batch:
 
     def combined(self, task: FoundTask) -> PreparedTask | Refusal:
         """Combine the files of one task; refuse the task if its final adapter was refused."""
-        checkpoints: list[Adapter] = []
+        checkpoints: list[StoredAdapter] = []
         problems: list[Refusal] = []
-        final: tuple[Adapter, AdapterSummary] | None = None
+        final: tuple[StoredAdapter, AdapterSummary] | None = None
         for found in task.adapters:
             read = self._adapter(found)
             if isinstance(read, Exception):
@@ -297,7 +297,7 @@ class _Batch:
             wrapper=summary.wrapper,
         )
 
-    def _adapter(self, found: FoundAdapter) -> tuple[Adapter, AdapterSummary] | Exception:
+    def _adapter(self, found: FoundAdapter) -> tuple[StoredAdapter, AdapterSummary] | Exception:
         """Return one adapter with its summary, or the first reason to refuse it."""
         small = self._small[found.place]
         if isinstance(small, Exception):

@@ -38,7 +38,7 @@ from icmlora.formats.discovery.pickled import PickleReader, converted
 from icmlora.io.files import read_regular
 from icmlora.io.safetensors import ITEM_BYTES, MAX_FILE_BYTES
 from registry.errors import DamagedStore, MissingBlob, SourceRefused, StoreNotFound, TaskConflict
-from registry.manifests import Adapter, Task
+from registry.manifests import StoredAdapter, Task
 from registry.names import UNKNOWN_BASE, source_label
 from registry.storage.blobs.content import digest_of
 
@@ -324,7 +324,7 @@ class _Ingestion:
         """Publish tasks in one transaction, without decoded copies and conflicts; return all results by name."""
         results: dict[str, TaskIngested | TaskConflict] = {}
         offers: list[PreparedTask] = []
-        changed: list[Adapter] = []
+        changed: list[StoredAdapter] = []
         for item in items:
             if isinstance(item, Refusal):
                 continue
@@ -350,7 +350,7 @@ class _Ingestion:
         )
         return results | dict(zip((item.task.name for item in offers), recorded, strict=True))
 
-    def _is_decoded(self, known: Task, final: Adapter) -> bool:
+    def _is_decoded(self, known: Task, final: StoredAdapter) -> bool:
         """Return whether an adapter is a decoded copy of an evicted one, as `icm restore` writes it.
 
         Ingesting it would replace the original with its lossy copy.
@@ -395,5 +395,5 @@ class _Ingestion:
         self.context.on_event(result)
 
 
-def _files(adapter: Adapter) -> tuple[str, str]:
+def _files(adapter: StoredAdapter) -> tuple[str, str]:
     return adapter.weights, adapter.config

@@ -14,7 +14,7 @@ from registry.errors import DamagedStore
 from registry.filters import Selection
 
 if TYPE_CHECKING:
-    from registry.manifests import Adapter, Task
+    from registry.manifests import StoredAdapter, Task
     from registry.store import Store
     from registry.tables import TaskRow
 
@@ -51,7 +51,7 @@ class KnownTasks:
             assert self._store is not None
             yield from self._store.rows(Selection(endings=wanted[at : at + _ENDINGS]))
 
-    def with_tensors_of(self, finals: Sequence[Adapter]) -> list[TaskRow]:
+    def with_tensors_of(self, finals: Sequence[StoredAdapter]) -> list[TaskRow]:
         """Return the tasks whose final adapter has the same file, or the same key of tensors, as one of these."""
         if self._store is None:
             return []

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from icmlora.fleet.ingest.report import OnConflict, TaskIngested
 from registry.errors import LostRace, MissingBlob, TaskConflict
-from registry.manifests import Adapter, Task
+from registry.manifests import StoredAdapter, Task
 from registry.names import UNKNOWN_BASE, check_name, folder_of
 
 if TYPE_CHECKING:
@@ -153,7 +153,12 @@ def _updated(known: Task, offered: Task, restore: bool, **base: str | None) -> t
 
 
 def _result(
-    task: Task, status: str, new: int, offered: Task, before: Sequence[Adapter], after: Mapping[_Key, Adapter]
+    task: Task,
+    status: str,
+    new: int,
+    offered: Task,
+    before: Sequence[StoredAdapter],
+    after: Mapping[_Key, StoredAdapter],
 ) -> TaskIngested:
     """Return the result for a known task; `before` and `after` are the adapters that were offered again."""
     evicted = [_key(one) for one in before if one.is_evicted and _key(one) in after]
@@ -170,13 +175,15 @@ def _result(
     )
 
 
-def _again(known: Sequence[Adapter], offered: Sequence[Adapter], restore: bool) -> dict[_Key, Adapter]:
+def _again(
+    known: Sequence[StoredAdapter], offered: Sequence[StoredAdapter], restore: bool
+) -> dict[_Key, StoredAdapter]:
     """Return the known adapters that are offered again, as they will be."""
     again = {_key(one): one for one in offered}
     return {_key(one): _revised(one, again[_key(one)], restore) for one in known if _key(one) in again}
 
 
-def _revised(known: Adapter, offered: Adapter, restore: bool) -> Adapter:
+def _revised(known: StoredAdapter, offered: StoredAdapter, restore: bool) -> StoredAdapter:
     """Return a known adapter with its weights if they come back, its initial weights, and later extras."""
     if known.was_never_here:  # a bundle described it
         return replace(offered, created_at=known.created_at)
@@ -185,7 +192,7 @@ def _revised(known: Adapter, offered: Adapter, restore: bool) -> Adapter:
     extras = (*offered.extras, *(extra for extra in known.extras if extra.file not in files))
     is_back = known.is_evicted and restore
     if is_back or (not known.is_evicted and known.initial is None and offered.initial is not None):
-        shared: dict[str, Any] = {name: getattr(offered, name) for name in Adapter.SHARED}
+        shared: dict[str, Any] = {name: getattr(offered, name) for name in StoredAdapter.SHARED}
         learned = replace(known, initial=offered.initial, tensors_key=offered.tensors_key, evicted_at=None)
         return replace(learned, extras=extras, **shared)
     return replace(known, extras=extras)
@@ -195,15 +202,15 @@ _Key = tuple[str, str, int | None]
 """Distinguishes the checkpoints of a task: weights, configuration, step."""
 
 
-def _key(adapter: Adapter) -> _Key:
+def _key(adapter: StoredAdapter) -> _Key:
     return adapter.weights, adapter.config, adapter.step
 
 
-def _unknown(offered: Iterable[Adapter], known: Iterable[Adapter]) -> tuple[Adapter, ...]:
+def _unknown(offered: Iterable[StoredAdapter], known: Iterable[StoredAdapter]) -> tuple[StoredAdapter, ...]:
     """Return the offered adapters that are not among those known, each once, by step."""
     seen = {_key(one) for one in known}
     return _by_step({_key(one): one for one in offered if _key(one) not in seen}.values())
 
 
-def _by_step(adapters: Iterable[Adapter]) -> tuple[Adapter, ...]:
+def _by_step(adapters: Iterable[StoredAdapter]) -> tuple[StoredAdapter, ...]:
     return tuple(sorted(adapters, key=lambda one: -1 if one.step is None else one.step))

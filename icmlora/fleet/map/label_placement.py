@@ -55,7 +55,7 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Label:
+class PlacedLabel:
     """A label in its place."""
 
     box: Box
@@ -85,10 +85,10 @@ def place_labels(
     obstacles: Sequence[Box],
     soft: Sequence[Box] = (),
     gaps: Sequence[float] = GAPS,
-) -> list[Label | None]:
+) -> list[PlacedLabel | None]:
     """Place each label at its first free candidate, in the order of the points."""
     taken = list(obstacles)
-    labels: list[Label | None] = []
+    labels: list[PlacedLabel | None] = []
     for point, size in zip(points, sizes, strict=True):
         label = _first_free(point, size, frame, taken, soft, gaps)
         labels.append(label)
@@ -104,9 +104,9 @@ def _first_free(
     taken: Sequence[Box],
     soft: Sequence[Box],
     gaps: Sequence[float],
-) -> Label | None:
+) -> PlacedLabel | None:
     for gap in gaps:
-        places = [Label(_next_to(point, size, gap, way), way[0], gap > gaps[0]) for way in _AROUND]
+        places = [PlacedLabel(_next_to(point, size, gap, way), way[0], gap > gaps[0]) for way in _AROUND]
         free = [place for place in places if frame.holds(place.box) and not any(map(place.box.overlaps, taken))]
         if free:
             return min(free, key=lambda place: sum(map(place.box.overlaps, soft)))

@@ -19,7 +19,7 @@ from icmlora.generator.codec.generator_file import GeneratorFile
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
-    from registry.manifests import Adapter as StoredAdapter
+    from registry.manifests import StoredAdapter
 
 
 @use_case

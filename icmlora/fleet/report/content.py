@@ -17,7 +17,7 @@ from icmlora.fleet.failures import BaseUnavailable, Failed, FailureLog
 from icmlora.fleet.map.picture import draw_map
 from icmlora.fleet.map.task_map import map_of
 from icmlora.fleet.report.facts import facts_of
-from icmlora.fleet.report.page import Map, Page
+from icmlora.fleet.report.page import DrawnMap, Page
 from icmlora.fleet.report.rate_picture import rate_picture
 from icmlora.fleet.report.summary import ReportSummary
 from icmlora.fleet.report.task_table import task_table
@@ -83,10 +83,10 @@ def _map(store: Store, fleet: BaseModelBill) -> MapReport | str | None:
         return str(error)
 
 
-def _drawn(base_model: str, found: MapReport | str, numbers: Mapping[str, int]) -> Map:
+def _drawn(base_model: str, found: MapReport | str, numbers: Mapping[str, int]) -> DrawnMap:
     if isinstance(found, str):
-        return Map(base_model, None, [found])
-    return Map(base_model, draw_map(found.map, base_model, found.view, numbers), found.reasons)
+        return DrawnMap(base_model, None, [found])
+    return DrawnMap(base_model, draw_map(found.map, base_model, found.view, numbers), found.reasons)
 
 
 def make_outputs(

@@ -40,7 +40,7 @@ _WORDS = re.compile(r"\s+|\w+|[^\w\s]")
 
 
 @dataclass(frozen=True)
-class Part:
+class TextPart:
     """A piece of a text, and whether it differs from the other text."""
 
     text: str
@@ -48,11 +48,11 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Answer:
+class TaskAnswer:
     """What one source writes."""
 
     source: str
-    parts: Sequence[Part]
+    parts: Sequence[TextPart]
 
     @property
     def text(self) -> str:
@@ -66,7 +66,7 @@ class Answers:
 
     prompt: str
     expected: str  # what follows in the task's own text; empty where nothing is known
-    answers: Sequence[Answer]
+    answers: Sequence[TaskAnswer]
     are_equal: bool | None  # whether original and code write the same; None without an original
 
 
@@ -137,21 +137,21 @@ def _texts(base: BaseModel, adapter: RunnableAdapter | None, prompts: Sequence[P
 
 def _side_by_side(prompt: Prompt, texts: Mapping[str, Sequence[str]], place: int) -> Answers:
     written = {source: found[place] for source, found in texts.items()}
-    parts = {source: [Part(text)] for source, text in written.items()}
+    parts = {source: [TextPart(text)] for source, text in written.items()}
     are_equal = None
     if "original" in written and "code" in written:
         parts["original"], parts["code"] = differing(written["original"], written["code"])
         are_equal = written["original"] == written["code"]
-    return Answers(prompt.text, prompt.expected, [Answer(*pair) for pair in parts.items()], are_equal)
+    return Answers(prompt.text, prompt.expected, [TaskAnswer(*pair) for pair in parts.items()], are_equal)
 
 
-def differing(one: str, other: str) -> tuple[list[Part], list[Part]]:
+def differing(one: str, other: str) -> tuple[list[TextPart], list[TextPart]]:
     """Split two texts into parts that they share and parts that only one of them has, word by word."""
     words = _WORDS.findall(one), _WORDS.findall(other)
     matcher = SequenceMatcher(None, *words, autojunk=False)
-    parts: tuple[list[Part], list[Part]] = [], []
+    parts: tuple[list[TextPart], list[TextPart]] = [], []
     for kind, first, end, other_first, other_end in matcher.get_opcodes():
         for side, (start, stop) in enumerate(((first, end), (other_first, other_end))):
             if start < stop:
-                parts[side].append(Part("".join(words[side][start:stop]), kind != "equal"))
+                parts[side].append(TextPart("".join(words[side][start:stop]), kind != "equal"))
     return parts

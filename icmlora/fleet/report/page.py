@@ -35,7 +35,7 @@ _KEPT = re.compile(r"([\n\t\u200c\u200d]+)")
 
 
 @dataclass(frozen=True)
-class Map:
+class DrawnMap:
     """The task map of a base model: its picture, or why there is none."""
 
     base_model: str
@@ -51,7 +51,7 @@ class Page:
     bill: Bill
     table: TaskTable
     rate: RatePicture | None
-    maps: Sequence[Map]
+    maps: Sequence[DrawnMap]
     outputs: Sequence[TaskOutputs | TaskPictures]
     failures: Mapping[str, str]  # task -> why it has no outputs
     made_by: str

@@ -24,8 +24,7 @@ from icmlora.generator.initial_a.draw import InitialA
 from icmlora.generator.initial_a.search import SeedSearch, initial_under
 from icmlora.task_vectors.file import vectors_from_bytes
 from registry.filters import Selection
-from registry.manifests import Adapter as StoredAdapter
-from registry.manifests import Task, Vector
+from registry.manifests import StoredAdapter, Task, Vector
 from registry.names import escape
 
 if TYPE_CHECKING:

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from icmlora.base_models.examples.context import TaskContext
     from icmlora.generator.codec.codec import Codec
     from icmlora.io.safetensors import RawTensor
-    from registry.manifests import Adapter as StoredAdapter
-    from registry.manifests import Code, Task
+    from registry.manifests import Code, StoredAdapter, Task
     from registry.store import Store
 
 

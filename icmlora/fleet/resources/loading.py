@@ -21,7 +21,7 @@ from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import LoadedAdapter, RunnableAdapter
 from icmlora.generator.initial_a.search import SeedSearch
 from icmlora.io.devices import inference_dtype
-from registry.manifests import Adapter as StoredAdapter
+from registry.manifests import StoredAdapter
 
 if TYPE_CHECKING:
     from icmlora.fleet.resources.recalled_code import Exemplars

@@ -35,8 +35,7 @@ from icmlora.io.second_process import in_two_processes
 from icmlora.io.threads import side_by_side
 
 if TYPE_CHECKING:
-    from registry.manifests import Adapter as StoredAdapter
-    from registry.manifests import Task
+    from registry.manifests import StoredAdapter, Task
     from registry.store import Store
 
 _SMALL = 4 << 20  # bytes; reading files below is mostly Python, so that threads would wait for each other

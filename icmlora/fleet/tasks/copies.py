@@ -18,7 +18,7 @@ from icmlora.fleet.bases.labels import renumbered
 from icmlora.fleet.context import Context, select_tasks, use_case
 from registry.encoding import encode, files_of
 from registry.errors import BaseModelConflict, DamagedStore, LostRace, RegistryError, TaskConflict
-from registry.manifests import BaseModel, File, Generator, State, Task
+from registry.manifests import BaseRecord, File, Generator, State, Task
 from registry.names import DatabaseUrl, absolute, address_of
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class _Copying:
                 fact, hint="run `icm base ls` in both stores, then rename one with `icm base alias`"
             )
 
-        def with_facts(theirs: BaseModel) -> BaseModel:
+        def with_facts(theirs: BaseRecord) -> BaseRecord:
             labels = tuple(one for one in base.labels if one.label not in theirs.names and not self._knows(one.label))
             facts = theirs if theirs.fingerprint is not None else base
             return replace(theirs, labels=(*theirs.labels, *labels), fingerprint=facts.fingerprint, shape=facts.shape)

@@ -346,13 +346,13 @@ def _own_template(store: Store, task: Task) -> str | None:
 
 def _initial(store: Store, task: Task) -> InitialA | None:
     """Read the initialisation seed from a task's code; None if a file is damaged, which `icm verify` reports."""
-    from icmlora.generator.codec.code import Code, generator_of
+    from icmlora.generator.codec.code import ParsedCode, generator_of
     from icmlora.generator.files.file import versions_of
 
     assert task.code is not None
     try:
         data, versions = store.blobs.read(task.code.blob), versions_of(store.blobs.read(task.code.generator))
         config = next((version.config for version in versions if version.digest == generator_of(data)), None)
-        return None if config is None else Code.from_bytes(data, config).head.initial
+        return None if config is None else ParsedCode.from_bytes(data, config).head.initial
     except (DamagedStore, IcmLoraError):
         return None

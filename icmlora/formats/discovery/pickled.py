@@ -18,24 +18,24 @@ from icmlora.formats.discovery.found import FoundTask
 from icmlora.formats.format import FoundAdapter
 from icmlora.io.files import hash_open, open_regular, read_exactly
 from icmlora.io.safetensors import MAX_FILE_BYTES
-from icmlora.io.sandbox import NO_MEMORY, TOO_SLOW, UNAVAILABLE, Limits, Sandbox
+from icmlora.io.sandbox import NO_MEMORY, TOO_SLOW, UNAVAILABLE, Sandbox, SandboxLimits
 
 CONVERTED_FROM = "converted_from_sha256"
 """Header key for the digest of the pickle in converted weights."""
 
 BROKEN, NOT_TENSORS, TOO_LARGE = 10, 11, 12
 """Statuses of `pickle_child`."""
-LIMITS = Limits(seconds_per_byte=30 / 10**9)
+LIMITS = SandboxLimits(seconds_per_byte=30 / 10**9)
 
 
 class PickleReader(Sandbox):
     """Converts pickles to safetensors.
 
     Args:
-        limits: Limits for each pickle.
+        limits: SandboxLimits for each pickle.
     """
 
-    def __init__(self, limits: Limits = LIMITS) -> None:
+    def __init__(self, limits: SandboxLimits = LIMITS) -> None:
         super().__init__("icmlora.formats.discovery.pickle_child")
         self.limits = limits
 

@@ -92,7 +92,7 @@ def write_like(
     Raises:
         AdapterRefused: The form does not fit, or a value overflows its type.
     """
-    config, details = AdapterConfig.read(like.config), _Details.parse(like)
+    config, details = AdapterConfig.read(like.config), _TensorDetails.parse(like)
     clean = {without_wrappers(name): tensor for name, tensor in extras.items()}
     extras = clean if len(clean) == len(extras) else extras
     tensors: dict[str, RawTensor] = {}
@@ -124,7 +124,7 @@ def rounded_like(adapter: Adapter, like: Template) -> Adapter:
     Raises:
         AdapterRefused: The form does not fit, or a value overflows its type.
     """
-    config, details = AdapterConfig.read(like.config), _Details.parse(like)
+    config, details = AdapterConfig.read(like.config), _TensorDetails.parse(like)
     modules = []
     for module, parts in fitted_parts(adapter, like.layout, details.parts):
         scale = config.scale_of(details.targets.get(module, module))
@@ -141,7 +141,7 @@ def rounded_like(adapter: Adapter, like: Template) -> Adapter:
 
 
 @dataclass(frozen=True)
-class _Details:
+class _TensorDetails:
     """The template from `check_adapter`, parsed as untrusted input: it may come from a bundle."""
 
     experts: Mapping[str, int]  # module -> number of its modules in the layout
@@ -158,7 +158,7 @@ class _Details:
         return {**self.experts, **self.groups}
 
     @classmethod
-    def parse(cls, like: Template) -> _Details:
+    def parse(cls, like: Template) -> _TensorDetails:
         with reading(like) as found:
             made = cls(
                 experts={module: index(count) for module, count in found.pop("experts", {}).items()},
@@ -188,7 +188,7 @@ def refuse_special(like: Template, extras: Mapping[str, RawTensor]) -> None:
     if extras:
         fact = f"{next(iter(extras))} cannot be written in the form that every engine reads"
         raise AdapterRefused(fact, kind="extras", hint="leave out --pad-rank")
-    details = _Details.parse(like)
+    details = _TensorDetails.parse(like)
     if details.parts or details.shapes:
         fact = "its convolutions or fused experts cannot be written in the form that every engine reads"
         raise AdapterRefused(fact, kind="layers", hint="leave out --pad-rank")

@@ -65,7 +65,7 @@ class CodeHead:
 
 
 @dataclass(frozen=True, eq=False)
-class Code:
+class ParsedCode:
     """One task's code; only the generator that it names can decode it."""
 
     generator: str  # SHA-256 of the generator file, in hexadecimal
@@ -90,7 +90,7 @@ class Code:
         return write_container(MAGIC + bytes.fromhex(self.generator), b"".join(fields), self.words)
 
     @classmethod
-    def from_bytes(cls, data: bytes, config: GeneratorConfig) -> Code:
+    def from_bytes(cls, data: bytes, config: GeneratorConfig) -> ParsedCode:
         """Parse a code of this configuration; raise `CodeError` if it is damaged, or of another version or range."""
         generator = generator_of(data)
         opened = open_container(data, _PREFIX)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter
 from icmlora.errors import CodeError, GeneratorError
-from icmlora.generator.codec.code import Code, CodeHead, generator_of
+from icmlora.generator.codec.code import CodeHead, ParsedCode, generator_of
 from icmlora.generator.codec.packing import KindIntegers, pack, unpack
 from icmlora.generator.codec.quantizer import TokenQuantizer, norm_of
 from icmlora.generator.files.container import ABSENT
@@ -144,7 +144,7 @@ class Codec:
         digest = generator_of(code)
         if digest != self.digest:
             raise CodeError(f"the code belongs to generator {digest[:12]}, not {self.digest[:12]}")
-        parsed = Code.from_bytes(code, self.config)
+        parsed = ParsedCode.from_bytes(code, self.config)
         head = parsed.head
         subspace = replace(self.subspace(head.initial), shifts=head.shifts, boosts=head.boosts)
         state = TaskState(_floats(head.condition), _floats(head.latent), subspace)
@@ -154,7 +154,7 @@ class Codec:
         """Write a code from its head and its integers."""
         subspace = replace(self.subspace(head.initial), shifts=head.shifts)
         words = pack(self.quantizer, head, subspace, groups)
-        return Code(self.digest, head, words).to_bytes(self.config)
+        return ParsedCode(self.digest, head, words).to_bytes(self.config)
 
     def condition(self, vectors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Embed task vectors (hidden,) as integers, (C,); raise `GeneratorError` if one has the wrong length."""

@@ -17,7 +17,7 @@ from html import escape
 from itertools import pairwise
 from typing import Any
 
-from icmlora.fleet.map.label_placement import GAPS, Box, Label, place_labels
+from icmlora.fleet.map.label_placement import GAPS, Box, PlacedLabel, place_labels
 from tests.benchmarks.rate_distortion.bd_rate import Curve, envelope, frontier
 from tests.benchmarks.rate_distortion.summary import OURS, STRENGTHENED
 
@@ -115,7 +115,7 @@ def _is_seen(curve: Iterable[tuple[float, float]]) -> bool:
 class Name:
     """The name of a line, and the point of the line that it is next to."""
 
-    label: Label
+    label: PlacedLabel
     spot: tuple[float, float]
 
     @property

@@ -12,7 +12,7 @@ import torch
 from icmlora import AdapterRefused, Bundle, Fleet, load_adapter
 from icmlora.adapter.metrics import squared_error
 from icmlora.formats.peft.initial import convert
-from registry.manifests import Adapter
+from registry.manifests import StoredAdapter
 from tests.cli.tiny_fleet import write_lora
 from tests.icmlora.fleet.stores import copy_of, files_of, has_blob, is_sound
 
@@ -42,7 +42,7 @@ def new(tmp_path: Path) -> Fleet:
     return Fleet(tmp_path / "new", cache=tmp_path / "cache")
 
 
-def final(fleet: Fleet, name: str) -> Adapter:
+def final(fleet: Fleet, name: str) -> StoredAdapter:
     return fleet.show(name).task.final
 
 

@@ -21,13 +21,13 @@ from icmlora.formats.discovery import pickle_child
 from icmlora.formats.discovery.discovery import find_tasks
 from icmlora.formats.discovery.pickled import LIMITS, PickleReader
 from icmlora.io.safetensors import RawTensor, encode, read_header
-from icmlora.io.sandbox import Limits
+from icmlora.io.sandbox import SandboxLimits
 from tests.icmlora.adapter_files import config, factors, write_adapter
 
 FEW = replace(LIMITS, memory=64 << 20, seconds=1)
 
 
-def converted(source: Path, limits: Limits = FEW) -> dict[str, torch.Tensor]:
+def converted(source: Path, limits: SandboxLimits = FEW) -> dict[str, torch.Tensor]:
     target = source.parent / "converted.safetensors"
     with PickleReader(limits) as reader:
         reader.convert(source, target, source.name)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import CodeError, OtherFormat
-from icmlora.generator.codec.code import MAGIC, Code, CodeHead, generator_of
+from icmlora.generator.codec.code import MAGIC, CodeHead, ParsedCode, generator_of
 from icmlora.generator.config import GeneratorConfig, ModuleKind
 from icmlora.generator.files.container import ABSENT, add_checksum
 from icmlora.generator.initial_a.draw import InitialA, InitialModule
@@ -50,7 +50,7 @@ def head(**changes: object) -> CodeHead:
 
 
 def code(words: bytes = b"12345678", **changes: object) -> bytes:
-    return Code(DIGEST, head(**changes), words).to_bytes(CONFIG)
+    return ParsedCode(DIGEST, head(**changes), words).to_bytes(CONFIG)
 
 
 def framed(packed: bytes) -> bytes:
@@ -92,7 +92,7 @@ def test_any_code_comes_back_from_its_bytes(
         initial=initial,
         task_type=task_type,
     )
-    parsed = Code.from_bytes(data, CONFIG)
+    parsed = ParsedCode.from_bytes(data, CONFIG)
     assert (parsed.head.step, parsed.head.task_type, parsed.words) == (step, task_type, words)
     assert [*parsed.head.condition.tolist(), *parsed.head.latent.tolist()] == small
     assert parsed.head.gains.tolist() == gains
@@ -127,7 +127,7 @@ def test_a_code_of_another_format_is_not_called_damaged(version: int, fact: str)
 @pytest.mark.parametrize("length", range(len(MAGIC) + 36, len(code(b""))))
 def test_a_code_cut_in_its_head_is_refused(length: int) -> None:
     with pytest.raises(CodeError):
-        Code.from_bytes(code(b"")[:length], CONFIG)
+        ParsedCode.from_bytes(code(b"")[:length], CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -145,20 +145,20 @@ def test_a_code_cut_in_its_head_is_refused(length: int) -> None:
 )
 def test_a_head_out_of_its_generators_range_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(CodeError, match="head"):
-        Code.from_bytes(code(**changes), CONFIG)
+        ParsedCode.from_bytes(code(**changes), CONFIG)
 
 
 def test_a_head_that_is_not_utf8_or_not_compressed_is_refused() -> None:
     plain = zlib.decompress(code(b"")[len(MAGIC) + 36 : -8])
     for packed in (zlib.compress(plain + b"\xff"), plain):
         with pytest.raises(CodeError, match="damaged"):
-            Code.from_bytes(framed(packed), CONFIG)
+            ParsedCode.from_bytes(framed(packed), CONFIG)
 
 
 def test_anything_between_the_head_and_the_words_is_refused() -> None:
     packed = code(b"")[len(MAGIC) + 36 : -8]
     with pytest.raises(CodeError, match="length"):
-        Code.from_bytes(framed(packed + b"hidden"), CONFIG)
+        ParsedCode.from_bytes(framed(packed + b"hidden"), CONFIG)
 
 
 def test_a_head_that_inflates_a_thousandfold_takes_no_memory() -> None:
@@ -167,7 +167,7 @@ def test_a_head_that_inflates_a_thousandfold_takes_no_memory() -> None:
     tracemalloc.start()
     try:
         with pytest.raises(CodeError, match="length"):
-            Code.from_bytes(framed(bomb), CONFIG)
+            ParsedCode.from_bytes(framed(bomb), CONFIG)
         assert tracemalloc.get_traced_memory()[1] < 2 << 20
     finally:
         tracemalloc.stop()
@@ -189,7 +189,9 @@ def test_a_module_that_is_there_twice_or_cannot_be_there_is_refused(
     config = GeneratorConfig("base", kinds, 2, 2, 0, 0.1)
     none, task = np.zeros((len(kinds), 2), dtype=np.int8), np.zeros(16, dtype=np.int8)
     gains, present = np.zeros(len(kinds), dtype=np.int16), np.array(kept, dtype=np.uint16)
-    data = Code("00" * 32, CodeHead(0, task, task, gains, none, present, none, none, None, None), b"").to_bytes(config)
+    data = ParsedCode("00" * 32, CodeHead(0, task, task, gains, none, present, none, none, None, None), b"").to_bytes(
+        config
+    )
     with pytest.raises(CodeError, match="module twice") as caught:
-        Code.from_bytes(data, config)
+        ParsedCode.from_bytes(data, config)
     assert caught.value.hint is not None

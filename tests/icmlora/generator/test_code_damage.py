@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icmlora.errors import CodeError
-from icmlora.generator.codec.code import MAGIC, Code, CodeHead
+from icmlora.generator.codec.code import MAGIC, CodeHead, ParsedCode
 from icmlora.generator.codec.encoding import encode_adapter
 from icmlora.generator.codec.limits import Limits
 from icmlora.generator.files.container import add_checksum
@@ -164,4 +164,4 @@ def hostile(kept: np.ndarray[tuple[int, ...], np.dtype[np.uint16]], step: int, g
     condition, latent = (np.full(size, -128, dtype=np.int8) for size in sizes)
     gains, strengths = np.full(3, gain, dtype=np.int16), np.full((3, 2), 127, dtype=np.int8)
     head = CodeHead(step, condition, latent, gains, strengths, kept, *[np.zeros((3, 4), dtype=np.int8)] * 2, None, None)
-    return Code(CODEC.digest, head, b"\x5a" * 400).to_bytes(CODEC.config)
+    return ParsedCode(CODEC.digest, head, b"\x5a" * 400).to_bytes(CODEC.config)

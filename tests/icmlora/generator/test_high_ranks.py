@@ -13,7 +13,7 @@ from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.metrics import squared_error
 from icmlora.adapter.model import Adapter, LoraModule
 from icmlora.errors import CodeError, GeneratorError
-from icmlora.generator.codec.code import Code
+from icmlora.generator.codec.code import ParsedCode
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.codec.encoding import encode_adapter
 from icmlora.generator.codec.limits import Limits
@@ -108,11 +108,11 @@ def test_where_an_initial_a_of_the_largest_rank_was_drawn_comes_back_from_its_by
 def test_a_code_of_more_slots_than_a_module_has_singular_values_is_refused() -> None:
     narrow = trained(wide_adapter(rank=6, width=4))
     data = encode_adapter(narrow, wide_adapter(rank=6, width=4), {}).data
-    code = Code.from_bytes(data, narrow.config)
+    code = ParsedCode.from_bytes(data, narrow.config)
     code.head.kept[code.head.kept != ABSENT] = 5
     assert np.all(code.head.kept <= narrow.config.slots)
     with pytest.raises(CodeError, match="range"):
-        Code.from_bytes(code.to_bytes(narrow.config), narrow.config)
+        ParsedCode.from_bytes(code.to_bytes(narrow.config), narrow.config)
 
 
 @pytest.mark.slow

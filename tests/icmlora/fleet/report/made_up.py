@@ -12,13 +12,13 @@ import numpy as np
 from icmlora.adapter.metrics import GroupError
 from icmlora.fleet.map.task_map import MapReport
 from icmlora.fleet.report.content import assembled
-from icmlora.fleet.report.outputs import Answer, Answers, TaskOutputs, differing
+from icmlora.fleet.report.outputs import Answers, TaskAnswer, TaskOutputs, differing
 from icmlora.fleet.report.page import Page, render
 from icmlora.fleet.report.pictures import Distances, Drawn, Row, TaskPictures, data_uri
 from icmlora.fleet.resources.stored_vectors import LeftOut
 from icmlora.fleet.stats.bill import BaseModelBill, Bill, TaskBill
 from icmlora.task_vectors.map import map_tasks
-from registry.manifests import Adapter, Code, CodeLimits, File, Generator, Measurement, Task, Vector
+from registry.manifests import Code, CodeLimits, File, Generator, Measurement, StoredAdapter, Task, Vector
 from registry.tables import TaskRow, index_of
 from registry.usage import Usage
 
@@ -45,7 +45,7 @@ class Made:
 
     def bill(self) -> TaskBill:
         """Return the bill of the task."""
-        final = Adapter(
+        final = StoredAdapter(
             weights=File("a" * 64, self.original - 1000), config=File("c" * 64, 1000), dtype="BF16", rank_max=self.rank,
             parameters=self.original // 2, target_modules=self.targets, layout=(), source="made up",
             original_only=self.original_only, evicted_at=DAY if self.evicted else None,
@@ -118,7 +118,7 @@ def _map(label: str, made: list[Made]) -> MapReport | str:
 
 def _answers(prompt: str, original: str, code: str) -> Answers:
     first, second = differing(original, code)
-    return Answers(prompt, prompt, [Answer("original", first), Answer("code", second)], original == code)
+    return Answers(prompt, prompt, [TaskAnswer("original", first), TaskAnswer("code", second)], original == code)
 
 
 def _pictures(task: str, prompt: str) -> TaskPictures:
