@@ -16,7 +16,8 @@ from icmlora.fewshot.context_choice import ContextScorer, choose_context
 from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.context import Context
 from icmlora.fleet.few_shot.context_choice import usable_samples
-from icmlora.fleet.few_shot.from_samples import Made, Recipe, Source, make_from
+from icmlora.fleet.few_shot.from_samples import Made, make_from
+from icmlora.fleet.few_shot.generated import GenerateOptions
 from tests.benchmarks.unseen.rows import RANK
 
 
@@ -44,8 +45,9 @@ def made_of(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "samples.jsonl"
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        source, began = Source.read(path, len(lines), None, any_row=False), time.monotonic()
-        made = make_from(Context(Path(folder)), base, start, source, samples, Recipe(RANK, 0, distil, tokens))
+        options = GenerateOptions(path, count=len(lines), distil=distil, rank=RANK, context_tokens=tokens)
+        began = time.monotonic()
+        made = make_from(Context(Path(folder)), base, start, options, path.read_bytes(), samples)
     return Timed(made, round(time.monotonic() - began, 1))
 
 
