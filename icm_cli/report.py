@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
@@ -75,11 +74,11 @@ def print_skipped(session: Session, group: Skipped, missing: str) -> None:
         text = f"skipped {some(group.tasks)}: {group.reason}"
     else:
         text = f"{missing} for {counted(len(group.tasks), 'task')} ({some(group.tasks)}): {group.reason}"
-    fields = {name: value for name, value in asdict(group).items() if name != "kind"}
+    fields = {"base_model": group.base_model, "tasks": list(group.tasks), "hint": group.hint}
     if group.is_problem:
         out.warn(text, kind=group.kind, **fields)
     else:
-        out.event(group.kind, **fields)
+        out.event("left_out", kind=group.kind, reason=group.reason, **fields)
         out.note(text)
     if group.hint is not None:
         out.hint(group.hint)
