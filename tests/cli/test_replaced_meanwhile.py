@@ -14,13 +14,13 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from icmlora.base_models.kinds import likelihood
-from icmlora.fleet.bundles import export as exporting
 from icmlora.fleet.encode import search
 from icmlora.fleet.evict.evictor import Evictor
 from icmlora.fleet.evict.types import TaskEvicted
 from icmlora.fleet.measure.measure import TaskLosses
 from icmlora.fleet.vectors import extraction as vectors
 from icmlora.generator.codec.generator_file import GeneratorFile
+from icmlora.generator.files import file as generator_file
 from registry.manifests import File, Task
 from registry.store import Store
 from tests.cli.coded import codes, current, make_another_current, tasks_of
@@ -236,7 +236,7 @@ class TestExport:
     ) -> None:
         icm("export", tmp_path / "earlier.icm")
         with pytest.MonkeyPatch.context() as patch:
-            before(patch, exporting, "versions_of", lambda: put_code(trained, "rules", finer["rules"]))
+            before(patch, generator_file, "versions_of", lambda: put_code(trained, "rules", finer["rules"]))
             assert icm("export", tmp_path / "out.icm").code == 0
         assert (tmp_path / "out.icm").read_bytes() == (tmp_path / "earlier.icm").read_bytes()
 

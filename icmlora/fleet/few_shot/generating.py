@@ -126,9 +126,7 @@ def generate_in(
         write_adapter_files(folder, PEFT, replace(content, companions=files), folder.name, force=force)
         if code is not None:
             try:
-                # No training may publish meanwhile: its generator would not decode this code.
-                with store.job(generator.base_model, shared=True):
-                    store.publish([_generated_task(store, generator, name, note, content, vectors, code, files)])
+                store.publish([_generated_task(store, generator, name, note, content, vectors, code, files)])
             except RegistryError as error:
                 again = "run the same command again with --force to register it"
                 error.hint = f"the adapter was written to {folder}; {again}"
