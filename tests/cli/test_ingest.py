@@ -450,7 +450,7 @@ def test_a_stopped_command_prints_what_it_has_and_exits_with_130(
     icm: Icm, fleet: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("icmlora.fleet.ingest.files._BATCH_ADAPTERS", 3)
-    monkeypatch.setattr("icmlora.fleet.ingest.ingest.batches", stopping(batches))
+    monkeypatch.setattr("icmlora.fleet.ingest.ingestion.batches", stopping(batches))
     ran = icm("ingest", fleet, "--json")
     assert ran.code == ExitCode.INTERRUPTED
     assert [event["type"] for event in ran.events] == ["task", "summary"]

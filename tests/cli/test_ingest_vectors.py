@@ -7,7 +7,7 @@ import pytest
 
 from icm_cli.errors import ExitCode
 from icmlora import Cancelled, Fleet
-from icmlora.fleet.ingest.ingest import IngestReport
+from icmlora.fleet.ingest.report import IngestReport
 from icmlora.fleet.vectors import vectors as extraction
 from tests.cli.conftest import Ran
 from tests.cli.fleet import write_texts

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from icmlora.fleet.bases.joins import BaseJoined
 from icmlora.fleet.context import Event
-from icmlora.fleet.ingest.files import TextRead
 from icmlora.fleet.results import Report
 
 if TYPE_CHECKING:
+    from icmlora.fleet.bases.joins import BaseJoined
+    from icmlora.fleet.ingest.files import TextRead
     from icmlora.fleet.vectors.vectors import VectorReport
 
 OnConflict = Literal["version", "skip", "fail"]
