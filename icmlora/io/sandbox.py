@@ -26,7 +26,9 @@ from typing import Any, BinaryIO, Protocol, Self
 
 FAILED, NO_MEMORY, TOO_SLOW, UNAVAILABLE = 1, 13, 14, 15
 """Statuses besides 0 for success; a module may return others. TOO_SLOW and UNAVAILABLE come only from `Sandbox.run`."""
-_MEMORY_SIGNALS = (-signal.SIGABRT, -signal.SIGKILL, -signal.SIGXFSZ)
+# Windows has none of these but SIGABRT.
+_MEMORY_SIGNALS = {-getattr(signal, name) for name in ("SIGABRT", "SIGKILL", "SIGXFSZ") if hasattr(signal, name)}
+_TIME_SIGNALS = {-getattr(signal, name) for name in ("SIGXCPU",) if hasattr(signal, name)}
 _MAX_ORDER_LENGTH = 1 << 16  # bytes
 
 
@@ -99,7 +101,7 @@ class Sandbox:
         if not answer:
             self._end()
         status = int(answer) if answer else process.returncode
-        return NO_MEMORY if status in _MEMORY_SIGNALS else TOO_SLOW if status == -signal.SIGXCPU else status
+        return NO_MEMORY if status in _MEMORY_SIGNALS else TOO_SLOW if status in _TIME_SIGNALS else status
 
     def _start(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -366,7 +366,6 @@ def test_texts_without_a_token_to_predict_are_refused_and_nothing_is_written(
         ("adapt", ()),
         ("finetune", ("--refine", 5)),
         ("distil", ("--distil", 5)),
-        ("_nats", ()),
     ],
 )
 def test_ctrl_c_writes_nothing(

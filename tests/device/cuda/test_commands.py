@@ -12,7 +12,6 @@ import pytest
 from numpy.typing import NDArray
 
 from icmlora import Fleet
-from icmlora.adapter.metrics import squared_error
 from icmlora.formats.discovery.folder import load_adapter
 from icmlora.task_vectors.file import arrays_from_bytes
 from registry.store import Store
@@ -195,27 +194,3 @@ class TestTellingTasksApart:
         for name, subject in SUBJECTS.items():
             samples = write_samples(tmp_path / f"{name}.jsonl", subject)
             assert card("recognize", "--samples", samples, "--json").document["task"] == name
-
-    def test_their_adapter_is_written(self, card: Icm, subjects: Path, tmp_path: Path) -> None:
-        samples = write_samples(tmp_path / "ships.jsonl", SUBJECTS["ships"])
-        task = card("recognize", "--samples", samples, "-q").out.strip()
-        card("materialize", task, "-o", tmp_path / "out")
-        same = load_adapter(tmp_path / "out"), Fleet(subjects).load("ships")
-        assert squared_error(*same) == 0
-
-
-class TestMaterialize:
-    def test_what_the_card_trained_is_written_from_every_source(self, icm: Icm, on_card: Path, tmp_path: Path) -> None:
-        original = Fleet(on_card).load("rules", source="original")
-        for source in ("code", "recalled", "network"):
-            out = tmp_path / source
-            ran = icm("materialize", "rules", "-o", out, "--source", source, "--dtype", "float32", "--json")
-            assert (ran.code, ran.document["source"]) == (0, source)
-            written = load_adapter(out)
-            assert written.layout == original.layout
-            assert squared_error(original, written) < {"code": 0.7**2}.get(source, float("inf"))
-
-
-def test_the_report_shows_what_is_written_on_the_card(card: Icm, icm: Icm, trained: Path, tmp_path: Path) -> None:
-    options = ("--outputs", "poems", "--max-new-tokens", 4, "--json")
-    assert card("report", "-o", tmp_path / "card.html", *options).document["outputs"] == ["poems"]

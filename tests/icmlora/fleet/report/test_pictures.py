@@ -160,9 +160,9 @@ def test_without_diffusers_the_tasks_are_named(
 def test_what_diffusers_passes_over_is_noted(
     drawn: Callable[..., tuple[ReportSummary, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from icmlora.base_models.running.pipeline import Pipeline
+    from icmlora.base_models.running import pipeline
 
-    monkeypatch.setattr(Pipeline, "_loaded_norm", lambda self: 1.0)
+    monkeypatch.setattr(pipeline, "dw_norm", lambda adapter: 1.0)
     (made,) = drawn("pear", seeds=1)[0].pictures
     assert [note.partition(":")[0] for note in made.notes] == ["original", "code"]
 
