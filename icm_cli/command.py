@@ -73,8 +73,10 @@ class Call(Generic[R]):
         """
         here, there = parameters_of(self.use_case, skip=1), parameters_of(use_case, skip=1)
         for name, value in self.values.items():
-            if name not in there and value != here[name].default:
-                given = option_of(name, here[name])
+            param = param_of(here[name].annotation)
+            is_setting = param is not None and param.setting is not None  # which nobody may have typed
+            if name not in there and value != here[name].default and not is_setting:
+                given = spelling_of(name, param).split()[0].split("/")[0]
                 raise UsageProblem(f"{option} cannot be combined with {given}", hint=f"omit {option} or {given}")
         return Call(self.session, use_case, {name: self.values[name] for name in there if name in self.values} | more)
 
@@ -134,11 +136,9 @@ def plain_command(function: Callable[Concatenate[Session, P], None]) -> Callable
     return _typer_command(function, list(own.values()), function.__doc__ or "", body)
 
 
-def option_of(name: str, parameter: inspect.Parameter) -> str:
-    """Return the first spelling of the option of a parameter."""
-    param = param_of(parameter.annotation)
-    spelling = (param and param.spelling) or f"--{name.replace('_', '-')}"
-    return spelling.split()[0].split("/")[0]
+def spelling_of(name: str, param: Param | None) -> str:
+    """Return the option names and the value of a parameter, as the help prints them."""
+    return (param and param.spelling) or f"--{name.replace('_', '-')}"
 
 
 def _typer_command(
@@ -213,8 +213,7 @@ def _declared(name: str, param: Param) -> Any:
         return argument(str(param.spelling), param.help, completes=param.completes)
     rules = {"min": param.min, "max": param.max} if param.parse is None else {}
     rules = {rule: value for rule, value in rules.items() if value is not None}
-    spelling = param.spelling or f"--{name.replace('_', '-')}"
-    return option(spelling, param.help, panel=param.panel, completes=param.completes, **rules)
+    return option(spelling_of(name, param), param.help, panel=param.panel, completes=param.completes, **rules)
 
 
 def _converted(
@@ -233,7 +232,6 @@ def _converted(
         else:
             plain = [getattr(item, "value", item) for item in value] if isinstance(value, list) else value
             found[name] = plain if param.parse is None else _parsed(param.parse, value)
-            param.check(option_of(name, parameter), found[name])
     return found
 
 

@@ -15,10 +15,7 @@ from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import TYPE_CHECKING, ParamSpec, TypeVar, cast
 
-import typer
-
 from icm_cli.config import Settings, cache_folder, load_settings
-from icm_cli.errors import ExitCode, Interrupted
 from icm_cli.options import JsonOpt, LockTimeoutOpt, NoProgressOpt, QuietOpt, StoreOpt, VerboseOpt
 from icm_cli.output import Output
 from icmlora.errors import Cancelled
@@ -167,21 +164,6 @@ class Session:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def end(
-    done: str,
-    *,
-    stopped: bool,
-    partly: bool,
-    hint: str = "run the same command to continue",
-    code: ExitCode = ExitCode.PARTLY,
-) -> None:
-    """Exit with a non-zero code if the user stopped the command or part of the work failed."""
-    if stopped:
-        raise Interrupted(f"interrupted; {done}", hint=hint)
-    if partly:
-        raise typer.Exit(code)
 
 
 def global_parameters() -> list[inspect.Parameter]:

@@ -16,9 +16,9 @@ from icm_cli.errors import ExitCode, Interrupted, UsageProblem
 from icm_cli.output import Output
 from icm_cli.session import Session
 from icmlora.errors import OtherProcessFailed
-from icmlora.fleet.few_shot.train import train_few_shot
+from icmlora.fleet.few_shot.train import Episodes, train_few_shot
 from icmlora.fleet.measure.metric_result import measured_in
-from icmlora.fleet.params import RARE, Param
+from icmlora.fleet.params import Param
 from icmlora.fleet.train import train as use_cases
 from icmlora.fleet.train.update import update as add_tasks
 from icmlora.io.text import counted, human_duration, human_size
@@ -33,10 +33,6 @@ FewShotOpt = Annotated[
     Param("Train the few-shot start for `icm generate` instead of the generator. Codes do not change.", "--few-shot"),
 ]
 UpdateOpt = Annotated[bool, Param("Only encode tasks without a code. Existing codes do not change.", "--update")]
-EpisodesOpt = Annotated[
-    int | None,
-    Param("Training episodes of the few-shot start. Default: 48.", "--episodes N", RARE, min=1),
-]
 
 _EVENT_EVERY = 10  # steps between two JSON lines
 
@@ -47,7 +43,7 @@ def train(
     call: Call[TrainReport],
     update: UpdateOpt = False,
     few_shot: FewShotOpt = False,
-    episodes: EpisodesOpt = None,
+    episodes: Episodes = None,
 ) -> None:
     if launched()[0]:
         raise typer.Exit(_help(session, None if update or few_shot else call))
@@ -56,8 +52,8 @@ def train(
     if update and few_shot:
         raise UsageProblem("--update cannot be combined with --few-shot", hint="run `icm train`, then --few-shot")
     if few_shot:
-        more = {} if episodes is None else {"episodes": episodes}
-        report = call.of(train_few_shot, "--few-shot", **more).run(partial(_print_episode, session), "episodes")
+        learning = call.of(train_few_shot, "--few-shot", episodes=episodes)
+        report = learning.run(partial(_print_episode, session), "episodes")
         for trained in report.done:
             _sum_up_few_shot(session, cast("FewShotTrained", trained))
         if report.stopped:

@@ -68,7 +68,7 @@ class BaseUnavailable:
 def skipped_base(base_model: str, tasks: Sequence[str], error: BaseModelNotFound | BaseModelUnsuited) -> Skipped:
     """Return the tasks of a base model that cannot be loaded or run. A kind that icm cannot run is no problem."""
     is_problem = not isinstance(error, BaseModelUnsuited)
-    return Skipped("base_model_left_out", tuple(tasks), error.message, error.hint, is_problem, base_model)
+    return Skipped("base_model_left_out", list(tasks), error.message, error.hint, is_problem, base_model)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Param:
     """One parameter of a use case.
 
     Attributes:
-        help: What it does, in the words of the command line.
+        help: The help text of the command line.
         spelling: Option names and value as printed in the help, "--output -o DIR"; without a dash, an argument.
             By default `--` and the parameter's name.
         panel: Help panel of a rarely used option.

@@ -1,4 +1,4 @@
-"""What a use case did: one type from the work to the table, the JSON lines and the exit code."""
+"""The report of a use case: one type from the work to the table, the JSON lines and the exit code."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from icmlora.fleet.context import TaskFailed
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Skipped:
     """Tasks that were not processed, for one reason."""
 
     kind: str  # a short stable word for the reason
-    tasks: tuple[str, ...]
+    tasks: list[str]
     reason: str
     hint: str | None = None
     is_problem: bool = False  # whether the user asked for more than was done
@@ -24,7 +24,7 @@ class Skipped:
 
 @dataclass
 class Report(Generic[T]):
-    """The results of a use case. It is complete for what was finished, also if the user stopped it."""
+    """The results of a use case. It covers everything that finished, also if the user stopped it."""
 
     done: list[T] = field(default_factory=list)
     failed: list[TaskFailed] = field(default_factory=list)
@@ -39,8 +39,8 @@ class Report(Generic[T]):
 
     def skip(self, kind: str, task: str, reason: str, *, is_problem: bool = False) -> None:
         """Add a task to the skipped ones with the same reason."""
-        for number, group in enumerate(self.skipped):
+        for group in self.skipped:
             if (group.kind, group.reason, group.base_model) == (kind, reason, None):
-                self.skipped[number] = Skipped(kind, (*group.tasks, task), reason, group.hint, group.is_problem)
+                group.tasks.append(task)
                 return
-        self.skipped.append(Skipped(kind, (task,), reason, is_problem=is_problem))
+        self.skipped.append(Skipped(kind, [task], reason, is_problem=is_problem))

@@ -1,4 +1,4 @@
-"""The adapter formats that this icm reads and writes, and the only access to those of image models."""
+"""The adapter formats that this icm reads and writes, and the only access to the formats of image models."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ class Ranks:
         except RuntimeError as error:  # torch.distributed raises this class, and subclasses of it
             import torch
 
-            if isinstance(error, torch.OutOfMemoryError):  # of this process: the others are told by `leave`
+            if isinstance(error, torch.OutOfMemoryError):  # of this process: `leave` informs the others
                 raise
             self._is_over = True
             raise OtherProcessFailed("another process of this training run was killed or hangs", hint=_AGAIN) from error

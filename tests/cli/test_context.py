@@ -38,6 +38,14 @@ def test_a_context_is_kept_and_written_with_the_adapter(icm: Icm, trained: Path,
     assert icm("context", "poems", "--show").out == text.rstrip("\n") + "\n"
 
 
+def test_a_device_from_the_environment_does_not_contradict_show(
+    icm: Icm, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ICM_DEVICE", "cpu")
+    ran = icm("context", "poems", "--show")
+    assert (ran.code, "poems has no context" in ran.err) == (0, True)
+
+
 def test_json_keeps_its_names(icm: Icm, trained: Path, samples: Path) -> None:
     document = choose(icm, samples, "--json").document
     assert set(document) == {"task", "samples_count", "tokens", "size", "measured", "precision"}

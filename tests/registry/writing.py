@@ -29,7 +29,7 @@ class Place:
     Attributes:
         open: Opens the store, creating it if absent.
         folder: For other files.
-        tell: Called with each fact that the store has acknowledged.
+        tell: Callback for each fact that the store has acknowledged.
     """
 
     open: Callable[[], Store]

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.few_shot.generated import MAX_CONTEXT_TOKENS, MAX_SAMPLES, Generated, GenerateOptions
 from icmlora.fleet.params import BaseModelName, Device, DtypeName, Force, Param
-
-if TYPE_CHECKING:
-    pass
 
 
 @use_case

@@ -30,7 +30,7 @@ class Generated:
     base_model: str
     generator: str
     samples: int
-    reaching: int  # samples with `SAMPLE_TOKENS` tokens or more, of which only these are read
+    reaching: int  # samples that reach the limit of `SAMPLE_TOKENS` tokens, after which nothing is read
     base_nats: float  # loss of the base model on the samples, in nats per token
     nats: float  # loss of the base model with the adapter
     known: Familiarity | None  # how far the task is from known ones; None if too few of them can be compared
@@ -52,7 +52,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class GenerateOptions:
-    """How an adapter is made of which samples; see `generate`."""
+    """The samples and settings of a generation; see `generate`."""
 
     samples: Path | None
     description: str | None = None

@@ -5,9 +5,20 @@ from __future__ import annotations
 from typing import Annotated
 
 from icmlora.fleet.context import Context, reporting, use_case
-from icmlora.fleet.params import BaseModelName, Device, Param
+from icmlora.fleet.params import RARE, BaseModelName, Device, Param
 from icmlora.fleet.train.report import TrainReport
 from icmlora.fleet.train.train import Seed
+
+EPISODES = 48
+Episodes = Annotated[
+    int | None,
+    Param(
+        f"Training episodes of the few-shot start. In each, one task is treated as new. Default: {EPISODES}.",
+        "--episodes N",
+        RARE,
+        min=1,
+    ),
+]
 
 
 @use_case
@@ -16,9 +27,7 @@ def train_few_shot(
     *,
     device: Device = "auto",
     base_model: BaseModelName = None,
-    episodes: Annotated[
-        int, Param("Training episodes of the few-shot start. In each, one task is treated as new.", min=1)
-    ] = 48,
+    episodes: Episodes = None,
     seed: Seed = 0,
 ) -> TrainReport:
     """Meta-train the few-shot start that `generate` needs; generators and codes do not change.
@@ -35,7 +44,7 @@ def train_few_shot(
     from icmlora.io.devices import resolve_device
 
     chosen = resolve_device(device)
-    config = MetaConfig(episodes=episodes, seed=seed)
+    config = MetaConfig(episodes=EPISODES if episodes is None else episodes, seed=seed)
     report = TrainReport()
     with reporting(report), context.open() as store:
         labels = base_models_with_tasks(store, base_model)

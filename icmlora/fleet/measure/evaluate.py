@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from icmlora.fleet.context import Context, Shard, use_case
 from icmlora.fleet.measure.metric_result import MAX_TOKENS
 from icmlora.fleet.measure.report import EvaluateReport, Measurable
 from icmlora.fleet.params import Device, Param, ShardOf, Tasks, Workers
-
-if TYPE_CHECKING:
-    pass
 
 
 @use_case

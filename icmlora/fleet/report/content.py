@@ -1,4 +1,4 @@
-"""What is on the page of a report: savings, tasks, map, size against quality, and outputs of chosen tasks.
+"""The content of a report: savings, tasks, map, size against quality, and outputs of chosen tasks.
 
 Reads rows, task vectors and file sizes. The base model and weights are read only for the outputs of chosen tasks, one
 adapter at a time; torch is imported only then.

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from icmlora.errors import DataError
 from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.params import Device, Param
 from icmlora.fleet.report.summary import ReportSummary
 from icmlora.io.staging import check_absent, writing_file
-
-if TYPE_CHECKING:
-    pass
 
 
 @use_case

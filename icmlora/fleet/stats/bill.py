@@ -168,7 +168,7 @@ class BaseModelBill(_Sums):
 
     @property
     def break_even(self) -> int | None:
-        """The number of tasks from which generator and codes are smaller than bf16; None if they never are."""
+        """The smallest number of tasks with generator and codes smaller than bf16; None if there is none."""
         if self.marginal_size is None:
             return None
         saved = sum(task.bf16_size for task in self.encoded) / len(self.encoded) - self.marginal_size

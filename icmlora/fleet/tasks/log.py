@@ -12,7 +12,7 @@ def list_versions(context: Context, task: TaskName) -> list[Task]:
     """List the versions of a task, newest first.
 
     ORIGINAL: size of the adapter as ingested. STORED: size of the version's files in the store; versions may share
-    some of them. KEPT: original, code and checkpoints, as far as they are in the store. TASK@2 or TASK@ALIAS names a
+    some of them. KEPT: the original, the code and the checkpoints that are in the store. TASK@2 or TASK@ALIAS names a
     version in other commands.
 
     Example:

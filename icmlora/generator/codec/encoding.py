@@ -66,8 +66,8 @@ def encode_adapter(
         adapter: The adapter, as its trainer wrote it.
         vectors: Its task vectors by view, each of shape (size,).
         initial: Where its initial A was drawn, if that is known.
-        limits: By default the generator's own tolerance. Under a size, the code is the most accurate of at most so
-            many bytes, or the smallest found if none has so few.
+        limits: By default the generator's own tolerance. With a size, the code is the most accurate one within
+            it, or the smallest found if none fits.
 
     Raises:
         NotCovered: The generator has no place for one of the modules or ranks.

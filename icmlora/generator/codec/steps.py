@@ -113,7 +113,7 @@ class AdapterSteps:
         self._codec, self._state, self._is_plain_wanted = codec, state, is_plain_wanted
         self._dtype = torch.float64 if is_exact else torch.float32
         self.is_small = sum(module.parameters for module in adapter.layout) <= _SMALL
-        # Predictions are the same at every step; those of a small adapter are cached, some layers of a kind at a time.
+        # Predictions are the same at every step; for a small adapter they are cached, some layers of a kind at a time.
         self._means: defaultdict[int, list[Means]] = defaultdict(list)
         self._tokens: Sequence[KindTokens] = tokens
         self.theory = WaterFilling(tokens, codec.sensitivity, state.subspace)

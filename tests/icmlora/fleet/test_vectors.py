@@ -69,7 +69,7 @@ def test_an_evicted_original_has_nothing_to_run(fleet: Fleet, tmp_path: Path) ->
     other = Fleet(tmp_path / "other")
     other.import_bundle(file)
     (skipped,) = other.extract_vectors(device="cpu", again=True).skipped
-    assert (skipped.kind, skipped.tasks) == ("evicted", ("poems", "rules", "silent"))
+    assert (skipped.kind, skipped.tasks) == ("evicted", ["poems", "rules", "silent"])
 
 
 def test_a_device_that_does_not_exist_is_refused_before_the_store_is_opened(tmp_path: Path) -> None:
