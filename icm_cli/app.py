@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from icm_cli.config import log_file, switched_on
 from icm_cli.errors import ConfigProblem, ExitCode, Failure, StdoutClosed, describe, is_help
@@ -24,47 +24,87 @@ from icmlora.io.text import utc
 if TYPE_CHECKING:
     from typer import _click as click  # Typer brings its own copy of click
 
-# Help panels and their commands, in display order.
+# Help panels in display order, with each command and its summary: the first sentence of the command's own help. It is
+# repeated here so that `icm --help` and completion do not import 33 modules.
 PANELS = {
-    "Ingest, encode and materialize": ("ingest", "vectors", "train", "encode", "eval", "materialize", "base"),
-    "List, show and edit tasks": ("ls", "show", "log", "edit", "stats", "map", "duplicates", "report"),
-    "Create and convert adapters": ("generate", "context", "recognize", "merge", "convert"),
-    "Export and serve": ("export", "import", "serve"),
-    "Shared stores": ("init", "copy"),
-    "Delete, restore and check": ("evict", "restore", "rm", "prune", "verify", "generators", "doctor"),
+    "Ingest, encode and materialize": {
+        "ingest": "Add adapters to the store: PEFT folders, training runs and other formats.",
+        "vectors": "Extract missing task vectors.",
+        "train": "Train a generator per base model, encode every task and evaluate the codes.",
+        "encode": "Re-encode tasks with the current generator, without training.",
+        "eval": "Measure base model, original, code and other sources on held-out text.",
+        "materialize": "Write the adapter of TASK to a folder or file.",
+        "base": "List base models and set their locations and aliases.",
+    },
+    "List, show and edit tasks": {
+        "ls": "List the tasks in the store, or in a bundle with --from.",
+        "show": "Show one task: its adapters, vectors, code and measured quality.",
+        "log": "List the versions of a task, newest first.",
+        "edit": "Change the name, tags, note or pin of tasks.",
+        "stats": "Show the bytes on disk, the saving and the quality lost.",
+        "map": "Compare tasks by their vectors and group them into clusters.",
+        "duplicates": "Find tasks with equal or similar adapters.",
+        "report": "Write an HTML report about the store.",
+    },
+    "Create and convert adapters": {
+        "generate": "Create an adapter for a new task from a few samples.",
+        "context": "Choose example samples to place at the start of every prompt.",
+        "recognize": "Find the stored task that matches some samples.",
+        "merge": "Merge the adapters of several tasks into one.",
+        "convert": "Convert adapters to another format or a smaller size.",
+    },
+    "Export and serve": {
+        "export": "Write a generator and the codes of tasks to a bundle file.",
+        "import": "Add the generator, codes and tasks of a bundle to the store.",
+        "serve": "Serve every task as a model of an OpenAI-compatible API.",
+    },
+    "Shared stores": {
+        "init": "Create a shared store in PostgreSQL and an object store.",
+        "copy": "Copy tasks from one store to another.",
+    },
+    "Delete, restore and check": {
+        "evict": "Delete originals after checking that their codes can replace them.",
+        "restore": "Replace placeholders of `icm evict --placeholder` with their adapters.",
+        "rm": "Remove tasks with all versions of their adapters, vectors, codes and measurements.",
+        "prune": "Delete files that no task needs and leftovers of interrupted commands.",
+        "verify": "Check the store for damage.",
+        "generators": "List generators and the tasks that need them.",
+        "doctor": "Check versions, devices, settings and the store.",
+    },
 }
-_PANEL_OF = {name: panel for panel, names in PANELS.items() for name in names}
 # By default a command is the function (or group) of that name in the module of that name. These are Python keywords or
 # built-ins.
 _SPELLED = {"eval": ("eval", "evaluate"), "map": ("map", "map_"), "import": ("import_", "import_")}
 
 
+class LazyCommand(TyperCommand):
+    """A subcommand that is imported when it runs, so that short commands, `icm --help` and completion stay fast."""
+
+    def load(self) -> click.Command:
+        """Import and return the command."""
+        module, attribute = _SPELLED.get(str(self.name), (self.name, self.name))
+        found = getattr(import_module(f"icm_cli.commands.{module}"), str(attribute))
+        alone = typer.Typer(rich_markup_mode="rich")
+        if isinstance(found, typer.Typer):
+            alone.add_typer(found, name=self.name)
+        else:
+            alone.command(name=self.name)(found)
+        return typer.main.get_group(alone).commands[str(self.name)]
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Return the context of the imported command."""
+        return self.load().make_context(*args, **kwargs)
+
+
 class CommandGroup(TyperGroup):
-    """The `icm` command. Imports a subcommand only when it is run or listed, so that short commands stay fast."""
+    """The `icm` command."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names of all subcommands, in display order."""
-        return list(_PANEL_OF)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return a subcommand, or None if it does not exist."""
-        # Typer takes its suggestions from `commands`, so a mistyped name imports all of them.
-        for name in [cmd_name] if cmd_name in _PANEL_OF else _PANEL_OF:
-            if name not in self.commands:
-                self.commands[name] = _load_command(name)
-        return super().get_command(ctx, cmd_name)
-
-
-def _load_command(name: str) -> click.Command:
-    module, attribute = _SPELLED.get(name, (name, name))
-    panel = _PANEL_OF[name]
-    found = getattr(import_module(f"icm_cli.commands.{module}"), attribute)
-    alone = typer.Typer(rich_markup_mode="rich")
-    if isinstance(found, typer.Typer):
-        alone.add_typer(found, name=name, rich_help_panel=panel)
-    else:
-        alone.command(name=name, rich_help_panel=panel)(found)
-    return typer.main.get_group(alone).commands[name]
+    def __init__(self, **settings: Any) -> None:
+        """Declare the subcommands in display order."""
+        super().__init__(**settings)
+        for panel, summaries in PANELS.items():
+            for name, summary in summaries.items():
+                self.commands[name] = LazyCommand(name, help=summary, rich_help_panel=panel, rich_markup_mode="rich")
 
 
 app = typer.Typer(

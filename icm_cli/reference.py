@@ -11,7 +11,7 @@ from pathlib import Path
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 
-from icm_cli.app import app
+from icm_cli.app import LazyCommand, app
 from icm_cli.config import VARIABLES
 from icm_cli.errors import TABLE, ExitCode
 from icm_cli.options import GLOBAL_PANEL
@@ -36,6 +36,7 @@ def _walk(group: TyperGroup, prefix: str) -> Iterator[tuple[str, TyperCommand | 
     context = typer.Context(group)
     for name in group.list_commands(context):
         command = group.get_command(context, name)
+        command = command.load() if isinstance(command, LazyCommand) else command
         if isinstance(command, TyperGroup):
             if command.invoke_without_command:
                 yield f"{prefix} {name}", command

@@ -46,3 +46,14 @@ def test_each_class_name_is_used_once() -> None:
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in FILES]
     names = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
     assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_each_help_text_is_written_once() -> None:
+    texts = Counter[str]()
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and called(node) in ("Param", "option", "argument"):
+                position = 0 if called(node) == "Param" else 1
+                texts.update(ast.unparse(argument) for argument in node.args[position : position + 1])
+    assert len(texts) > 150
+    assert [text for text, count in texts.items() if count > 1 and text not in ("text", "param.help")] == []

@@ -10,7 +10,7 @@ from icm_cli.config import cache_folder
 from icm_cli.errors import UsageProblem
 from icm_cli.output import Column
 from icm_cli.session import Session
-from icmlora.fleet.params import BaseModelName, Device, Loader, Param
+from icmlora.fleet.params import BaseModelName, Device, Limit, Loader, Param
 from icmlora.io.text import counted
 
 SamplesOpt = Annotated[
@@ -29,7 +29,6 @@ BundleOpt = Annotated[
         "--bundle --from FILE",
     ),
 ]
-LimitOpt = Annotated[int, Param("Show at most N tasks.", "--limit N", min=1)]
 
 _COLUMNS = (Column("task", shrink=True), Column("probability", right=True), Column("distance", right=True))
 _DESCRIBED = (Column("task", shrink=True), Column("score", right=True))
@@ -41,7 +40,7 @@ def recognize(
     session: Session,
     samples: SamplesOpt = None,
     description: DescriptionOpt = None,
-    limit: LimitOpt = 5,
+    limit: Limit = 5,
     base_model: BaseModelName = None,
     bundle: BundleOpt = None,
     loader: Loader = None,
@@ -109,7 +108,7 @@ def recognize(
         out.hint("run `icm generate NAME` to create an adapter for a new task")
 
 
-def _print_described(session: Session, description: str, base_model: str | None, limit: int) -> None:
+def _print_described(session: Session, description: str, base_model: str | None, limit: int | None) -> None:
     from icmlora.fleet.tasks.described import find_described
 
     found, out = find_described(session.context, description, base_model=base_model, limit=limit), session.out

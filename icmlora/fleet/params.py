@@ -142,8 +142,10 @@ Limit = Annotated[int | None, Param("Show at most N tasks.", "--limit N", min=1)
 BundleFile = Annotated[Path | None, Param("Read this bundle instead of the store.", "--from FILE")]
 DryRun = Annotated[bool, Param("Print the planned changes without making them.", "--dry-run -n")]
 Force = Annotated[bool, Param("Overwrite a non-empty output folder.", "--force -f")]
-OutputFolder = Annotated[Path, Param("Output folder. Must not exist or be empty.", "--output -o DIR")]
+OutputFolder = Annotated[str | Path, Param("Output folder. Must not exist or be empty.", "--output -o DIR")]
+ReplacePlot = Annotated[bool, Param("Replace the --plot FILE if it exists.", "--force -f")]
 DtypeName = Literal["bfloat16", "float16", "float32"]
+WeightFormat = Annotated[DtypeName, Param("Number format of the weights.", "--dtype")]
 Loader = Annotated[
     str | None,
     Param("Custom function that loads the base model, for models outside transformers.", "--loader MODULE:FUNCTION"),

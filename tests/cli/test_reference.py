@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from icm_cli.app import PANELS, LazyCommand
 from icm_cli.commands.generate import generate as generate_command
 from icm_cli.commands.report import report as report_command
 from icm_cli.commands.vectors import vectors as vectors_command
@@ -95,3 +96,9 @@ def test_a_command_and_its_use_case_have_the_same_defaults(
 def test_the_page_of_exit_codes_lists_every_code() -> None:
     page = (REFERENCE / "exit-codes.md").read_text(encoding="utf-8")
     assert all(f"| {int(code)} | {code.meaning} |" in page for code in ExitCode)
+
+
+def test_the_list_of_commands_shows_the_first_sentence_of_each_help() -> None:
+    listed = {name: summary for summaries in PANELS.values() for name, summary in summaries.items()}
+    full = {name: " ".join((LazyCommand(name).load().help or "").split()) for name in listed}
+    assert [name for name, summary in listed.items() if not f"{full[name]} ".startswith(f"{summary} ")] == []

@@ -40,9 +40,9 @@ def test_every_command_line_parses(line: str) -> None:
 def parse(command: Any, name: str, arguments: list[str]) -> None:
     """Parse a command line without running it; raises for an unknown command, option or value."""
     context = command.make_context(name, list(arguments))
-    rest = [*context._protected_args, *context.args] if hasattr(command, "commands") else []
+    rest = [*context._protected_args, *context.args] if hasattr(context.command, "commands") else []
     if rest:
-        _, found, others = command.resolve_command(context, rest)
+        _, found, others = context.command.resolve_command(context, rest)
         parse(found, f"{name} {rest[0]}", others)
 
 

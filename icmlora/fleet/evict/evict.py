@@ -36,7 +36,11 @@ def evict(
     *,
     max_error: Annotated[
         float | None,
-        Param("Maximum relative error of a code, ||dW' - dW|| / ||dW||. 0.3 means 30 %.", "--max-error X", min=0.0),
+        Param(
+            "Keep originals if the relative error of their code, ||dW' - dW|| / ||dW||, is larger.",
+            "--max-error X",
+            min=0.0,
+        ),
     ] = None,
     min_gain: Annotated[
         float | None,

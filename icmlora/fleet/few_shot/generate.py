@@ -7,7 +7,7 @@ from typing import Annotated
 
 from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.few_shot.generated import MAX_CONTEXT_TOKENS, MAX_SAMPLES, Generated, GenerateOptions
-from icmlora.fleet.params import BaseModelName, Device, DtypeName, Force, Param
+from icmlora.fleet.params import BaseModelName, Device, Force, OutputFolder, Param, WeightFormat
 
 
 @use_case
@@ -23,7 +23,7 @@ def generate(
             "--samples FILE",
         ),
     ],
-    directory: Annotated[str | Path, Param("Output folder. Must not exist or be empty.", "--output -o DIR")],
+    directory: OutputFolder,
     *,
     count: Annotated[
         int, Param("Use at most K samples, evenly spaced in the file.", "--count K", min=1, max=MAX_SAMPLES)
@@ -56,7 +56,7 @@ def generate(
     ] = MAX_CONTEXT_TOKENS,
     base_model: BaseModelName = None,
     device: Device = "auto",
-    dtype: Annotated[DtypeName, Param("Number format of the weights.", "--dtype")] = "bfloat16",
+    dtype: WeightFormat = "bfloat16",
     force: Force = False,
 ) -> Generated:
     """Create an adapter for a new task from a few samples.

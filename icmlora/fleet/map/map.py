@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from icmlora.errors import DataError
 from icmlora.fleet.context import Context, use_case
-from icmlora.fleet.params import BaseModelName, Param
+from icmlora.fleet.params import BaseModelName, Param, ReplacePlot
 from icmlora.io.staging import check_absent, writing_file
 from registry.manifests import View
 
@@ -41,7 +41,7 @@ def map_fleet(
         ),
     ] = None,
     plot: Annotated[str | Path | None, Param("Also draw the map as an SVG file.", "--plot FILE.svg")] = None,
-    force: Annotated[bool, Param("Replace the --plot FILE if it exists.", "--force -f")] = False,
+    force: ReplacePlot = False,
 ) -> MapReport:
     """Compare tasks by their vectors and group them into clusters.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from icmlora.fleet.context import Context, use_case
-from icmlora.fleet.params import Param
+from icmlora.fleet.params import Param, ReplacePlot
 from icmlora.fleet.stats.bill import BaseModelBill, Bill, TaskBill
 from registry.errors import DamagedStore
 from registry.filters import Selection, parse_filter
@@ -29,7 +29,7 @@ def stats(
     plot: Annotated[
         str | Path | None, Param("Also plot bytes against the number of tasks.", "--plot FILE.svg|png|pdf")
     ] = None,
-    force: Annotated[bool, Param("Replace the --plot FILE if it exists.", "--force -f")] = False,
+    force: ReplacePlot = False,
 ) -> Bill:
     """Show the bytes on disk, the saving and the quality lost.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from icmlora.adapter.merge_methods import METHODS, WITH_DENSITY, MergeMethod
 from icmlora.errors import AdapterRefused, DataError, OptionsConflict
 from icmlora.fleet.context import Context, use_case
-from icmlora.fleet.params import DtypeName, Force, NamedTasks, Param
+from icmlora.fleet.params import Force, NamedTasks, Param, WeightFormat
 from icmlora.fleet.resources.adapter_row import new_adapter
 from icmlora.fleet.resources.code_source import StoreCodes
 from icmlora.fleet.write.sources import resolve_source
@@ -94,7 +94,7 @@ def merge(
         Literal["auto", "original", "code"],
         Param("Merge originals or decoded codes. auto: the original if the store has it."),
     ] = "auto",
-    dtype: Annotated[DtypeName, Param("Number format of the weights.")] = "bfloat16",
+    dtype: WeightFormat = "bfloat16",
     force: Force = False,
 ) -> Merged:
     """Merge the adapters of several tasks into one.
