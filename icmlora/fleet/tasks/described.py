@@ -41,7 +41,7 @@ class DescribedTask:
 
 @use_case
 def find_described(
-    context: Context, description: str, *, base_model: str | None = None, limit: int = 20
+    context: Context, description: str, *, base_model: str | None = None, limit: int | None = 20
 ) -> list[DescribedTask]:
     """Rank tasks by a description: by the words that it shares with their names, notes, tags and cards.
 
@@ -73,7 +73,7 @@ def find_described(
             rank = f"bm25(tasks, {', '.join(map(str, _WEIGHTS.values()))})"
             query = f"SELECT name, {rank} FROM tasks WHERE tasks MATCH ? ORDER BY 2, 1 LIMIT ?"  # noqa: S608
             match = " OR ".join(f'"{word}"' for word in asked)
-            rows = found.execute(query, (match, limit)).fetchall() if asked else []
+            rows = found.execute(query, (match, -1 if limit is None else limit)).fetchall() if asked else []
         finally:
             found.close()
     least = _MIN_SHARE * max((-score for _, score in rows), default=0.0)
