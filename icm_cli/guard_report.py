@@ -9,7 +9,7 @@ from icmlora.io.text import counted
 
 if TYPE_CHECKING:
     from icm_cli.session import Session
-    from icmlora.fewshot.guard import Guard
+    from icmlora.fewshot.guard import AblationReport
 
 _FIELDS: tuple[Field[tuple[str, float, bool]], ...] = (
     Field("served", lambda row: row[0]),
@@ -20,7 +20,7 @@ _TOO_FEW = "not measured: too few samples (with 8 or more, icm holds out 4 to me
 _SERVE = {"neither": "neither", "context": "the context alone", "adapter": "the adapter alone", "both": "both"}
 
 
-def print_guard(session: Session, guard: Guard | None) -> None:
+def print_guard(session: Session, guard: AblationReport | None) -> None:
     """Print a table of up to four losses, or the reason why nothing was measured."""
     if guard is None:
         session.out.note(_TOO_FEW)
@@ -29,7 +29,7 @@ def print_guard(session: Session, guard: Guard | None) -> None:
     session.out.listing(_FIELDS, [(name, nats, name == guard.recommended) for name, nats in guard.losses.items()])
 
 
-def guard_text(guard: Guard | None) -> str:
+def guard_text(guard: AblationReport | None) -> str:
     """Return the losses and the recommendation as one line."""
     if guard is None:
         return _TOO_FEW
@@ -38,13 +38,13 @@ def guard_text(guard: Guard | None) -> str:
     return f"{figures}; recommended: serve {_SERVE[guard.recommended]}{also}"
 
 
-def _samples(guard: Guard) -> str:
-    if guard.in_turn:  # leave-one-out
+def _samples(guard: AblationReport) -> str:
+    if guard.leave_one_out:  # leave-one-out
         return f"{counted(guard.samples, 'sample')}, each with the others as context"
     return counted(guard.samples, "held-out sample")
 
 
-def guard_json(guard: Guard | None) -> dict[str, object] | None:
+def guard_json(guard: AblationReport | None) -> dict[str, object] | None:
     """Return the losses and the recommendation for JSON."""
     if guard is None:
         return None
@@ -54,6 +54,6 @@ def guard_json(guard: Guard | None) -> dict[str, object] | None:
         "adapter": guard.adapter,
         "both": guard.both,
         "samples_count": guard.samples,
-        "in_turn": guard.in_turn,
+        "leave_one_out": guard.leave_one_out,
         "recommended": guard.recommended,
     }

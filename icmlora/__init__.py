@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from icmlora.base_models.examples.context import TaskContext
     from icmlora.base_models.kinds.custom_model import CustomModel, base_model_loader
     from icmlora.base_models.modality import Metric
-    from icmlora.fewshot.guard import Guard
+    from icmlora.fewshot.guard import AblationReport
     from icmlora.fleet.api import Fleet
     from icmlora.fleet.bases.base_models import KnownBase
     from icmlora.fleet.bases.labels import Joined, Separated
@@ -98,6 +98,7 @@ if TYPE_CHECKING:
     from registry.reachability import PruneReport
 
 __all__ = [
+    "AblationReport",
     "Adapter",
     "AdapterRefused",
     "BaseModelConflict",
@@ -133,7 +134,6 @@ __all__ = [
     "GeneratorError",
     "GeneratorVersion",
     "GroupError",
-    "Guard",
     "IcmError",
     "IcmLoraError",
     "ImportReport",
@@ -211,7 +211,7 @@ _HOMES = {
     "Generator": "registry.manifests",
     "GeneratorVersion": "icmlora.fleet.tasks.generators",
     "GroupError": "icmlora.adapter.metrics",
-    "Guard": "icmlora.fewshot.guard",
+    "AblationReport": "icmlora.fewshot.guard",
     "ImportReport": "icmlora.fleet.bundles.import_",
     "IngestReport": "icmlora.fleet.ingest.report",
     "InitReport": "icmlora.fleet.tasks.init",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Self
 from registry.manifests import Task
 from registry.names import DatabaseUrl, address_of
 from registry.states import OnDamage, StateStore
-from registry.storage.locks import Patience
+from registry.storage.locks import Deadline
 from registry.storage.open import open_parts
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Store(StateStore):
         create: bool = False,
         read_only: bool = False,
         lock_timeout: float = 30.0,
-        patience: Patience | None = None,
+        deadline: Deadline | None = None,
         command: str = "icm",
         backends: tuple[BlobBackend, BlobBackend] | None = None,
         blobs: str | None = None,
@@ -53,7 +53,7 @@ class Store(StateStore):
             create: create it if there is none; in a database only if `blobs` gives the location of the bytes.
             read_only: refuse writes; works on read-only media.
             lock_timeout: seconds to wait for other processes, in all.
-            patience: the seconds that are left, if the same command has other stores open.
+            deadline: the seconds that are left, if the same command has other stores open.
             command: what this process does, for the message that others see.
             backends: where blobs and manifests are, if not where the store says.
             blobs: where a new store has its bytes, such as `s3://BUCKET/PREFIX`, if not in its folder.
@@ -66,8 +66,8 @@ class Store(StateStore):
             StoreUnavailable: The database, or the place of the bytes, cannot be reached.
             NotAStore: There is something else, or a store that has its bytes elsewhere than `blobs`.
         """
-        address, patience = address_of(place), patience or Patience(lock_timeout)
-        parts = open_parts(address, create=create, read_only=read_only, patience=patience, command=command, blobs=blobs)
+        address, deadline = address_of(place), deadline or Deadline(lock_timeout)
+        parts = open_parts(address, create=create, read_only=read_only, deadline=deadline, command=command, blobs=blobs)
         if backends is not None:
             parts = parts._replace(blobs=backends[0], manifests=backends[1])
         copies = None

@@ -154,7 +154,7 @@ def choose_context(
     most_tokens: int = MAX_TOKENS,
     *,
     total: int | None = None,
-    tell: Callable[[int, int], None] = lambda done, of: None,
+    on_progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> ChosenContext:
     """Choose a context with the base model's current adapter.
 
@@ -163,7 +163,7 @@ def choose_context(
         samples: The samples.
         most_tokens: Limit of the context's length.
         total: Number of samples in the end, if further ones are to be filled in.
-        tell: Called with the candidates read so far, and roughly how many there will be.
+        on_progress: Called with the candidates read so far, and roughly how many there will be.
 
     Raises:
         DataError: No sample fits.
@@ -188,7 +188,7 @@ def choose_context(
         if key not in scores:
             of_each = scorer.score(scorer.context_of(chosen, 0).context if chosen else None, held).of_each
             scores[key] = chosen, torch.tensor(of_each, dtype=torch.float64)
-            tell(len(scores), max(_USUAL, len(scores)))
+            on_progress(len(scores), max(_USUAL, len(scores)))
         return scores[key][1]
 
     def better(one: list[Example | Chat], other: list[Example | Chat]) -> list[Example | Chat]:

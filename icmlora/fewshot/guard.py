@@ -33,7 +33,7 @@ _HARDLY = 0.02  # extra loss allowed for a cheaper choice, as a share of the bes
 
 
 @dataclass(frozen=True)
-class Guard:
+class AblationReport:
     """Losses in nats per token, and the choice that follows from them."""
 
     neither: float
@@ -41,11 +41,13 @@ class Guard:
     adapter: float | None  # None where no adapter was made without the held-out samples
     both: float | None
     samples: int  # number of samples measured
-    in_turn: bool = False  # whether this is leave-one-out: each was read after the others
+    leave_one_out: bool = False  # whether this is leave-one-out: each was read after the others
     least: float = 0.0  # minimum gain of the context by itself, in nats per token
 
     @classmethod
-    def of(cls, bare: ContextAblation | None, adapted: ContextAblation | None, *, in_turn: bool) -> Guard | None:
+    def of(
+        cls, bare: ContextAblation | None, adapted: ContextAblation | None, *, leave_one_out: bool
+    ) -> AblationReport | None:
         """Combine the losses of the base model with and without an adapter; None if there are none.
 
         Where only the base model was measured, the context's gain has to exceed its standard error.
@@ -53,9 +55,9 @@ class Guard:
         if bare is None:
             return None
         if adapted is None:
-            return cls(bare.without, bare.with_context, None, None, bare.samples, in_turn, bare.error)
+            return cls(bare.without, bare.with_context, None, None, bare.samples, leave_one_out, bare.error)
         both = adapted.with_context
-        return cls(bare.without, bare.with_context, adapted.without, both, bare.samples, in_turn)
+        return cls(bare.without, bare.with_context, adapted.without, both, bare.samples, leave_one_out)
 
     @property
     def losses(self) -> dict[Served, float]:
@@ -71,7 +73,7 @@ class Guard:
     @property
     def measured_on(self) -> str:
         """Description of the samples that were measured."""
-        return counted(self.samples, "sample") + (", each after the others" if self.in_turn else " held out")
+        return counted(self.samples, "sample") + (", each after the others" if self.leave_one_out else " held out")
 
     @property
     def figures(self) -> str:

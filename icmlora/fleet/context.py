@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from icmlora.generator.codec.generator_file import GeneratorFile
     from registry.errors import IcmError
     from registry.manifests import Task
-    from registry.storage.locks import Patience
+    from registry.storage.locks import Deadline
     from registry.store import Store
 
 
@@ -144,7 +144,7 @@ class Context:
     # Called between atomic steps. It raises `Cancelled` to stop the use case.
     on_event: Callable[[Event], None] = ignore
     generator: GeneratorCache = field(default_factory=GeneratorCache, compare=False)  # for decoding again and again
-    patience: Patience | None = field(default=None, compare=False)  # what is left of the timeout, within a command
+    deadline: Deadline | None = field(default=None, compare=False)  # what is left of the timeout, within a command
     bundle: ReopenedBundle | None = None  # read instead of a store
 
     @property
@@ -173,21 +173,21 @@ class Context:
             self.address,
             create=create,
             read_only=read_only,
-            patience=self.patience or self.with_patience().patience,
+            deadline=self.deadline or self.with_deadline().deadline,
             command=self.command,
             blobs=blobs,
             cache=lambda: self.cache / "blobs",
             # Where nobody listens, a missing task would go unnoticed.
-            on_damage=None if self.on_event is ignore else self._tell_damage,
+            on_damage=None if self.on_event is ignore else self._report_damage,
         )
 
-    def with_patience(self) -> Context:
+    def with_deadline(self) -> Context:
         """Return the same for one command: its waits take no longer than the timeout, all of them together."""
-        from registry.storage.locks import Patience
+        from registry.storage.locks import Deadline
 
-        return replace(self, patience=Patience(self.lock_timeout, lambda text: self.on_event(Waiting(text))))
+        return replace(self, deadline=Deadline(self.lock_timeout, lambda text: self.on_event(Waiting(text))))
 
-    def _tell_damage(self, task: str, error: IcmError) -> None:
+    def _report_damage(self, task: str, error: IcmError) -> None:
         self.on_event(TaskDamaged(task, error.message, error.hint))
 
     def progress(self, done: float, total: float | None, note: str = "") -> None:
@@ -210,13 +210,13 @@ def use_case(function: Callable[Concatenate[Context, P], R]) -> Callable[Concate
     @wraps(function)
     def call(source: HasContext, /, *args: P.args, **kwargs: P.kwargs) -> R:
         context = source.context
-        if context.patience is not None:
+        if context.deadline is not None:
             return function(context, *args, **kwargs)
         declared = params_of(function)
         for name, value in kwargs.items():
             if name in declared:
                 declared[name].check(name, value)
-        return function(context.with_patience(), *args, **kwargs)
+        return function(context.with_deadline(), *args, **kwargs)
 
     return call
 

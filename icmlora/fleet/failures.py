@@ -97,8 +97,8 @@ def one_of_several(
     except (IcmLoraError, DamagedStore) as error:
         if len(failed) + 1 == len(all_):
             raise
-        told = TaskFailed.of(base_model, error)
-        failed.append(BaseModelFailed(base_model, told.kind, told.message, told.hint))
+        failure = TaskFailed.of(base_model, error)
+        failed.append(BaseModelFailed(base_model, failure.kind, failure.message, failure.hint))
         context.on_event(failed[-1])
 
 

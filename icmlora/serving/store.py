@@ -136,11 +136,11 @@ class ServingStore:
             self._answered.set()
 
     def _open_database(self) -> Database:
-        from registry.storage.locks import Patience
+        from registry.storage.locks import Deadline
         from registry.storage.open import open_parts
 
         address, command = self._context.address, self._context.command
-        parts = open_parts(address, create=False, read_only=True, patience=Patience(0.0), command=command, blobs=None)
+        parts = open_parts(address, create=False, read_only=True, deadline=Deadline(0.0), command=command, blobs=None)
         # Only the database is used, without a lock: it reconnects for each query, or keeps a connection.
         parts.lock.close()
         parts.database.close()

@@ -25,7 +25,7 @@ from registry.tables import FORMAT, META, METADATA, REPAIR_HINT
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from registry.storage.locks import Patience
+    from registry.storage.locks import Deadline
 
 OLD_HINT = "ingest the adapters again into a new store (--store), or use the icm version that wrote it"
 
@@ -55,14 +55,14 @@ class Database(ABC):
         place: Where they are, for messages.
         root: Where the store is, for messages.
         read_only: Refuse writes.
-        patience: How long to wait for others; the time spent waiting for the write lock is taken from it.
+        deadline: How long to wait for others; the time spent waiting for the write lock is taken from it.
     """
 
     meta_hint = REPAIR_HINT
 
-    def __init__(self, place: str, root: str, *, read_only: bool, patience: Patience) -> None:
+    def __init__(self, place: str, root: str, *, read_only: bool, deadline: Deadline) -> None:
         self.place, self._root = place, root
-        self.read_only, self.patience = read_only, patience
+        self.read_only, self.deadline = read_only, deadline
 
     @abstractmethod
     def _reading(self) -> AbstractContextManager[Connection]:

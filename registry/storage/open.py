@@ -17,11 +17,11 @@ from registry.storage.sqlite import SqliteDatabase, check_links
 
 if TYPE_CHECKING:
     from registry.storage.blobs.backend import BlobBackend
-    from registry.storage.locks import Patience
+    from registry.storage.locks import Deadline
 
 
 def open_parts(
-    address: Address, *, create: bool, read_only: bool, patience: Patience, command: str, blobs: str | None
+    address: Address, *, create: bool, read_only: bool, deadline: Deadline, command: str, blobs: str | None
 ) -> StoreParts:
     """Open a store; `Store.open` explains the arguments and the errors."""
     blobs = blobs if create and not read_only else None
@@ -31,14 +31,14 @@ def open_parts(
         except ImportError as error:
             hint = "install the extra: pip install 'icm-lora[team]'"
             raise RegistryError(f"PostgreSQL support is not installed: {error}", hint=hint) from error
-        return open_server(address, read_only=read_only, patience=patience, command=command, blobs=blobs)
+        return open_server(address, read_only=read_only, deadline=deadline, command=command, blobs=blobs)
     return open_folder(
-        address, create=create and not read_only, read_only=read_only, patience=patience, command=command, blobs=blobs
+        address, create=create and not read_only, read_only=read_only, deadline=deadline, command=command, blobs=blobs
     )
 
 
 def open_folder(
-    path: Path, *, create: bool, read_only: bool, patience: Patience, command: str, blobs: str | None
+    path: Path, *, create: bool, read_only: bool, deadline: Deadline, command: str, blobs: str | None
 ) -> StoreParts:
     """Open a store folder. Its database may be missing: the first read says so."""
     paths = StorePaths(path)
@@ -53,10 +53,10 @@ def open_folder(
         raise StoreNotFound(f"there is no store at {path}", path=path, hint=hint)
     check_links(paths.database)
     with fs.store_errors(paths.lock):
-        lock = FolderLock(paths.lock, paths.job, patience=patience, command=command, writable=not read_only)
+        lock = FolderLock(paths.lock, paths.job, deadline=deadline, command=command, writable=not read_only)
     try:
         lock.enter()
-        database = SqliteDatabase(paths.database, read_only=read_only, patience=patience, users=lock.users_of)
+        database = SqliteDatabase(paths.database, read_only=read_only, deadline=deadline, users=lock.users_of)
         if not paths.format.exists():
             with lock.exclusive():
                 # Several processes may come here; the first one makes the store, the others find it.

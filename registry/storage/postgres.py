@@ -39,7 +39,7 @@ from registry.errors import (
 )
 from registry.names import DatabaseUrl
 from registry.storage.database import Database, Meta, make_tables, too_old
-from registry.storage.locks import Patience
+from registry.storage.locks import Deadline
 from registry.tables import FORMAT, HISTORY, META, METADATA, REFS, REPAIR_HINT
 
 # The store's error already reports a lost connection; the drivers' logs are for applications that configure logging,
@@ -76,14 +76,14 @@ class PostgresDatabase(Database):
         url: Its address; missing parts come from PGHOST and similar variables, and from ~/.pgpass.
         command: What this process does, for others to see.
         read_only: Refuse writes.
-        patience: How long to wait for commits of others.
+        deadline: How long to wait for commits of others.
     """
 
     # The location of the manifests is lost with it.
     meta_hint = "run `icm init STORE --blobs LOCATION --recover` with the location of its files"
 
-    def __init__(self, url: DatabaseUrl, *, command: str, read_only: bool, patience: Patience) -> None:
-        super().__init__(str(url), str(url), read_only=read_only, patience=patience)
+    def __init__(self, url: DatabaseUrl, *, command: str, read_only: bool, deadline: Deadline) -> None:
+        super().__init__(str(url), str(url), read_only=read_only, deadline=deadline)
         self._url = url
         self.only = only_connection(url, command)
         """Owner of the one connection that holds locks and writes."""
@@ -99,8 +99,8 @@ class PostgresDatabase(Database):
     def _writing(self) -> Iterator[Connection]:
         """Wait for the lock to write; each earlier commit of others is seen from then on."""
         with self.only.begin() as connection:
-            wait = min(self.patience.seconds, max(self.patience.left, MIN_WAIT))
-            with self.patience.counted():
+            wait = min(self.deadline.seconds, max(self.deadline.left, MIN_WAIT))
+            with self.deadline.counted():
                 limit = {"limit": f"{math.ceil(1000 * wait) or 1}ms"}
                 connection.execute(text("SELECT set_config('lock_timeout', :limit, true)"), limit)
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _WRITING})
@@ -109,7 +109,7 @@ class PostgresDatabase(Database):
     def create(self, blobs: str, before: Callable[[], None] = lambda: None) -> Meta:
         """Make the tables of a store with its bytes at an address, unless there is one; `before` that, run a check."""
         with self._errors(), self._writing() as connection:
-            if not self._is_made(connection):
+            if not self._is_created(connection):
                 before()
                 make_tables(connection, blobs=blobs)
             return self._meta(connection)
@@ -117,7 +117,7 @@ class PostgresDatabase(Database):
     def recover(self, blobs: str, store: str) -> None:
         """Make the tables of a store whose database was lost, for its files at an address."""
         with self._errors(), self._writing() as connection:
-            if self._is_made(connection) and connection.execute(select(META)).first() is not None:
+            if self._is_created(connection) and connection.execute(select(META)).first() is not None:
                 hint = "run `icm verify --repair` to rebuild its database"
                 raise NotAStore(f"{self.place} is a store already", path=self.place, hint=hint)
             make_tables(connection, store=store, blobs=blobs)
@@ -134,11 +134,11 @@ class PostgresDatabase(Database):
     def check_format(self) -> Meta:
         """Return the row of META; raise if this is not a store, or one of another format."""
         with self.read() as connection:
-            if not self._is_made(connection):
+            if not self._is_created(connection):
                 raise StoreNotFound(f"there is no store at {self.place}", path=self.place, hint=_NO_STORE_HINT)
             return self._meta(connection)
 
-    def _is_made(self, connection: Connection) -> bool:
+    def _is_created(self, connection: Connection) -> bool:
         """Return whether there is a store; raise if it is one of another format."""
         known = inspect(connection)
         if known.has_table(META.name):

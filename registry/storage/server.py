@@ -12,7 +12,7 @@ from registry.errors import RegistryError, StoreUnavailable
 from registry.names import DatabaseUrl
 from registry.storage.blobs.place import backends_at, elsewhere
 from registry.storage.database import Meta
-from registry.storage.locks import Patience
+from registry.storage.locks import Deadline
 from registry.storage.locks.advisory import AdvisoryLock
 from registry.storage.parts import Footprint, StoreParts
 from registry.storage.postgres import PostgresDatabase
@@ -29,7 +29,7 @@ _FINAL, _PASSING = "FATAL", ("starting up", "shutting down", "too many clients",
 
 
 def open_server(
-    url: DatabaseUrl, *, read_only: bool, patience: Patience, command: str, blobs: str | None = None
+    url: DatabaseUrl, *, read_only: bool, deadline: Deadline, command: str, blobs: str | None = None
 ) -> StoreParts:
     """Open the store in a database; create it if there is none and `blobs` gives the location of its bytes.
 
@@ -39,7 +39,7 @@ def open_server(
         NotAStore: There is one with bytes elsewhere; or the location belongs to another store.
         RegistryError: A pool is in between that breaks locks.
     """
-    database = PostgresDatabase(url, command=command, read_only=read_only, patience=patience)
+    database = PostgresDatabase(url, command=command, read_only=read_only, deadline=deadline)
     try:
         _reach(database)
         if database.shares_sessions():
@@ -49,7 +49,7 @@ def open_server(
         backends = backends_at(str(meta.blobs), meta.store)
         if blobs is not None:
             backends[0].claim()
-        lock = AdvisoryLock(database.only, meta.store, url=url, patience=patience)
+        lock = AdvisoryLock(database.only, meta.store, url=url, deadline=deadline)
         lock.enter()
     except BaseException:
         database.close()
@@ -64,9 +64,9 @@ def _reach(database: PostgresDatabase) -> None:
             return database.connect()
         except StoreUnavailable as error:
             is_final = _FINAL in error.message and not any(word in error.message for word in _PASSING)
-            if is_final or database.patience.left < pause:
+            if is_final or database.deadline.left < pause:
                 raise
-        with database.patience.counted():
+        with database.deadline.counted():
             time.sleep(pause)
     database.connect()
 
@@ -80,7 +80,7 @@ def _claim(database: PostgresDatabase, blobs: str) -> Meta:
     return meta
 
 
-def recover_server(url: DatabaseUrl, blobs: str, *, command: str, patience: Patience) -> None:
+def recover_server(url: DatabaseUrl, blobs: str, *, command: str, deadline: Deadline) -> None:
     """Make the tables of a store whose database was lost, for its files at an address; `rebuild` fills them.
 
     Raises:
@@ -88,7 +88,7 @@ def recover_server(url: DatabaseUrl, blobs: str, *, command: str, patience: Pati
         StoreUnavailable: The server cannot be reached, or there are no files of a store at the address.
     """
     owner = backends_at(blobs, "")[0].owner()
-    database = PostgresDatabase(url, command=command, read_only=False, patience=patience)
+    database = PostgresDatabase(url, command=command, read_only=False, deadline=deadline)
     try:
         _reach(database)
         database.recover(blobs, owner)
@@ -128,7 +128,7 @@ class Server(NamedTuple):
 
 def examine_server(url: DatabaseUrl, command: str) -> Server:
     """Check the server of a store; raise `StoreUnavailable` if it cannot be reached."""
-    database = PostgresDatabase(url, command=command, read_only=True, patience=Patience(0.0))
+    database = PostgresDatabase(url, command=command, read_only=True, deadline=Deadline(0.0))
     try:
         with database.read() as connection:
             version = str(connection.scalar(text("SHOW server_version")))

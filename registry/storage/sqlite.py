@@ -33,7 +33,7 @@ from registry.storage.database import Database, make_tables, too_old
 from registry.tables import FORMAT, REPAIR_HINT
 
 if TYPE_CHECKING:
-    from registry.storage.locks import Patience
+    from registry.storage.locks import Deadline
 
 PAGE_SIZE = 1024  # the database of 20 tasks takes 18 KB; with pages of 4096 bytes, 45 KB
 APPLICATION_ID = 0x69636D32  # "icm2": identifies the database, also for `file`
@@ -56,17 +56,17 @@ class SqliteDatabase(Database):
     """The tables of one store in a file."""
 
     def __init__(
-        self, path: Path, *, read_only: bool, patience: Patience, users: Callable[[Path], str] = lambda path: ""
+        self, path: Path, *, read_only: bool, deadline: Deadline, users: Callable[[Path], str] = lambda path: ""
     ) -> None:
         """Prepare to connect; nothing is opened yet. `users` names the processes that have locked the file."""
-        super().__init__(str(path), str(path.parent), read_only=read_only, patience=patience)
+        super().__init__(str(path), str(path.parent), read_only=read_only, deadline=deadline)
         self.path, self._users = path, users
         self._is_checked = False
 
     @contextmanager
     def _transaction(self, statement: str, *, create: bool = False) -> Iterator[Connection]:
         engine = _engine(self.path, self.read_only, create)
-        with engine.execution_options(icm_begin=statement, icm_patience=self.patience).begin() as connection:
+        with engine.execution_options(icm_begin=statement, icm_deadline=self.deadline).begin() as connection:
             if not create and not self._is_checked:
                 self._check(connection)
                 self._is_checked = True
@@ -106,7 +106,7 @@ class SqliteDatabase(Database):
         with fs.store_errors(temporary):
             for path in leftovers:
                 fs.unlink(path)
-        new = SqliteDatabase(temporary, read_only=False, patience=self.patience)
+        new = SqliteDatabase(temporary, read_only=False, deadline=self.deadline)
         try:
             with new._errors(), new._transaction(_WRITE, create=True) as connection:
                 _make(connection, store, changes)
@@ -231,10 +231,10 @@ def can_be_written(path: Path) -> bool:
 
 def _begin(connection: Connection) -> None:
     options = connection.get_execution_options()
-    patience: Patience = options["icm_patience"]
+    deadline: Deadline = options["icm_deadline"]
     driver = connection.connection.driver_connection
     assert isinstance(driver, sqlite3.Connection)
-    wait = min(patience.seconds, max(patience.left, MIN_WAIT))
+    wait = min(deadline.seconds, max(deadline.left, MIN_WAIT))
     driver.execute(f"PRAGMA busy_timeout={round(1000 * wait)}")
-    with patience.counted():
+    with deadline.counted():
         driver.execute(options["icm_begin"])

@@ -1,7 +1,7 @@
 """Promises of every database, one by one and from several threads.
 
 class TestMyDatabase(DatabasePromises):
-    def new_database(self, same_as=None, *, read_only=False, patience=60.0) -> Database:    with empty tables
+    def new_database(self, same_as=None, *, read_only=False, deadline=60.0) -> Database:    with empty tables
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class DatabasePromises:
     """The promises of a database, as a class of tests for pytest."""
 
     def new_database(
-        self, same_as: Database | None = None, *, read_only: bool = False, patience: float = 60.0
+        self, same_as: Database | None = None, *, read_only: bool = False, deadline: float = 60.0
     ) -> Database:
         """Return a database with empty tables; or, given one, the same as another process has it open."""
         raise NotImplementedError
@@ -95,14 +95,14 @@ class DatabasePromises:
             count = select(func.count()).select_from(REFS)
             before = connection.scalar(count)
             try:
-                self._add(self.new_database(database, patience=0.2), "second")
+                self._add(self.new_database(database, deadline=0.2), "second")
             except StoreLocked:  # a database may hold up commits while somebody reads
                 return
             assert connection.scalar(count) == before
         assert self._names(database) == ["first", "second"]
 
     def test_one_writes_at_a_time(self, database: Database) -> None:
-        other = self.new_database(database, patience=0.2)
+        other = self.new_database(database, deadline=0.2)
         with database.write() as connection:
             connection.execute(insert(REFS), ref("first"))
             with pytest.raises(StoreLocked):

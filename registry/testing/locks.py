@@ -1,7 +1,7 @@
 """What every kind of locks must do: promises one by one, in any order, and from several threads.
 
 class TestMyLocks(LockPromises):
-    def new_lock(self, store, patience, command="icm") -> StoreLock:    what one process has of a store's locks
+    def new_lock(self, store, deadline, command="icm") -> StoreLock:    what one process has of a store's locks
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from registry.errors import StoreLocked
-from registry.storage.locks import Patience, StoreLock
+from registry.storage.locks import Deadline, StoreLock
 
 _BASE, _OTHER = "base/model", "x" * 5000 + "\0é"
 _THREADS, _ROUNDS = 6, 6
@@ -30,7 +30,7 @@ _STEPS = 25
 class LockPromises:
     """The promises of a store's locks, as a class of tests for pytest."""
 
-    def new_lock(self, store: str, patience: Patience, command: str = "icm") -> StoreLock:
+    def new_lock(self, store: str, deadline: Deadline, command: str = "icm") -> StoreLock:
         """Return what one more process has of the locks of a store; it holds nothing yet."""
         raise NotImplementedError
 
@@ -48,8 +48,8 @@ class LockPromises:
             yield lock
 
     @contextmanager
-    def _opened(self, patience: float = 0.0, command: str = "icm") -> Iterator[StoreLock]:
-        with closing(self.new_lock(self.store, Patience(patience), command)) as lock:
+    def _opened(self, deadline: float = 0.0, command: str = "icm") -> Iterator[StoreLock]:
+        with closing(self.new_lock(self.store, Deadline(deadline), command)) as lock:
             lock.enter()
             yield lock
 
@@ -109,7 +109,7 @@ class LockPromises:
         assert self._is_alone(one)
 
     def test_stores_do_not_know_each_other(self, one: StoreLock) -> None:
-        with closing(self.new_lock(uuid4().hex, Patience(0))) as other:
+        with closing(self.new_lock(uuid4().hex, Deadline(0))) as other:
             other.enter()
             with other.job(_BASE), one.job(_BASE):
                 assert self._is_alone(one)
@@ -196,9 +196,9 @@ class LockPromises:
     def test_the_message_says_who_holds_it(self, one: StoreLock) -> None:
         told: list[str] = []
         command = "icm train with\na long line " + "x" * 300
-        with closing(self.new_lock(self.store, Patience(_LONG), command)) as holder:
+        with closing(self.new_lock(self.store, Deadline(_LONG), command)) as holder:
             holder.enter()
-            with closing(self.new_lock(self.store, Patience(2.5, told.append))) as waiter:
+            with closing(self.new_lock(self.store, Deadline(2.5, told.append))) as waiter:
                 waiter.enter()
                 one.close()
                 with pytest.raises(StoreLocked) as caught, waiter.exclusive():
@@ -248,7 +248,7 @@ class LockModel(RuleBasedStateMachine):
         self.leaving = [ExitStack() for _ in range(3)]
 
     def opened(self) -> StoreLock:
-        return self.promises.new_lock(self.store, Patience(0))
+        return self.promises.new_lock(self.store, Deadline(0))
 
     def teardown(self) -> None:
         for number in range(3):

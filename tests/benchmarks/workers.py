@@ -32,7 +32,7 @@ from icmlora.fleet.encode import tasks as encoding
 from icmlora.fleet.encode.report import TaskEncoded
 from icmlora.fleet.encode.search import encode_tasks
 from icmlora.fleet.resources.loading import ModelCache
-from icmlora.fleet.resources.workers import Tell, _cluster
+from icmlora.fleet.resources.workers import OnProgress, _cluster
 from icmlora.generator.codec.limits import Limits
 from registry.manifests import Task
 from tests.benchmarks.performance.machine import describe_machine
@@ -44,13 +44,13 @@ _NOTE = "refining, step "
 
 
 def killed_once(
-    models: ModelCache, tasks: Sequence[Task], tell: Tell, limits: Limits, **options: Any
+    models: ModelCache, tasks: Sequence[Task], on_progress: OnProgress, limits: Limits, **options: Any
 ) -> Iterator[tuple[Task, TaskEncoded]]:
     """Encode as usual; the process is killed in the middle of the first task that is refined, once in each store."""
     killed, half = paths_of(models.store).root.parent / "killed", (limits.refine or 40) // 2
 
     def note(text: str) -> None:
-        tell(text)
+        on_progress(text)
         if f"{_NOTE}{half} " in text:
             with suppress(FileExistsError):
                 killed.touch(exist_ok=False)

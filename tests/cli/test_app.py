@@ -94,7 +94,7 @@ def test_with_json_a_usage_error_is_json(icm: Icm) -> None:
 
 def test_a_bug_leaves_its_traceback_in_the_log(icm: Icm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ICM_LOG", str(tmp_path / "deep" / "errors.log"))
-    monkeypatch.setattr(Context, "with_patience", lambda context: 1 // 0)
+    monkeypatch.setattr(Context, "with_deadline", lambda context: 1 // 0)
     ran = icm("doctor")
     assert ran.code == ExitCode.FAILED
     assert "Traceback" not in ran.err
@@ -104,7 +104,7 @@ def test_a_bug_leaves_its_traceback_in_the_log(icm: Icm, monkeypatch: pytest.Mon
 
 def test_without_a_home_a_bug_says_how_to_see_its_traceback(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
     leave_home(monkeypatch)
-    monkeypatch.setattr(Context, "with_patience", lambda context: 1 // 0)
+    monkeypatch.setattr(Context, "with_deadline", lambda context: 1 // 0)
     ran = icm("doctor")
     assert (ran.code, "unexpected ZeroDivisionError" in ran.err) == (ExitCode.FAILED, True)
     assert "ICM_DEBUG=1" in ran.err
@@ -112,7 +112,7 @@ def test_without_a_home_a_bug_says_how_to_see_its_traceback(icm: Icm, monkeypatc
 
 def test_icm_debug_shows_tracebacks(icm: Icm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ICM_DEBUG", "1")
-    monkeypatch.setattr(Context, "with_patience", lambda context: 1 // 0)
+    monkeypatch.setattr(Context, "with_deadline", lambda context: 1 // 0)
     assert "Traceback" in icm("doctor").err
 
 
@@ -120,7 +120,7 @@ def test_ctrl_c_gives_one_line_and_130(icm: Icm, monkeypatch: pytest.MonkeyPatch
     def interrupt(context: Context) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Context, "with_patience", interrupt)
+    monkeypatch.setattr(Context, "with_deadline", interrupt)
     ran = icm("doctor")
     assert (ran.code, ran.err) == (130, "error: interrupted; finished work is kept\n")
 

@@ -55,7 +55,7 @@ def test_json_keeps_its_names(icm: Icm, trained: Path, samples: Path) -> None:
         "adapter",
         "both",
         "samples_count",
-        "in_turn",
+        "leave_one_out",
         "recommended",
     }
     assert document["measured"]["samples_count"] == 4

@@ -295,10 +295,10 @@ def test_hundreds_of_halves_of_requests_leave_no_traceback_where_descriptors_are
             with httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.9")) as other:
                 assert other.get(f"{process.url}/healthz").status_code == 200
         else:
-            patience = threading.Timer(120, process.kill)
-            patience.start()
+            deadline = threading.Timer(120, process.kill)
+            deadline.start()
             err = next(line for line in process.stderr if "out of file descriptors" in line)
-            patience.cancel()
+            deadline.cancel()
         open_ones.close()
         wait_for(lambda: _is_healthy(process.url))
         process.send_signal(signal.SIGTERM)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from registry.storage.locks import Patience
+from registry.storage.locks import Deadline
 from registry.storage.locks.flocks import FileLock
 
 Call = tuple[str, str]
@@ -22,11 +22,11 @@ class Holder:
     """The locks of one process, acquired as in `registry.store.Store`."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self._folder, self._patience, self._name = folder, Patience(1e9), name
+        self._folder, self._patience, self._name = folder, Deadline(1e9), name
         self.store = self._lock("lock")
 
     def _lock(self, name: str) -> FileLock:
-        return FileLock(self._folder / name, patience=self._patience, command=self._name)
+        return FileLock(self._folder / name, deadline=self._patience, command=self._name)
 
     @contextmanager
     def job(self, name: str = "job", *, shared: bool = False) -> Iterator[None]:

@@ -7,7 +7,7 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from registry.names import DatabaseUrl
-from registry.storage.locks import Patience
+from registry.storage.locks import Deadline
 
 if TYPE_CHECKING:
     from registry.storage.postgres import PostgresDatabase
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @contextmanager
 def opened_server(
-    url: str, *, create: bool = False, read_only: bool = False, patience: float = 60.0
+    url: str, *, create: bool = False, read_only: bool = False, deadline: float = 60.0
 ) -> Iterator[PostgresDatabase]:
     """Open the tables of a store on a server, made if they are absent."""
     from registry.storage.postgres import PostgresDatabase
 
-    database = PostgresDatabase(DatabaseUrl(url), command="test", read_only=read_only, patience=Patience(patience))
+    database = PostgresDatabase(DatabaseUrl(url), command="test", read_only=read_only, deadline=Deadline(deadline))
     with closing(database):
         if create:
             database.create("/nowhere")

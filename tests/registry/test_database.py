@@ -12,7 +12,7 @@ from sqlalchemy import Connection, insert
 from sqlalchemy.exc import IntegrityError
 
 from registry.errors import DamagedStore, StoreFull, StoreIOError, StoreLocked, StoreReadOnly
-from registry.storage.locks import Patience
+from registry.storage.locks import Deadline
 from registry.storage.sqlite import SqliteDatabase
 from registry.store import Store
 from registry.tables import REFS
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.kept_in("sqlite", reason="how SQLite is set up")
 
 
 def open_database(store: Store, *, read_only: bool = False, seconds: float = 0) -> SqliteDatabase:
-    return SqliteDatabase(paths_of(store).database, read_only=read_only, patience=Patience(seconds))
+    return SqliteDatabase(paths_of(store).database, read_only=read_only, deadline=Deadline(seconds))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_what_is_waited_for_the_database_is_taken_from_the_seconds_of_the_comman
     database = open_database(store, seconds=0.2)
     with open_database(store).write(), pytest.raises(StoreLocked), database.write():
         pytest.fail("it began")
-    assert database.patience.left == 0
+    assert database.deadline.left == 0
 
 
 def test_the_message_names_the_process_that_writes(store: Store, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from registry.names import DatabaseUrl
 from registry.storage.database import Database
-from registry.storage.locks import Patience
+from registry.storage.locks import Deadline
 from registry.storage.sqlite import SqliteDatabase
 from registry.testing.databases import DatabasePromises
 from tests.pg_server import new_database
@@ -26,10 +26,10 @@ class TestSqlite(DatabasePromises):
         self.folders = tmp_path_factory
 
     def new_database(
-        self, same_as: Database | None = None, *, read_only: bool = False, patience: float = 60.0
+        self, same_as: Database | None = None, *, read_only: bool = False, deadline: float = 60.0
     ) -> Database:
         path = same_as.path if isinstance(same_as, SqliteDatabase) else self.folders.mktemp("rows") / "registry.db"
-        database = SqliteDatabase(path, read_only=read_only, patience=Patience(patience))
+        database = SqliteDatabase(path, read_only=read_only, deadline=Deadline(deadline))
         if same_as is None:
             (path.parent / "tmp").mkdir()
             database.create()
@@ -48,13 +48,13 @@ class TestPostgres(DatabasePromises):
             database.close()
 
     def new_database(
-        self, same_as: Database | None = None, *, read_only: bool = False, patience: float = 60.0
+        self, same_as: Database | None = None, *, read_only: bool = False, deadline: float = 60.0
     ) -> Database:
         from registry.storage.postgres import PostgresDatabase
 
         self.url = self.url if same_as is not None else new_database(self.postgres)
         database = PostgresDatabase(
-            DatabaseUrl(self.url), command="icm", read_only=read_only, patience=Patience(patience)
+            DatabaseUrl(self.url), command="icm", read_only=read_only, deadline=Deadline(deadline)
         )
         self.opened.append(database)
         if same_as is None:

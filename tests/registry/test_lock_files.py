@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from registry.errors import StoreLocked
-from registry.storage.locks import Patience
+from registry.storage.locks import Deadline
 from registry.storage.locks.flocks import FileLock
 from registry.store import Store
 from tests.registry.examples import new_store
@@ -39,9 +39,9 @@ def test_a_lock_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
 def test_garbage_in_a_lock_file_only_costs_the_names(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "lock"
     path.write_bytes(content)
-    first = FileLock(path, patience=Patience(0), command="first")
+    first = FileLock(path, deadline=Deadline(0), command="first")
     first.hold()
-    second = FileLock(path, patience=Patience(0), command="second")
+    second = FileLock(path, deadline=Deadline(0), command="second")
     with pytest.raises(StoreLocked, match="is in use"):
         second.share()
     for lock in (first, second):
@@ -49,9 +49,9 @@ def test_garbage_in_a_lock_file_only_costs_the_names(tmp_path: Path, content: by
 
 
 def test_the_message_says_how_long_was_waited_and_what_it_was_for(tmp_path: Path) -> None:
-    holder = FileLock(tmp_path / "lock", patience=Patience(0), command="icm train", subject="base model 'x'")
+    holder = FileLock(tmp_path / "lock", deadline=Deadline(0), command="icm train", subject="base model 'x'")
     holder.hold()
-    waiter = FileLock(tmp_path / "lock", patience=Patience(0.25), command="icm evict", subject="base model 'x'")
+    waiter = FileLock(tmp_path / "lock", deadline=Deadline(0.25), command="icm evict", subject="base model 'x'")
     with pytest.raises(StoreLocked) as caught:
         waiter.hold()
     assert caught.value.message == "base model 'x' is in use"  # by this very process, which is not named
@@ -64,11 +64,11 @@ def test_the_message_says_how_long_was_waited_and_what_it_was_for(tmp_path: Path
 def test_a_lock_on_read_only_media_writes_no_name(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     path.touch()
-    lock = FileLock(path, patience=Patience(0), command="icm ls", writable=False)
+    lock = FileLock(path, deadline=Deadline(0), command="icm ls", writable=False)
     lock.share()
     assert path.read_bytes() == b""
     lock.close()
-    lock = FileLock(path, patience=Patience(0), command="icm ls")
+    lock = FileLock(path, deadline=Deadline(0), command="icm ls")
     lock.share()
     assert path.read_text() == f"{os.getpid()} icm ls\n"
     lock.close()

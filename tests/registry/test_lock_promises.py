@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from registry.names import DatabaseUrl
-from registry.storage.locks import Patience, StoreLock
+from registry.storage.locks import Deadline, StoreLock
 from registry.storage.locks.flocks import FolderLock
 from registry.storage.paths import StorePaths
 from registry.testing.locks import LockPromises
@@ -20,10 +20,10 @@ class TestFolder(LockPromises):
     def folder(self, tmp_path_factory: pytest.TempPathFactory) -> None:
         self.root = tmp_path_factory.mktemp("stores")
 
-    def new_lock(self, store: str, patience: Patience, command: str = "icm") -> StoreLock:
+    def new_lock(self, store: str, deadline: Deadline, command: str = "icm") -> StoreLock:
         paths = StorePaths(self.root / store)
         paths.root.mkdir(exist_ok=True)
-        return FolderLock(paths.lock, paths.job, patience=patience, command=command)
+        return FolderLock(paths.lock, paths.job, deadline=deadline, command=command)
 
 
 class TestFolderAsOnWindows(TestFolder):
@@ -42,8 +42,8 @@ class TestPostgres(LockPromises):
     def server(self, postgres: str) -> None:
         self.url = DatabaseUrl(postgres)
 
-    def new_lock(self, store: str, patience: Patience, command: str = "icm") -> StoreLock:
+    def new_lock(self, store: str, deadline: Deadline, command: str = "icm") -> StoreLock:
         from registry.storage.locks.advisory import AdvisoryLock
         from registry.storage.postgres import only_connection
 
-        return AdvisoryLock(only_connection(self.url, command), store, url=self.url, patience=patience)
+        return AdvisoryLock(only_connection(self.url, command), store, url=self.url, deadline=deadline)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from registry.errors import StoreLocked, StoreReadOnly
-from registry.storage.locks import Patience
+from registry.storage.locks import Deadline
 from registry.storage.locks.flocks import FileLock
 from registry.store import Store
 from tests.registry.children import start, wait
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.kept_in("sqlite", reason="the locks of a store folder")
 @pytest.fixture
 def locks(tmp_path: Path) -> Iterator[tuple[FileLock, FileLock]]:
     """Two locks on one file that do not wait."""
-    pair = tuple(FileLock(tmp_path / "lock", patience=Patience(0), command=f"icm {name}") for name in ("one", "two"))
+    pair = tuple(FileLock(tmp_path / "lock", deadline=Deadline(0), command=f"icm {name}") for name in ("one", "two"))
     yield (pair[0], pair[1])
     for lock in pair:
         lock.close()
@@ -35,8 +35,8 @@ def locks(tmp_path: Path) -> Iterator[tuple[FileLock, FileLock]]:
 def test_the_message_names_the_process_that_holds_it(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     parent = os.getppid()
-    lock = FileLock(path, patience=Patience(0), command="icm prune")
-    other = FileLock(path, patience=Patience(0), command="icm ls")
+    lock = FileLock(path, deadline=Deadline(0), command="icm prune")
+    other = FileLock(path, deadline=Deadline(0), command="icm ls")
     other.share()
     path.write_text(f"{parent} icm train\n999999999 icm long gone\nnot a line of ours\n")
     with pytest.raises(StoreLocked) as caught, lock.exclusive():
@@ -49,7 +49,7 @@ def test_the_message_names_the_process_that_holds_it(tmp_path: Path) -> None:
 
 
 def test_the_names_in_the_file_cannot_grow_without_bound(tmp_path: Path) -> None:
-    lock = FileLock(tmp_path / "lock", patience=Patience(0), command="x" * 1000)
+    lock = FileLock(tmp_path / "lock", deadline=Deadline(0), command="x" * 1000)
     for _ in range(100):
         lock.share()
     assert (tmp_path / "lock").stat().st_size < 8192
@@ -57,7 +57,7 @@ def test_the_names_in_the_file_cannot_grow_without_bound(tmp_path: Path) -> None
 
 
 def test_a_command_with_line_breaks_stays_one_line(tmp_path: Path) -> None:
-    lock = FileLock(tmp_path / "lock", patience=Patience(0), command="icm\n1 evil")
+    lock = FileLock(tmp_path / "lock", deadline=Deadline(0), command="icm\n1 evil")
     lock.share()
     assert len((tmp_path / "lock").read_text().splitlines()) == 1
     lock.close()
@@ -157,35 +157,35 @@ class TestPatience:
     """One deadline for all waits, and words for each of them."""
 
     def test_waits_do_not_add_up(self, locks: tuple[FileLock, FileLock], tmp_path: Path) -> None:
-        patience = Patience(0.3)
+        deadline = Deadline(0.3)
         locks[0].share()
-        lock = FileLock(tmp_path / "lock", patience=patience, command="icm rm")
+        lock = FileLock(tmp_path / "lock", deadline=deadline, command="icm rm")
         for _ in range(3):
             with pytest.raises(StoreLocked), lock.exclusive():
                 pytest.fail("it was held")
-        assert (patience.left, patience.seconds) == (0, 0.3)
+        assert (deadline.left, deadline.seconds) == (0, 0.3)
         lock.close()
 
     def test_a_wait_says_what_for_and_who_holds_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("registry.storage.locks.TOLD_EVERY", 0)
+        monkeypatch.setattr("registry.storage.locks.NOTIFY_EVERY", 0)
         told: list[str] = []
         with job_elsewhere(tmp_path, "icm train --steps 300") as pid:
-            patience = Patience(0.3, told.append)
-            with Store.open(tmp_path / "store", patience=patience) as store, pytest.raises(StoreLocked):
+            deadline = Deadline(0.3, told.append)
+            with Store.open(tmp_path / "store", deadline=deadline) as store, pytest.raises(StoreLocked):
                 store.job(BASE).__enter__()
         assert set(told) == {f"waiting for base model {BASE!r}, held by process {pid}: icm train --steps 300"}
 
     def test_what_is_told_may_end_the_wait_and_the_store_is_still_held(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("registry.storage.locks.TOLD_EVERY", 0)
+        monkeypatch.setattr("registry.storage.locks.NOTIFY_EVERY", 0)
 
         def stop(text: str) -> None:
             raise KeyboardInterrupt
 
         with (
             job_elsewhere(tmp_path, "icm train") as pid,
-            Store.open(tmp_path / "store", patience=Patience(60, stop)) as store,
+            Store.open(tmp_path / "store", deadline=Deadline(60, stop)) as store,
         ):
             with pytest.raises(KeyboardInterrupt):
                 store.job(BASE).__enter__()
@@ -207,13 +207,13 @@ class TestPatience:
         locks[0].share()
         gate = os.open(tmp_path / "lock.gate", os.O_RDWR | os.O_CREAT)
         fcntl.flock(gate, fcntl.LOCK_EX)
-        patience = Patience(0.2)
-        lock = FileLock(tmp_path / "lock", patience=patience, command="icm ls")
+        deadline = Deadline(0.2)
+        lock = FileLock(tmp_path / "lock", deadline=deadline, command="icm ls")
         lock.enter()
-        assert patience.left == 0  # it waited, and then it read
+        assert deadline.left == 0  # it waited, and then it read
         os.utime(gate, (0, 0))
-        late = Patience(5)
-        FileLock(tmp_path / "lock", patience=late, command="icm ls").enter()
+        late = Deadline(5)
+        FileLock(tmp_path / "lock", deadline=late, command="icm ls").enter()
         assert late.left == 5
         os.close(gate)
         lock.close()

@@ -17,7 +17,7 @@ from sqlalchemy.exc import TimeoutError
 
 from registry.errors import StoreLocked, StoreUnavailable
 from registry.names import DatabaseUrl
-from registry.storage.locks import Patience
+from registry.storage.locks import Deadline
 from tests.pg_server import new_database
 
 if TYPE_CHECKING:
@@ -29,12 +29,12 @@ def url(postgres: str) -> str:
     return new_database(postgres)
 
 
-def opened(url: str, store: str, command: str = "icm", patience: float = 0.0) -> AdvisoryLock:
+def opened(url: str, store: str, command: str = "icm", deadline: float = 0.0) -> AdvisoryLock:
     from registry.storage.locks.advisory import AdvisoryLock
     from registry.storage.postgres import only_connection
 
     return AdvisoryLock(
-        only_connection(DatabaseUrl(url), command), store, url=DatabaseUrl(url), patience=Patience(patience)
+        only_connection(DatabaseUrl(url), command), store, url=DatabaseUrl(url), deadline=Deadline(deadline)
     )
 
 
@@ -152,7 +152,7 @@ def test_one_that_waits_to_be_alone_has_its_turn_among_many_who_hold_a_lock_for_
     def use(delay: float) -> None:
         time.sleep(delay)
         while not done.is_set():
-            with closing(opened(url, "store", patience=60.0)) as lock:
+            with closing(opened(url, "store", deadline=60.0)) as lock:
                 lock.enter()
                 time.sleep(0.4)
 
@@ -160,7 +160,7 @@ def test_one_that_waits_to_be_alone_has_its_turn_among_many_who_hold_a_lock_for_
         for number in range(3):
             pool.submit(use, 0.15 * number)
         try:
-            with closing(opened(url, "store", patience=60.0)) as lock:
+            with closing(opened(url, "store", deadline=60.0)) as lock:
                 lock.enter()
                 time.sleep(1)
                 with lock.exclusive():

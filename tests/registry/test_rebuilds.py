@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import insert
 
 from registry.errors import DamagedStore, StoreLocked
-from registry.storage.locks import Patience
+from registry.storage.locks import Deadline
 from registry.storage.paths import StorePaths
 from registry.storage.sqlite import SqliteDatabase
 from registry.tables import REFS
@@ -34,7 +34,7 @@ def paths(tmp_path: Path) -> StorePaths:
 
 
 def database_of(paths: StorePaths, seconds: float = 5.0) -> SqliteDatabase:
-    return SqliteDatabase(paths.database, read_only=False, patience=Patience(seconds))
+    return SqliteDatabase(paths.database, read_only=False, deadline=Deadline(seconds))
 
 
 def rebuild(paths: StorePaths) -> None:

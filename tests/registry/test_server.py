@@ -11,7 +11,7 @@ import pytest
 from registry.errors import DamagedStore, NotAStore, StoreNotFound, StoreTooNew, StoreTooOld, StoreUnavailable
 from registry.names import DatabaseUrl
 from registry.storage.blobs.shared import SharedBackend
-from registry.storage.locks import Patience
+from registry.storage.locks import Deadline
 from registry.store import Store
 from tests.pg_server import new_database
 from tests.registry.examples import ingest
@@ -150,10 +150,10 @@ def test_a_store_that_does_not_know_its_number_is_rebuilt_in_a_folder(url: str, 
 
 
 def test_who_writes_is_seen_by_those_who_serve_once_it_is_committed(url: str, tmp_path: Path) -> None:
-    from registry.storage.locks import Patience
+    from registry.storage.locks import Deadline
     from registry.storage.postgres import PostgresDatabase
 
-    watching = PostgresDatabase(DatabaseUrl(url), command="watch", read_only=True, patience=Patience(1.0))
+    watching = PostgresDatabase(DatabaseUrl(url), command="watch", read_only=True, deadline=Deadline(1.0))
     with made(url, tmp_path / "blobs") as store:
         before = watching.changes()
         store.blobs.put(b"bytes")
@@ -165,7 +165,7 @@ def test_who_writes_is_seen_by_those_who_serve_once_it_is_committed(url: str, tm
 
 
 def test_what_a_server_refuses_for_good_is_told_at_once(url: str) -> None:
-    patience = Patience(30.0)
+    deadline = Deadline(30.0)
     with pytest.raises(StoreUnavailable, match="does not exist"):
-        Store.open(url.replace("/icm_", "/no_"), patience=patience)
-    assert patience.left == 30.0
+        Store.open(url.replace("/icm_", "/no_"), deadline=deadline)
+    assert deadline.left == 30.0

@@ -111,7 +111,7 @@ def add_base_model(
     """
     path = Path(path)
     found = replace(inspect_base(name, path.expanduser().absolute(), loader), load_in=load_in)
-    # What cannot be used is told now.
+    # Report unusable settings now.
     check_load_in(found)
     if loader is not None:
         find_loader(name, loader)

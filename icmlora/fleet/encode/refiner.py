@@ -22,7 +22,7 @@ from typing import Any
 from icmlora.adapter.model import Adapter
 from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import factors_of
-from icmlora.fleet.resources.workers import Tell
+from icmlora.fleet.resources.workers import OnProgress
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.codec.encoding import Encoded, measured
 from icmlora.generator.codec.relaxed import RelaxedCode
@@ -174,7 +174,7 @@ def near(share: float, lost: Callable[[int], float], first: int) -> tuple[int, f
     return best, 2 ** found[best]
 
 
-def refine_all(codes: Sequence[TrialCode], tell: Tell) -> list[TrialCode]:
+def refine_all(codes: Sequence[TrialCode], on_progress: OnProgress) -> list[TrialCode]:
     """Refine codes side by side: all on the same base model, and for the same number of steps.
 
     A code that misses its share repeats its last steps at a finer quantisation step; the better one is taken.
@@ -189,9 +189,9 @@ def refine_all(codes: Sequence[TrialCode], tell: Tell) -> list[TrialCode]:
         steps = range(round(first * config.steps), round(last * config.steps))
         for step in refine([one.work for one in which], base, config, steps):
             note = f"refining, step {step} of {config.steps}"
-            tell(note)
+            on_progress(note)
 
-    with stoppable(base, lambda: tell(note)):
+    with stoppable(base, lambda: on_progress(note)):
         for number, (first, last) in enumerate(pairwise([0.0, *looks, 1.0])):
             go(running, first, last)
             if last < 1:

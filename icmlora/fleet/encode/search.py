@@ -28,7 +28,7 @@ from icmlora.fleet.resources.adapter_source import mean_vectors
 from icmlora.fleet.resources.decoding import codec_of_task
 from icmlora.fleet.resources.loading import ModelCache, read_original
 from icmlora.fleet.resources.texts import read_samples
-from icmlora.fleet.resources.workers import Tell, naming
+from icmlora.fleet.resources.workers import OnProgress, naming
 from icmlora.formats.catalogue import format_named
 from icmlora.generator.codec.codec import Codec
 from icmlora.generator.codec.encoding import Encoded, encode_adapter
@@ -50,7 +50,7 @@ _SURELY = 0.8
 
 
 def encode_tasks(
-    models: ModelCache, tasks: Sequence[Task], tell: Tell, limits: Limits, *, again: bool, is_named: bool
+    models: ModelCache, tasks: Sequence[Task], on_progress: OnProgress, limits: Limits, *, again: bool, is_named: bool
 ) -> Iterator[tuple[Task, TaskEncoded]]:
     """Make the code of each task of one base model, or say why it has no new one.
 
@@ -59,12 +59,16 @@ def encode_tasks(
     at_once = 1 if models.device.type == "cpu" else _REFINED_TOGETHER
     for start in range(0, len(tasks), at_once):
         group = tasks[start : start + at_once]
-        begun = [_begin(models, task, naming(task, tell), limits, again=again, is_named=is_named) for task in group]
+        begun = [
+            _begin(models, task, naming(task, on_progress), limits, again=again, is_named=is_named) for task in group
+        ]
         together = [one for one in begun if isinstance(one, CodeSearch) and one.is_refined]
         refined = dict[str, TrialCode]()
         if len(together) > 1:
             try:
-                codes = refine_all([search.first_code() for search in together], partial(_of_several, tell, together))
+                codes = refine_all(
+                    [search.first_code() for search in together], partial(_of_several, on_progress, together)
+                )
                 refined = {search.task.name: code for search, code in zip(together, codes, strict=True)}
             except Cancelled:
                 raise
@@ -75,7 +79,7 @@ def encode_tasks(
 
 
 def _begin(
-    models: ModelCache, planned: Task, tell: Tell, asked: Limits, *, again: bool, is_named: bool
+    models: ModelCache, planned: Task, on_progress: OnProgress, asked: Limits, *, again: bool, is_named: bool
 ) -> TaskEncoded | CodeSearch:
     """Read what a task's code is made of; return the outcome if it needs no new code or cannot have one."""
     base_model, store = planned.base_model, models.store
@@ -101,7 +105,7 @@ def _begin(
         original = read_original(store, task.final)
         if limits.keep is not None:
             try:
-                refiner = _refiner(models, task, original, limits, tell)
+                refiner = _refiner(models, task, original, limits, on_progress)
             except (BaseModelNotFound, BaseModelUnsuited, DataError) as error:
                 if not asked.is_by_quality:
                     raise
@@ -116,12 +120,12 @@ def _begin(
     except FAILURES as error:
         return _unmeasured(models, task, error)
     return CodeSearch(
-        task, generator, asked.is_by_quality, limits, codec, original, vectors, initial, refiner, reason, tell
+        task, generator, asked.is_by_quality, limits, codec, original, vectors, initial, refiner, reason, on_progress
     )
 
 
-def _of_several(tell: Tell, searches: Sequence[CodeSearch], note: str) -> None:
-    tell(f"{len(searches)} tasks: {note}")
+def _of_several(on_progress: OnProgress, searches: Sequence[CodeSearch], note: str) -> None:
+    on_progress(f"{len(searches)} tasks: {note}")
 
 
 def restore_hint(task: Task) -> str:
@@ -184,7 +188,7 @@ def _known(task: Task, generator: Generator, asked: Limits, limits: Limits) -> T
     return _unchanged(task, "known" if code.asked.is_kept or asked.is_by_quality else "below")
 
 
-def _refiner(models: ModelCache, task: Task, original: Adapter, limits: Limits, tell: Tell) -> Refiner:
+def _refiner(models: ModelCache, task: Task, original: Adapter, limits: Limits, on_progress: OnProgress) -> Refiner:
     """Prepare to refine the code of a task; raise an error where that is not possible."""
     if format_named(task.final.format).is_for_images:
         raise DataError("icm cannot run the base models of image adapters", hint=WITHOUT_REFINE)
@@ -192,7 +196,7 @@ def _refiner(models: ModelCache, task: Task, original: Adapter, limits: Limits, 
         raise DataError("its adapter has more than LoRA factors, so its code cannot be refined", hint=WITHOUT_REFINE)
     base = models.base(task.base_model, gradient_dtype(models.device))
     samples = read_samples(models.store, task, base)
-    with stoppable(base, lambda: tell("preparing to refine")):
+    with stoppable(base, lambda: on_progress("preparing to refine")):
         items = () if samples is None else samples.items
         return Refiner.of(base, original, items, replace(FOR_SHARE, steps=limits.refine or 0))
 
@@ -211,7 +215,7 @@ class CodeSearch:
     initial: InitialA | None
     refiner: Refiner | None  # None without a share to keep
     reason: str | None  # why its code is not refined although a quality asks for it
-    tell: Tell
+    on_progress: OnProgress
 
     @property
     def is_refined(self) -> bool:
@@ -223,7 +227,7 @@ class CodeSearch:
         keep, refiner = self.limits.keep, self.refiner
         assert refiner is not None
         assert keep is not None
-        self.tell(f"encoding, to keep {keep:g}")
+        self.on_progress(f"encoding, to keep {keep:g}")
         steps = AdapterSteps(self.codec, self.original, self.vectors, self.initial)
         lost = lost_before(keep, refiner.effect.uncapped_ratio) if self.is_refined else _SURELY * (1 - keep)
         return coarse_for(keep, lost, refiner, self.codec, self.original, steps)
@@ -234,10 +238,12 @@ class CodeSearch:
         If none meets them, it is the most accurate one, or the smallest if none has the size.
         """
         if self.refiner is not None:
-            (code,) = refine_all([self.first_code()], self.tell) if self.is_refined else [self.first_code().measured()]
+            (code,) = (
+                refine_all([self.first_code()], self.on_progress) if self.is_refined else [self.first_code().measured()]
+            )
             return _result(code)
         size = self.limits.size
-        self.tell("encoding" if size is None else f"encoding, at most {human_size(size)}")
+        self.on_progress("encoding" if size is None else f"encoding, at most {human_size(size)}")
         encoded = encode_adapter(self.codec, self.original, self.vectors, self.initial, self.limits)
         return encoded, None, self.limits.keeps(encoded) and (size is None or len(encoded.data) <= size)
 

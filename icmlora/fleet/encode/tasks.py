@@ -45,17 +45,19 @@ def encode_in(
         chosen = select_tasks(store, tasks, base_model, shard)
         if chosen and not any(store.generator(label) for label in {task.base_model for task in chosen}):
             raise DataError(f"there is no generator for task {chosen[0].name!r}", hint="run `icm train` to train one")
-        tell = context.counting(report.done, len(chosen))
+        on_progress = context.counting(report.done, len(chosen))
         with worker_pool(context, store, device=device, workers=workers) as pool:
             for label, of_base in groupby(chosen, key=lambda task: task.base_model):
                 with store.job(label, shared=True):
-                    results = pool.each(encode_tasks, list(of_base), tell, limits, again=again, is_named=bool(tasks))
+                    results = pool.each(
+                        encode_tasks, list(of_base), on_progress, limits, again=again, is_named=bool(tasks)
+                    )
                     replaced = list[tuple[Code | None, Code]]()
                     try:
                         for task, result in results:
                             report.done.append(_record(store, task.name, result, replaced))
                             context.on_event(report.done[-1])
-                            tell(task.name)
+                            on_progress(task.name)
                     finally:
                         report.replaced_bytes += _replaced_bytes(store, label, replaced)
     return report

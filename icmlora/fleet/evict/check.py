@@ -20,7 +20,7 @@ from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.measure.measure import losses_on_own_text
 from icmlora.fleet.resources.decoding import check_references, decode_code, read_form
 from icmlora.fleet.resources.loading import ModelCache, read_with_extras
-from icmlora.fleet.resources.workers import Tell
+from icmlora.fleet.resources.workers import OnProgress
 from icmlora.io.second_process import in_two_processes
 from registry.errors import DamagedStore, StoreIOError, TaskNotFound
 from registry.manifests import Code, Measurement, StoredAdapter, Task
@@ -44,7 +44,12 @@ class Evictable:
 
 
 def check_codes(
-    models: ModelCache, tasks: Sequence[Task], tell: Tell, limits: EvictLimits, checkpoints_only: bool, dry_run: bool
+    models: ModelCache,
+    tasks: Sequence[Task],
+    on_progress: OnProgress,
+    limits: EvictLimits,
+    checkpoints_only: bool,
+    dry_run: bool,
 ) -> Iterator[tuple[Task, TaskEvicted | Evictable]]:
     """Check the codes of tasks of one base model, or report why they keep their originals; nothing is deleted."""
 

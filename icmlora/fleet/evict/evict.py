@@ -116,7 +116,7 @@ def evict(
             checkpoints_only=checkpoints_only,
             dry_run=dry_run,
         )
-        tell = context.counting(report.done, len(chosen))
+        on_progress = context.counting(report.done, len(chosen))
         try:
             for base_model, of_base in groupby(chosen, key=lambda task: task.base_model):
                 with ExitStack() as stack:
@@ -127,12 +127,12 @@ def evict(
                         checked = ((task, None) for task in of_base)
                     else:
                         pool = stack.enter_context(worker_pool(context, store, device=device, workers=workers))
-                        checked = pool.each(check_codes, list(of_base), tell, limits, checkpoints_only, dry_run)
+                        checked = pool.each(check_codes, list(of_base), on_progress, limits, checkpoints_only, dry_run)
                     for task, result in checked:
                         done = evictor.evict(task, result)
                         report.done.append(done)
                         context.on_event(done)
-                        tell(done.task)
+                        on_progress(done.task)
         except Cancelled:
             evictor.free(report)
             raise

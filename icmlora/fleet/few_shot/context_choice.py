@@ -18,7 +18,7 @@ from icmlora.base_models.examples.media_archive import read_examples
 from icmlora.base_models.reading import unread_examples
 from icmlora.errors import BaseModelUnsuited, DataError
 from icmlora.fewshot.context_choice import ContextScorer, choose_context
-from icmlora.fewshot.guard import ContextAblation, Guard, left_out
+from icmlora.fewshot.guard import AblationReport, ContextAblation, left_out
 from icmlora.fleet.context import Context, has_loaders
 from icmlora.fleet.few_shot.generated import ContextReport
 from icmlora.fleet.resources.code_source import StoreCodes
@@ -55,11 +55,11 @@ def choose(context: Context, task: str, samples: Path | None, count: int, tokens
         found = usable_samples(prompted, data, path, count)
         held, others = left_out(found)
         with _on(base, codes, chosen):
-            tell = partial(context.progress, note="choosing the context")
-            made = choose_context(prompted, others, tokens, total=len(found), tell=tell)
+            on_progress = partial(context.progress, note="choosing the context")
+            made = choose_context(prompted, others, tokens, total=len(found), on_progress=on_progress)
             measure = partial(ContextAblation.of, prompted, made, held or found, leave_one_out=not held)
             adapted = measure()
-        guard = Guard.of(measure(), adapted, in_turn=not held)
+        guard = AblationReport.of(measure(), adapted, leave_one_out=not held)
         made = prompted.filled(made, held, tokens)
         files = kept_files(store.blobs, made.context.files)
         store.update(chosen.task.name, partial(with_files, files=files))

@@ -22,7 +22,7 @@ from icmlora.fewshot.context_choice import ChosenContext, ContextScorer, choose_
 from icmlora.fewshot.described import described_context
 from icmlora.fewshot.distil import DistilConfig, distil
 from icmlora.fewshot.finetune import FinetuneConfig, finetune
-from icmlora.fewshot.guard import ContextAblation, Guard, left_out
+from icmlora.fewshot.guard import AblationReport, ContextAblation, left_out
 from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.context import Context
 from icmlora.fleet.few_shot.context_choice import usable_samples
@@ -40,7 +40,7 @@ class Made:
 
     adapter: Adapter
     context: ChosenContext | None  # kept with it
-    guard: Guard | None  # the gain of both; None if not measured
+    guard: AblationReport | None  # the gain of both; None if not measured
 
 
 def make_from(
@@ -82,7 +82,7 @@ def make_from(
     return Made(adapter, prompted.filled(chosen, held, options.context_tokens) if keeps_context else None, guard)
 
 
-def _is_useful(guard: Guard | None) -> bool:
+def _is_useful(guard: AblationReport | None) -> bool:
     """Return whether the context is to be served; True if not measured."""
     return guard is None or guard.recommends_context
 
@@ -98,21 +98,21 @@ class _Maker:
 
     def tried(
         self, prompted: ContextScorer, held: Sequence[Any], others: Sequence[Any], *, in_context: bool
-    ) -> tuple[Adapter, ChosenContext, Guard | None]:
+    ) -> tuple[Adapter, ChosenContext, AblationReport | None]:
         """Make an adapter from samples, with or without a context, choose the context, and measure the others."""
         base = self.base
         read = base.modality.prepare(base, base.modality.readable(base, others).items, SAMPLE_TOKENS)
         adapter = self.adapted(read, in_context=in_context)
         with added(base.model, factors_of(adapter)):
-            tell = partial(self.context.progress, note="choosing the context")
+            on_progress = partial(self.context.progress, note="choosing the context")
             most, total = self.options.context_tokens, len(held) + len(others)
-            chosen = choose_context(prompted, others, most, total=total, tell=tell)
+            chosen = choose_context(prompted, others, most, total=total, on_progress=on_progress)
             adapted = ContextAblation.of(prompted, chosen, held)
         # If none is held out, the adapter has seen all of them, but the base model has not.
         leave_one_out = not held and not self.options.distil
         shown = others if leave_one_out else held
         bare = ContextAblation.of(prompted, chosen, shown, leave_one_out=leave_one_out)
-        return adapter, chosen, Guard.of(bare, adapted, in_turn=not held)
+        return adapter, chosen, AblationReport.of(bare, adapted, leave_one_out=not held)
 
     def adapted(self, samples: Sequence[Prepared], *, in_context: bool = False) -> Adapter:
         """Return an adapter after the few-shot steps and the gradient steps."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from registry.manifests import relative_error
 
 if TYPE_CHECKING:
-    from icmlora.fewshot.guard import Guard
+    from icmlora.fewshot.guard import AblationReport
     from icmlora.task_vectors.distances import Familiarity
 
 SAMPLE_TOKENS = 128
@@ -40,7 +40,7 @@ class Generated:
     is_described: bool  # whether the base model wrote the samples itself, from a description
     context_samples: int  # that the context is made of; 0 if there is none, or it is the description
     context_tokens: int
-    guard: Guard | None  # what adapter and context are worth; None if that was not measured
+    guard: AblationReport | None  # what adapter and context are worth; None if that was not measured
     code_size: int | None  # bytes of the code that was registered; None without `register`
     code_squared_error: float | None
 
@@ -71,5 +71,5 @@ class ContextReport:
     samples: int  # in the context
     tokens: int
     size: int  # bytes in the store
-    guard: Guard | None  # the losses with and without it; None if there is only one sample
+    guard: AblationReport | None  # the losses with and without it; None if there is only one sample
     precision: str  # of the base model

@@ -73,7 +73,7 @@ class PreparedTask:
     samples_read: TextRead | None = None
     eval_read: TextRead | None = None
     kept: tuple[TensorInfo, ...] = ()  # tensors of its final adapter that no code can represent
-    base_is_told: bool = False  # the user names the base model, because the adapters name none
+    base_is_named: bool = False  # the user names the base model, because the adapters name none
     base_is_guess: bool = False  # the widths of an image adapter make it likely, and nothing names it
     wrapper: str | None = None  # prefix of a wrapper in the names of its final adapter's tensors
 

@@ -124,7 +124,7 @@ def ingest(
         report,
         is_named=name is not None,
         pattern=None if name_from is None else NameTemplate(name_from),
-        told=None if base_model is None else typed_label(base_model),
+        named_base=None if base_model is None else typed_label(base_model),
         on_conflict=on_conflict,
         restore=restore,
         dry_run=dry_run,

@@ -66,7 +66,7 @@ class Ingestion:
     report: IngestReport
     is_named: bool  # by the user, with the name of the only task
     pattern: NameTemplate | None
-    told: str | None  # the base model of image adapters, and of others that name none
+    named_base: str | None  # the base model of image adapters, and of others that name none
     on_conflict: OnConflict | None
     restore: bool
     dry_run: bool
@@ -160,21 +160,23 @@ class Ingestion:
         """Store the files of tasks, find their base models, then keep their extras, which may refer to these."""
         checked = check_files(tasks, self._target, evicted, refused, any_row=has_loaders())
         labels = {item.task.base_model for item in checked if isinstance(item, PreparedTask)}
-        self._bases.join_labels(labels if self.told is None else {*labels, self.told})
+        self._bases.join_labels(labels if self.named_base is None else {*labels, self.named_base})
         return self._extras.keep(
             [item if isinstance(item, Refusal) else self._with_base(item) for item in checked], known
         )
 
     def _with_base(self, item: PreparedTask) -> PreparedTask | Refusal:
         """Find the base model of a task; the user specifies it for image adapters, and for others that name none."""
-        told, label, final = self.told, item.task.base_model, item.found.final
-        if label == UNKNOWN_BASE or (told is not None and final.format.is_for_images):
-            task = replace(item.task, base_model=told or UNKNOWN_BASE)
-            item = replace(item, task=task, base_is_told=told is not None, base_is_guess=False)
-        elif told is not None and self._bases.name_of(told) != self._bases.name_of(label):
-            alias = f"run `icm base alias {told} {label}` if they are the same model"
+        named_base, label, final = self.named_base, item.task.base_model, item.found.final
+        if label == UNKNOWN_BASE or (named_base is not None and final.format.is_for_images):
+            task = replace(item.task, base_model=named_base or UNKNOWN_BASE)
+            item = replace(item, task=task, base_is_named=named_base is not None, base_is_guess=False)
+        elif named_base is not None and self._bases.name_of(named_base) != self._bases.name_of(label):
+            alias = f"run `icm base alias {named_base} {label}` if they are the same model"
             hint = f"{alias}; otherwise ingest it without --base-model"
-            error = AdapterRefused(f"it was trained for {label!r}, not for {told!r}", kind="base-model", hint=hint)
+            error = AdapterRefused(
+                f"it was trained for {label!r}, not for {named_base!r}", kind="base-model", hint=hint
+            )
             return Refusal(error, item.found.folder)
         if final.format.name == "gguf" and item.task.base_model != UNKNOWN_BASE:
             from icmlora.formats.pairs.gguf import architecture_of
@@ -212,7 +214,7 @@ class Ingestion:
             known,
             on_conflict=self.on_conflict,
             restore=self.restore,
-            told_bases={item.task.name for item in offers if item.base_is_told},
+            named_bases={item.task.name for item in offers if item.base_is_named},
             withheld={str(one.weights) for task in evicted.values() for one in task.adapters if one.is_evicted},
             dry_run=self._target is None,
         )

@@ -25,7 +25,7 @@ def record(
     *,
     on_conflict: OnConflict | None = None,
     restore: bool = False,
-    told_bases: Collection[str] = (),
+    named_bases: Collection[str] = (),
     withheld: Collection[str] = (),
     dry_run: bool = False,
 ) -> list[TaskIngested | TaskConflict]:
@@ -39,7 +39,7 @@ def record(
         on_conflict: What to do if a task exists with another final adapter. None adds a version if it comes from the
             same folder, and fails otherwise.
         restore: Store the weights of evicted adapters again.
-        told_bases: Names of offers whose base model the user named: known tasks without a base model get it.
+        named_bases: Names of offers whose base model the user named: known tasks without a base model get it.
         withheld: Digests of evicted weights that were not stored.
         dry_run: Return the same, and write nothing.
 
@@ -60,7 +60,7 @@ def record(
             base, present = bases[offer.base_model], known.get(offer.name.lower())
             offered = replace(offer, base_model=base, label=None if offer.base_model == base else offer.base_model)
             try:
-                task, result = _decide(present, offered, on_conflict, restore, offer.name in told_bases)
+                task, result = _decide(present, offered, on_conflict, restore, offer.name in named_bases)
             except TaskConflict as error:
                 results.append(error)
                 continue
@@ -81,7 +81,7 @@ def record(
 
 
 def _decide(
-    known: Task | None, offered: Task, on_conflict: OnConflict | None, restore: bool, base_is_told: bool
+    known: Task | None, offered: Task, on_conflict: OnConflict | None, restore: bool, base_is_named: bool
 ) -> tuple[Task, TaskIngested]:
     """Return a task as it will be, which is the known task itself if it does not change, and the result."""
     if known is None:
@@ -91,7 +91,7 @@ def _decide(
         return task, result
     is_same = (known.final.weights, known.final.config) == (offered.final.weights, offered.final.config)
     # The label of the same adapter may mean another base model elsewhere, as a relative path does.
-    if is_same and (not base_is_told or offered.base_model == known.base_model):
+    if is_same and (not base_is_named or offered.base_model == known.base_model):
         return _updated(known, offered, restore)
     if is_same and known.base_model == UNKNOWN_BASE:
         return _updated(known, offered, restore, base_model=offered.base_model, label=offered.label)

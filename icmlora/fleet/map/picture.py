@@ -166,16 +166,16 @@ def _support_sets(spot: _Placed) -> Iterator[str]:
 
 def _marker(spot: _Placed, row: int | None) -> str:
     near = spot.task.nearest
-    told = f"{spot.task.name}: nearest is {near.task} at {near.distance:.2f}"
-    return _shape(0 if spot.is_alone else spot.task.cluster, *spot.point, told, row)
+    tooltip = f"{spot.task.name}: nearest is {near.task} at {near.distance:.2f}"
+    return _shape(0 if spot.is_alone else spot.task.cluster, *spot.point, tooltip, row)
 
 
-def _shape(cluster: int, x: float, y: float, told: str = "", row: int | None = None) -> str:
-    """Write the marker of a cluster, or of a task that is alone (0). `told` appears under the pointer."""
+def _shape(cluster: int, x: float, y: float, tooltip: str = "", row: int | None = None) -> str:
+    """Write the marker of a cluster, or of a task that is alone (0). `tooltip` appears under the pointer."""
     number = cluster - 1
     path = _SHAPES[number % len(_SHAPES)] if cluster else _SHAPES[0]
     paint = 'class="alone"' if not cluster else f'fill="{_COLOURS[number % len(_COLOURS)]}"'
-    inner = f"<title>{escape(printable(told, 400))}</title>" if told else ""
+    inner = f"<title>{escape(printable(tooltip, 400))}</title>" if tooltip else ""
     number_of_row = "" if row is None else f' data-row="{row}"'
     return f'<path {paint} d="{path}" transform="translate({x:.1f} {y:.1f})"{number_of_row}>{inner}</path>'
 

@@ -23,7 +23,7 @@ from icmlora.fleet.measure.report import EvaluateReport, Measurable, TaskEvaluat
 from icmlora.fleet.resources.decoding import read_context
 from icmlora.fleet.resources.loading import ModelCache
 from icmlora.fleet.resources.texts import adapter_template, own_text
-from icmlora.fleet.resources.workers import Tell, worker_pool
+from icmlora.fleet.resources.workers import OnProgress, worker_pool
 from icmlora.formats.catalogue import format_named
 from registry.errors import TaskNotFound
 from registry.filters import Selection
@@ -58,16 +58,18 @@ def evaluate_in(
             check_examples(given, path=data, any_row=has_loaders())
         chosen = _tasks_with_text(store, tasks, shard, report, is_given=data is not None)
         failures = FailureLog(context, report, len(chosen))
-        tell = context.counting(report.done, len(chosen))
+        on_progress = context.counting(report.done, len(chosen))
         by_base = {label: list(group) for label, group in groupby(chosen, key=lambda task: task.base_model)}
         with worker_pool(context, store, device=device, workers=workers) as pool:
             for base_model, of_base in by_base.items():
-                tell(f"loading {base_model}")
+                on_progress(f"loading {base_model}")
                 asked = sources, data, given, max_tokens
-                results = pool.each(evaluate_tasks, of_base, tell, *asked, with_context=with_context, again=again)
+                results = pool.each(
+                    evaluate_tasks, of_base, on_progress, *asked, with_context=with_context, again=again
+                )
                 for task, result in failures.results(base_model, results):
                     _record(context, store, task.name, result, report)
-                    tell(task.name)
+                    on_progress(task.name)
         failures.check(len(by_base))
     return report
 
@@ -85,7 +87,7 @@ class _TaskResults:
 def evaluate_tasks(
     models: ModelCache,
     tasks: Sequence[Task],
-    tell: Tell,
+    on_progress: OnProgress,
     sources: Sequence[Source],
     path: Path | None,
     data: bytes | None,
@@ -107,8 +109,8 @@ def evaluate_tasks(
             losses = TaskLosses(models, task, text, max_tokens)
             results = losses.measure(sources, again=again)
             context = read_context(models.store.blobs.read, task.final) if with_context else None
-            behind = losses.with_context(texts.of(task, context), sources, results) if context else {}
-            outcome = TaskEvaluated(task.name, results, behind, text.skipped, base.dtype)
+            contextual = losses.with_context(texts.of(task, context), sources, results) if context else {}
+            outcome = TaskEvaluated(task.name, results, contextual, text.skipped, base.dtype)
             result = _TaskResults(outcome, task, losses.made, text.note)
         except (BaseModelNotFound, BaseModelUnsuited) as error:
             result = BaseUnavailable(error)

@@ -33,7 +33,7 @@ from icmlora.fleet.tasks.tasks import header_of
 from icmlora.formats.file_header import frequent_tags, trigger_words
 from registry.manifests import Task
 
-MOST_EDGE = 512
+MAX_EDGE = 512
 """Width and height of a picture on the page, at most."""
 _MAX_PROMPT = 300  # characters of what a header says
 _ROUNDING = 1e-3
@@ -209,11 +209,11 @@ def distances(drawn: Mapping[str, Mapping[tuple[str, int], Pixels]]) -> Distance
 
 
 def data_uri(picture: Pixels) -> str:
-    """Return a picture, uint8 (height, width, 3), as WebP in a data URI of at most `MOST_EDGE` pixels a side."""
+    """Return a picture, uint8 (height, width, 3), as WebP in a data URI of at most `MAX_EDGE` pixels a side."""
     from PIL import Image
 
     image = Image.fromarray(picture)
-    image.thumbnail((MOST_EDGE, MOST_EDGE), Image.Resampling.LANCZOS)
+    image.thumbnail((MAX_EDGE, MAX_EDGE), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     image.save(stream, "WEBP", quality=90)
     return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -38,12 +38,12 @@ class Tick:
 
 @dataclass(frozen=True)
 class Dot:
-    """A task; `told` appears under the pointer."""
+    """A task; `tooltip` appears under the pointer."""
 
     x: float
     y: float
     row: int
-    told: str
+    tooltip: str
 
 
 @dataclass(frozen=True)
@@ -150,13 +150,13 @@ class _Space:
 
     def code(self, task: TaskBill, row: int) -> Dot:
         value = self.value(task)
-        told = f"{escape(task.row.name)}: {human_size(task.size)}, {self.quality} {value:.3f}"
-        return Dot(self.x(task.size), self.y(value), row, told)
+        tooltip = f"{escape(task.row.name)}: {human_size(task.size)}, {self.quality} {value:.3f}"
+        return Dot(self.x(task.size), self.y(value), row, tooltip)
 
     def original(self, task: TaskBill, row: int) -> Dot:
         best = 1.0 if self.quality == "retained gain" else 0.0
-        told = f"{escape(task.row.name)}: original, {human_size(task.bf16_size)} in bf16"
-        return Dot(self.x(task.bf16_size), self.y(best), row, told)
+        tooltip = f"{escape(task.row.name)}: original, {human_size(task.bf16_size)} in bf16"
+        return Dot(self.x(task.bf16_size), self.y(best), row, tooltip)
 
     def across(self) -> list[Tick]:
         """Return marks at powers of 4 bytes, KiB, MiB; fewer where there is little room."""

@@ -55,12 +55,12 @@ _SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do by default with processes that have no card
 }
 
-Tell = Callable[[str], None]
+OnProgress = Callable[[str], None]
 """Called with a note between the steps of a task; may raise `Cancelled`."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Work = Callable[Concatenate[ModelCache, Sequence["Task"], Tell, P], Iterator[tuple["Task", R]]]
+Work = Callable[Concatenate[ModelCache, Sequence["Task"], OnProgress, P], Iterator[tuple["Task", R]]]
 """A function of a module that yields tasks of one base model with their results, and writes nothing."""
 
 
@@ -91,7 +91,7 @@ def worker_pool(context: Context, store: Store, *, device: str, workers: str | N
         else:
             count, cpus, gpus = _of_cluster(ray, workers, device)
             threads = cpus
-        here = replace(context, address=address, on_event=ignore, patience=None)
+        here = replace(context, address=address, on_event=ignore, deadline=None)
         actor = ray.remote(_Worker).options(num_cpus=cpus, num_gpus=gpus)
         pool = _Pool(ray, lambda: actor.remote(here, device, threads), count, store)
         try:
@@ -121,9 +121,9 @@ def check_place(device: str, workers: str | None) -> None:
         raise InvalidWorkers(fact, hint="write 4, or ray://HOST:10001")
 
 
-def naming(task: Task, tell: Tell) -> Tell:
+def naming(task: Task, on_progress: OnProgress) -> OnProgress:
     """Return a function that reports the work on one task, with its name in front."""
-    return lambda note: tell(f"{task.name}: {note}")
+    return lambda note: on_progress(f"{task.name}: {note}")
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,10 @@ class _ThisProcess:
     models: ModelCache
 
     def each(
-        self, work: Work[P, R], tasks: Sequence[Task], tell: Tell, *args: P.args, **kwargs: P.kwargs
+        self, work: Work[P, R], tasks: Sequence[Task], on_progress: OnProgress, *args: P.args, **kwargs: P.kwargs
     ) -> Iterator[tuple[Task, R | Failed]]:
-        """Call `work` with models, tasks, `tell` and the other arguments; yield tasks with their results."""
-        yield from work(self.models, tasks, tell, *args, **kwargs)
+        """Call `work` with models, tasks, `on_progress` and the other arguments; yield tasks with their results."""
+        yield from work(self.models, tasks, on_progress, *args, **kwargs)
 
 
 class _Worker:
@@ -181,7 +181,7 @@ class _Pool:
         self._running: dict[Any, tuple[Any, Task]] = {}
 
     def each(
-        self, work: Work[P, R], tasks: Sequence[Task], tell: Tell, *args: P.args, **kwargs: P.kwargs
+        self, work: Work[P, R], tasks: Sequence[Task], on_progress: OnProgress, *args: P.args, **kwargs: P.kwargs
     ) -> Iterator[tuple[Task, R | Failed]]:
         """Call `work` as `_ThisProcess` does, with one task at a time; its arguments and results are pickled."""
         call = self._ray.put((work, args, kwargs))  # once: a file of held-out text may be among the arguments
@@ -191,7 +191,7 @@ class _Pool:
         while waiting or self._running:
             self._hand_out(waiting, call)
             done, _ = self._ray.wait(list(self._running), timeout=_POLL_SECONDS)
-            tell(f"{len(self._running)} in work")
+            on_progress(f"{len(self._running)} in work")
             for reference in done:
                 worker, task = self._running.pop(reference)
                 try:

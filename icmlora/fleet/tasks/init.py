@@ -87,12 +87,12 @@ def _recover(context: Context, blobs: str | None) -> InitReport:
     if blobs is None:
         hint = "run `icm verify --repair` to rebuild the database of a store folder"
         raise OptionsConflict("--recover needs --blobs, the location of the files", hint=hint)
-    patience = context.patience
-    assert patience is not None
+    deadline = context.deadline
+    assert deadline is not None
     if isinstance(context.address, DatabaseUrl):
         from registry.storage.server import recover_server
 
-        recover_server(context.address, blobs, command=context.command, patience=patience)
+        recover_server(context.address, blobs, command=context.command, deadline=deadline)
     else:
         from registry.storage.blobs.place import recover_location
         from registry.storage.folder import prepare_folder

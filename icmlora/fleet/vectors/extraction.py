@@ -14,7 +14,7 @@ from icmlora.errors import BaseModelNotFound, BaseModelUnsuited
 from icmlora.fleet.failures import FAILURES, BaseUnavailable, Failed, as_error
 from icmlora.fleet.resources.loading import ModelCache, read_runnable
 from icmlora.fleet.resources.texts import read_samples
-from icmlora.fleet.resources.workers import Tell
+from icmlora.fleet.resources.workers import OnProgress
 from icmlora.task_vectors.extraction import extract_adapted, extract_context
 from icmlora.task_vectors.file import vectors_to_bytes
 from icmlora.task_vectors.vector import TaskVector, VectorSettings
@@ -42,7 +42,7 @@ class ExtractedVectors:
 
 
 def extract_tasks(
-    models: ModelCache, tasks: Sequence[Task], tell: Tell
+    models: ModelCache, tasks: Sequence[Task], on_progress: OnProgress
 ) -> Iterator[tuple[Task, ExtractedVectors | Failed | BaseUnavailable]]:
     """Extract the vectors of each task of one base model."""
     for task in tasks:

@@ -88,16 +88,16 @@ def extract_vectors(
         def finished() -> int:
             return len(report.done) + len(report.changed) + len(report.failed)
 
-        def tell(note: str) -> None:
+        def on_progress(note: str) -> None:
             context.progress(finished(), failures.total, note)
 
         context.progress(0, failures.total)
         with worker_pool(context, store, device=device, workers=workers) as pool:
             for label, of_base in todo.items():
-                tell(f"loading {label}")
-                for task, extracted in failures.results(label, pool.each(extract_tasks, of_base, tell)):
+                on_progress(f"loading {label}")
+                for task, extracted in failures.results(label, pool.each(extract_tasks, of_base, on_progress)):
                     _record(context, store, task, extracted, report)
-                    tell(task.name)
+                    on_progress(task.name)
                     first = first or (finished(), time.monotonic())
                     done = finished() - first[0]
                     if done >= _MEASURED and not is_estimated:

@@ -15,7 +15,7 @@ from registry.manifests import Generator, Task, relative_error
 from registry.names import split_label
 
 if TYPE_CHECKING:
-    from icmlora.fewshot.guard import Guard
+    from icmlora.fewshot.guard import AblationReport
     from icmlora.fleet.write.sources import ResolvedSource
 
 _CARD = """\
@@ -155,7 +155,7 @@ class GeneratedCard:
     refined: int
     distilled: int
     description: str | None  # what the user said about the task
-    guard: Guard | None = None  # the losses with and without it and its context
+    guard: AblationReport | None = None  # the losses with and without it and its context
     has_context: bool = False
     is_made_for_it: bool = False
 

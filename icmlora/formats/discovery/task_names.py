@@ -75,7 +75,7 @@ def names_above(folder: Path) -> list[str]:
         name = match["name"]
         if _main_commit(repository) not in (None, folder.name):
             name = f"{name}-{folder.name[:7]}"
-        return [name, *filter(None, [match["owner"]]), folder.name[:7], *_telling(repository.parent)]
+        return [name, *filter(None, [match["owner"]]), folder.name[:7], *_informative(repository.parent)]
     return [folder.name, *_above(folder)]
 
 
@@ -149,7 +149,7 @@ def _above(folder: Path) -> list[str]:
     return names
 
 
-def _telling(folder: Path) -> list[str]:
+def _informative(folder: Path) -> list[str]:
     return [*([] if not folder.name or is_generic(folder.name) else [folder.name]), *_above(folder)]
 
 

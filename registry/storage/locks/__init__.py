@@ -8,7 +8,7 @@
 acquires it again. A process that waits for the exclusive store lock has released the shared one. So waiting processes
 hold at most job locks, and holders of the store lock never wait: no two processes ever wait for each other.
 
-**One deadline.** All waits of a command together take no longer than its `Patience`, those for the database included.
+**One deadline.** All waits of a command together take no longer than its `Deadline`, those for the database included.
 
 New readers let a process that just began to wait for the exclusive store lock go first, for at most two seconds: a
 busy store would never be without a reader.
@@ -27,14 +27,14 @@ from typing import Protocol
 from registry.errors import StoreLocked
 
 POLL_SECONDS = 0.05
-TOLD_EVERY = 1.0  # seconds
+NOTIFY_EVERY = 1.0  # seconds
 HEAD_START = 2.0  # seconds for which new readers let a waiting exclusive command go first
 
 
 class StoreLock(Protocol):
     """The locks of one store, as one process has them.
 
-    Each method waits, as long as the command's patience lasts, and then raises `StoreLocked`.
+    Each method waits, as long as the command's deadline lasts, and then raises `StoreLocked`.
     """
 
     def enter(self) -> None:
@@ -60,13 +60,13 @@ class StoreLock(Protocol):
         ...
 
 
-def in_use(fact: str, patience: Patience, path: Path | str) -> StoreLocked:
+def in_use(fact: str, deadline: Deadline, path: Path | str) -> StoreLocked:
     """Return the error for a wait that came to its end."""
-    hint = f"waited {patience.seconds:g} s in total; run the command again later, or raise --lock-timeout"
+    hint = f"waited {deadline.seconds:g} s in total; run the command again later, or raise --lock-timeout"
     return StoreLocked(fact, path=path, hint=hint)
 
 
-class Patience:
+class Deadline:
     """How long a command may wait for other processes: the same seconds for all its waits together.
 
     Args:
@@ -82,13 +82,13 @@ class Patience:
         """Repeat an attempt until it succeeds, and return True; or False once no time is left."""
         if attempt():
             return True
-        began = told = time.monotonic()
+        began = notified = time.monotonic()
         left = self.left
         with self.counted():
             while (now := time.monotonic()) - began < left:
-                if whom is not None and now - told >= TOLD_EVERY:
+                if whom is not None and now - notified >= NOTIFY_EVERY:
                     self._notify(f"waiting for {whom()}")
-                    told = now
+                    notified = now
                 time.sleep(POLL_SECONDS)
                 if attempt():
                     return True

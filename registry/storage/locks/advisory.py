@@ -21,7 +21,7 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from registry.errors import RegistryError
 from registry.names import DatabaseUrl
-from registry.storage.locks import HEAD_START, Patience, in_use
+from registry.storage.locks import HEAD_START, Deadline, in_use
 from registry.storage.postgres import connection_errors
 
 _TURN = 0.5  # seconds that a session waits in the queue of a lock at a time
@@ -42,11 +42,11 @@ class AdvisoryLock:
         engine: Owner of the one connection that writes; see `registry.storage.postgres.only_connection`.
         store: The number of the store, which others in this database do not have.
         url: The address of the database, for messages.
-        patience: How long a command waits in all.
+        deadline: How long a command waits in all.
     """
 
-    def __init__(self, engine: Engine, store: str, *, url: DatabaseUrl, patience: Patience) -> None:
-        self._engine, self._url, self._patience = engine, url, patience
+    def __init__(self, engine: Engine, store: str, *, url: DatabaseUrl, deadline: Deadline) -> None:
+        self._engine, self._url, self._patience = engine, url, deadline
         self._store, self._subject = store, f"the store {url}"
         self._key = _key_of(store, "store")
         self._has_asked = False

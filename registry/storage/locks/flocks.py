@@ -19,7 +19,7 @@ from pathlib import Path
 
 from registry import files as fs
 from registry.files import LockKind, store_errors
-from registry.storage.locks import HEAD_START, Patience, in_use
+from registry.storage.locks import HEAD_START, Deadline, in_use
 
 _MAX_NAMES_BYTES = 4096
 _KEPT_NAMES = 16  # of others that are alive, when the file is cut
@@ -31,11 +31,11 @@ class FileLock:
     """A lock on one file, held until :meth:`close`."""
 
     def __init__(
-        self, path: Path, *, patience: Patience, command: str, writable: bool = True, subject: str | None = None
+        self, path: Path, *, deadline: Deadline, command: str, writable: bool = True, subject: str | None = None
     ) -> None:
         """Open the lock file without taking the lock; `command` is what others see of this process."""
         self._path = path
-        self._patience = patience
+        self._patience = deadline
         self._command = " ".join(command.split())[:200]
         self._writable = writable
         self._subject = subject or f"the store {path.parent}"
@@ -156,10 +156,10 @@ class FolderLock(FileLock):
     """The locks of a store folder: see `registry.storage.locks.StoreLock`."""
 
     def __init__(
-        self, path: Path, jobs: Callable[[str], Path], *, patience: Patience, command: str, writable: bool = True
+        self, path: Path, jobs: Callable[[str], Path], *, deadline: Deadline, command: str, writable: bool = True
     ) -> None:
         """Open the lock file of the store; `jobs` says which file is locked for the jobs of a base model."""
-        super().__init__(path, patience=patience, command=command, writable=writable)
+        super().__init__(path, deadline=deadline, command=command, writable=writable)
         self._jobs = jobs
 
     @contextmanager
@@ -169,7 +169,7 @@ class FolderLock(FileLock):
         with store_errors(path):
             # The first job of a store makes the folder.
             path.parent.mkdir(exist_ok=True)
-            lock = FileLock(path, patience=self._patience, command=self._command, subject=subject)
+            lock = FileLock(path, deadline=self._patience, command=self._command, subject=subject)
         try:
             # Not reentrant: a job does not start another one.
             lock.hold(shared=shared, without=self)

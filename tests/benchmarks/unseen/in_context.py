@@ -36,7 +36,7 @@ from icmlora.base_models.modality import BaseModel
 from icmlora.base_models.running.lora_hooks import added
 from icmlora.fewshot.context_choice import ContextScorer
 from icmlora.fewshot.described import described_context, described_samples
-from icmlora.fewshot.guard import Guard
+from icmlora.fewshot.guard import AblationReport
 from icmlora.fewshot.start import FewShotStart
 from icmlora.fleet.few_shot.from_samples import Made
 from tests.benchmarks.unseen import fitted, rows
@@ -219,7 +219,7 @@ def _guarded(gains: Mapping[str, Mapping[str, float]], row: str, notes: Mapping[
     said: dict[str, str] = {}
     for task, losses in guards.items():  # as it is today, of losses that were measured earlier
         losses.pop("recommended")
-        said[task] = Guard(**losses).recommended
+        said[task] = AblationReport(**losses).recommended
     better = {
         task: max(gains[f"prompt-{count}"][task], gains[f"icm-{count}"][task]) - gains[row][task]
         for task in said

@@ -13,7 +13,7 @@ from icmlora.base_models.examples.examples import Example, plain
 from icmlora.base_models.modality import BaseModel, Score
 from icmlora.errors import DataError
 from icmlora.fewshot.context_choice import ContextScorer, choose_context
-from icmlora.fewshot.guard import ContextAblation, Guard, left_out
+from icmlora.fewshot.guard import AblationReport, ContextAblation, left_out
 from tests.icmlora.tiny_base import load_tiny_base
 
 TEXTS = plain(f"text {number:02d}, some more words" for number in range(24))
@@ -122,18 +122,18 @@ def test_chats_have_their_plain_form_where_there_is_no_template(prompted: Contex
 def test_the_cheapest_of_what_is_about_as_good_is_recommended(
     losses: tuple[float, float, float, float], recommended: str
 ) -> None:
-    assert Guard(*losses, samples=4).recommended == recommended
+    assert AblationReport(*losses, samples=4).recommended == recommended
 
 
 def test_a_context_that_is_no_help_by_itself_is_not_recommended() -> None:
-    assert Guard(3.0, 3.01, 2.9, 2.85, samples=4).recommended == "adapter"
+    assert AblationReport(3.0, 3.01, 2.9, 2.85, samples=4).recommended == "adapter"
 
 
 @pytest.mark.parametrize(("least", "recommended"), [(0.1, "both"), (0.3, "adapter")])
 def test_where_no_adapter_was_measured_the_context_has_to_be_of_help_beyond_chance(
     least: float, recommended: str
 ) -> None:
-    assert Guard(3.0, 2.8, None, None, samples=3, in_turn=True, least=least).recommended == recommended
+    assert AblationReport(3.0, 2.8, None, None, samples=3, leave_one_out=True, least=least).recommended == recommended
 
 
 def test_each_of_a_few_samples_is_read_behind_the_others(prompted: ContextScorer) -> None:

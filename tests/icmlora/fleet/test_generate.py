@@ -99,7 +99,7 @@ def test_samples_that_are_no_help_in_a_prompt_are_no_context_and_the_adapter_sta
     alone = able.generate("noise", samples, tmp_path / "alone", context_tokens=0, device="cpu")
     assert made.guard is not None
     assert made.guard.context > made.guard.neither
-    assert (made.guard.helps, made.guard.in_turn, made.guard.adapter is None) == (False, count == 3, count == 3)
+    assert (made.guard.helps, made.guard.leave_one_out, made.guard.adapter is None) == (False, count == 3, count == 3)
     assert (made.context_samples, (tmp_path / "made" / "context.txt").exists()) == (0, False)
     assert made.weights == alone.weights
 

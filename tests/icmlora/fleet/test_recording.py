@@ -34,8 +34,8 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 def one(store: Store, offered: Task, **options: Any) -> TaskIngested:
     """Record one task; raise its conflict."""
-    told = options.pop("base_is_told", False)
-    (outcome,) = record(store, [offered], told_bases={offered.name} if told else (), **options)
+    told = options.pop("base_is_named", False)
+    (outcome,) = record(store, [offered], named_bases={offered.name} if told else (), **options)
     if isinstance(outcome, TaskConflict):
         raise outcome
     return outcome
@@ -180,7 +180,7 @@ def test_a_task_without_a_base_model_gets_the_one_that_the_user_names(store: Sto
     one(store, offered)
     told = replace(offered, base_model="acme/told")
     assert one(store, told).base_model == UNKNOWN_BASE  # an adapter that names one elsewhere does not move it
-    outcome = one(store, told, base_is_told=True)
+    outcome = one(store, told, base_is_named=True)
     assert (outcome.status, store.task("rust").base_model) == ("updated", "acme/told")
 
 
@@ -189,8 +189,8 @@ def test_another_base_model_for_the_same_adapter_is_a_version_only_if_asked(stor
     one(store, offered)
     other = replace(offered, base_model="acme/other")
     with pytest.raises(TaskConflict, match="belongs to base model"):
-        one(store, other, base_is_told=True)
-    outcome = one(store, other, base_is_told=True, on_conflict="version")
+        one(store, other, base_is_named=True)
+    outcome = one(store, other, base_is_named=True, on_conflict="version")
     assert (outcome.version, store.task("rust").base_model) == (2, "acme/other")
 
 

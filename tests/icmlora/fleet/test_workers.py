@@ -17,7 +17,7 @@ from icmlora.errors import InvalidWorkers, WorkersUnavailable
 from icmlora.fleet.context import Context
 from icmlora.fleet.failures import Failed
 from icmlora.fleet.resources.loading import ModelCache
-from icmlora.fleet.resources.workers import ATTEMPTS, Tell, _Pool, _Worker, worker_pool
+from icmlora.fleet.resources.workers import ATTEMPTS, OnProgress, _Pool, _Worker, worker_pool
 from registry.errors import RegistryError, StoreUnavailable
 from registry.manifests import Task
 from registry.names import DatabaseUrl
@@ -77,7 +77,7 @@ def store(ingested: Fleet) -> Iterator[Store]:
         yield opened
 
 
-def unused(models: ModelCache, tasks: Sequence[Task], tell: Tell) -> Iterator[tuple[Task, str]]:
+def unused(models: ModelCache, tasks: Sequence[Task], on_progress: OnProgress) -> Iterator[tuple[Task, str]]:
     """Stand for what a worker calls."""
     raise AssertionError
 
@@ -202,6 +202,6 @@ def test_a_worker_that_does_not_reach_the_database_says_which_machine_it_is_on()
     assert "in its own environment" in (caught.value.hint or "")
 
 
-def read_tasks(models: ModelCache, tasks: Sequence[Task], tell: Tell) -> Iterator[tuple[Task, str]]:
+def read_tasks(models: ModelCache, tasks: Sequence[Task], on_progress: OnProgress) -> Iterator[tuple[Task, str]]:
     """Read tasks of the store."""
     yield from ((task, task.name) for task in models.store.tasks())

@@ -26,7 +26,7 @@ __all__ = ["quick_codes"]
 
 
 @pytest.fixture(autouse=True)
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+def deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have requests wait for a slow store, and see each change at once: on a busy machine a look may take long."""
     monkeypatch.setattr("icmlora.serving.tasks._PATIENCE", 10.0)
     monkeypatch.setattr("icmlora.serving.store._PATIENCE", 10.0)
