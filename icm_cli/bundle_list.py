@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from icm_cli.output import Field
 from icm_cli.session import Session
 from icm_cli.text import claim_json, figure
+from icmlora.fleet.context import check_base_model
 from icmlora.fleet.measure.metric_result import gain_text
 from icmlora.io.text import human_size, in_ranges
 
@@ -30,7 +31,6 @@ _FIELDS: tuple[Field[dict[str, Any]], ...] = (
 def list_bundle(session: Session, file: Path, base_model: str | None) -> None:
     """Print the tasks of a bundle. Reads only its index."""
     from icmlora.fleet.bundles.bundles import Bundle
-    from icmlora.fleet.context import check_base_model
 
     out, bundle = session.out, Bundle(file)
     check_base_model(base_model, (bundle.base_model,))

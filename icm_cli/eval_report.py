@@ -11,6 +11,7 @@ from icm_cli.report import print_skipped
 from icm_cli.session import Session
 from icm_cli.text import SOURCES, errors_json, figure
 from icmlora.fleet.measure.metric_result import MetricResult, measured_in
+from icmlora.fleet.measure.report import TaskEvaluated
 from icmlora.io.text import counted
 
 if TYPE_CHECKING:
@@ -117,8 +118,6 @@ def no_gain(task: str, scores: Mapping[Source, MetricResult], gains: Collection[
 
 def print_measured(session: Session, event: Event) -> None:
     """Print a measured task as a JSON line, and details about its rows."""
-    from icmlora.fleet.measure.report import TaskEvaluated
-
     if isinstance(event, TaskEvaluated):
         sources, with_context = (
             {source: _as_json(result) for source, result in results.items()}

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Generic, TextIO, TypeVar
 
 from icm_cli.config import switched_on
 from icm_cli.errors import Failure, UsageProblem
+from icm_cli.progress import PlainProgress, ProgressDisplay, RichProgress
 from icm_cli.table import GAP, laid_out
 from icm_cli.table import Column as Column
 from icmlora.io.text import escape, escape_lines, width
@@ -162,8 +163,6 @@ class Output:
 
     def progress(self, label: str) -> ProgressDisplay:
         """Return a progress display on stderr: a bar on a terminal, otherwise a line every few seconds."""
-        from icm_cli.progress import PlainProgress, ProgressDisplay, RichProgress
-
         if not self._progress or self.mode in (Mode.JSON, Mode.QUIET):
             return ProgressDisplay()
         if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":

@@ -19,6 +19,7 @@ from icm_cli.config import Settings, cache_folder, load_settings
 from icm_cli.options import JsonOpt, LockTimeoutOpt, NoProgressOpt, QuietOpt, StoreOpt, VerboseOpt
 from icm_cli.output import Output
 from icmlora.errors import Cancelled
+from icmlora.fleet.context import Context, Progress, StageBegun, TaskDamaged, Waiting, address_of
 from icmlora.io.text import counted, some
 
 if TYPE_CHECKING:  # commands without a store, such as --help, do not import the library
@@ -67,8 +68,6 @@ class Session:
     @property
     def context(self) -> Context:
         """The store, for work without a progress display."""
-        from icmlora.fleet.context import Context, address_of
-
         store, timeout = address_of(self.settings.store.value), self.settings.lock_timeout.value
         return Context(store, cache_folder, timeout, self.command, self._hear)
 
@@ -83,8 +82,6 @@ class Session:
         self, label: str, on_event: Callable[[Event], None] | None = None
     ) -> Iterator[Callable[[Event], None]]:
         """Yield an event handler for a use case and show progress. Ctrl-C stops the work at the next event."""
-        from icmlora.fleet.context import Progress, StageBegun, TaskDamaged, Waiting
-
         with ExitStack() as shown, self._catching_signals() as received:
             display = shown.enter_context(self.out.progress(label))
 
@@ -120,8 +117,6 @@ class Session:
 
     def _hear(self, event: Event) -> None:
         """Handle the events of all commands: a task with damaged rows, or another process that holds a lock."""
-        from icmlora.fleet.context import TaskDamaged, Waiting
-
         if isinstance(event, TaskDamaged) and event.task not in self.damaged:
             self.damaged[event.task] = event.message
             if self.out.is_json:

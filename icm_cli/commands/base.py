@@ -12,6 +12,7 @@ from icm_cli.command import Call, command
 from icm_cli.output import Column
 from icm_cli.session import Session
 from icm_cli.text import joined_text
+from icmlora.base_models.finding.mirrors import original_of
 from icmlora.fleet.bases.base_models import (
     KnownBase,
     NameTaken,
@@ -105,7 +106,6 @@ _REASONS = {
 
 
 def _document(base: KnownBase) -> dict[str, object]:
-    from icmlora.base_models.finding.mirrors import original_of
 
     return {
         "name": base.base.name,

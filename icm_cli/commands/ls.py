@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated
 
+from icm_cli.bundle_list import list_bundle
 from icm_cli.command import Call, command
 from icm_cli.errors import UsageProblem
 from icm_cli.output import Column, Field
@@ -29,8 +30,6 @@ def ls(session: Session, call: Call[list[TaskRow]], bundle: BundleFile = None, t
         _list_tags(session)
         return
     if bundle is not None:
-        from icm_cli.bundle_list import list_bundle
-
         if filters or call["sort"] is not None or limit is not None:
             raise UsageProblem(
                 "--from excludes --filter, --sort and --limit", hint="list the whole bundle, or import it first"

@@ -11,6 +11,7 @@ from icm_cli.errors import UsageProblem
 from icm_cli.output import Column
 from icm_cli.session import Session
 from icmlora.fleet.params import BaseModelName, Device, Limit, Loader, Param
+from icmlora.fleet.tasks.described import find_described
 from icmlora.io.text import counted
 
 SamplesOpt = Annotated[
@@ -109,7 +110,6 @@ def recognize(
 
 
 def _print_described(session: Session, description: str, base_model: str | None, limit: int | None) -> None:
-    from icmlora.fleet.tasks.described import find_described
 
     found, out = find_described(session.context, description, base_model=base_model, limit=limit), session.out
     out.document({"candidates": [{"task": one.task, "score": one.score} for one in found]})

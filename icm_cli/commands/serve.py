@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Annotated
 from icm_cli.command import Call, command
 from icm_cli.errors import CliError, UsageProblem
 from icm_cli.session import Session
+from icmlora.fleet.context import check_base_model
 from icmlora.fleet.params import BundleFile, Param
 from icmlora.io.text import counted, escape, escape_lines, parse_bytes, utc
+from icmlora.serving.folders import AdapterFolders, default_root
 from icmlora.serving.gateway.settings import ACCESS, ADAPTERS, MAX_HEADER_SECONDS, GatewaySettings, gateway_settings
 from icmlora.serving.requirements import EngineName
 
@@ -89,8 +91,6 @@ def serve(
             raise
         fact = f"`icm serve` needs the package {error.name}, which is not installed"
         raise CliError(fact, hint="install the extra: pip install 'icm-lora[serve]'") from error
-    from icmlora.fleet.context import check_base_model
-    from icmlora.serving.folders import AdapterFolders, default_root
 
     host, token = call["host"], _token(call["token"], token_file, no_token)
     is_open = no_token or token is not None

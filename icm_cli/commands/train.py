@@ -16,10 +16,12 @@ from icm_cli.errors import ExitCode, Interrupted, UsageProblem
 from icm_cli.output import Output
 from icm_cli.session import Session
 from icmlora.errors import OtherProcessFailed
+from icmlora.fleet.context import StageBegun
 from icmlora.fleet.few_shot.train import Episodes, train_few_shot
 from icmlora.fleet.measure.metric_result import measured_in
 from icmlora.fleet.params import Param
 from icmlora.fleet.train import train as use_cases
+from icmlora.fleet.train.report import CodeMade, Continued, EpisodeDone, Resumed, StepDone
 from icmlora.fleet.train.update import update as add_tasks
 from icmlora.io.text import counted, human_duration, human_size
 from icmlora.training.ranks import launched
@@ -88,8 +90,6 @@ class _Printed:
 
     def show(self, event: Event) -> None:
         """Print an event, and the stages before it."""
-        from icmlora.fleet.context import StageBegun
-
         out = self.session.out
         if isinstance(event, StageBegun):
             self.catch_up(cast("TrainReport", event.report))
@@ -153,7 +153,6 @@ def _help(session: Session, call: Call[TrainReport] | None) -> ExitCode:
 
 
 def _print_step(session: Session, event: Event) -> None:
-    from icmlora.fleet.train.report import CodeMade, Continued, Resumed, StepDone
 
     out = session.out
     if isinstance(event, StepDone):
@@ -170,7 +169,6 @@ def _print_step(session: Session, event: Event) -> None:
 
 
 def _print_episode(session: Session, event: Event) -> None:
-    from icmlora.fleet.train.report import EpisodeDone
 
     if isinstance(event, EpisodeDone):
         session.out.event("episode", **{**asdict(event.at), "base_model": event.base_model, "task": event.task})

@@ -18,10 +18,14 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar
 
+from icmlora.base_models.finding.locations import find_located, locations
 from icmlora.errors import Cancelled, DataError, InvalidShard
 from icmlora.fleet.params import params_of
+from registry.errors import DamagedStore
+from registry.filters import Selection
 from registry.names import Address
 from registry.names import address_of as address_of
+from registry.storage.locks import Deadline
 
 if TYPE_CHECKING:
     from icmlora.base_models.finding.lookup import FoundBase
@@ -183,8 +187,6 @@ class Context:
 
     def with_deadline(self) -> Context:
         """Return the same for one command: its waits take no longer than the timeout, all of them together."""
-        from registry.storage.locks import Deadline
-
         return replace(self, deadline=Deadline(self.lock_timeout, lambda text: self.on_event(Waiting(text))))
 
     def _report_damage(self, task: str, error: IcmError) -> None:
@@ -261,8 +263,6 @@ def select_tasks(
     store: Store, names: Sequence[str], base_model: str | None = None, shard: Shard | None = None
 ) -> list[Task]:
     """Return the selected tasks, each once, ordered by base model and name."""
-    from registry.filters import Selection
-
     base_model = base_name(store, base_model)
     tasks = store.named(names) if names else list(store.tasks(Selection(base_model=base_model)))
     check_base_model(base_model, {task.base_model for task in tasks}, named=bool(names))
@@ -281,17 +281,12 @@ def check_base_model(base_model: str | None, known: Collection[str], *, named: b
 
 def locate_base(store: Store, label: str) -> FoundBase:
     """Find a base model without loading it; raises `BaseModelNotFound`."""
-    from icmlora.base_models.finding.locations import find_located
-
     base = store.base_model(label)
     return replace(find_located(base.names), task_type=_task_type(store, base.name))
 
 
 def _task_type(store: Store, base_model: str) -> str | None:
     """Return PEFT's task type of the adapters of a base model, as far as one of them tells."""
-    from registry.errors import DamagedStore
-    from registry.filters import Selection
-
     try:
         for task in store.tasks(Selection(base_model=base_model, limit=1)):
             found = json.loads(store.blobs.read(task.final.config)).get("task_type")
@@ -303,8 +298,6 @@ def _task_type(store: Store, base_model: str) -> str | None:
 
 def has_loaders() -> bool:
     """Return whether a base model has a loader, which may read samples of any form."""
-    from icmlora.base_models.finding.locations import locations
-
     return any(known.loader is not None for known in locations().values())
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from icmlora.errors import located
 from icmlora.formats.format import AdapterFormat
+from icmlora.formats.pairs.gguf_file import read_gguf
 from icmlora.io import safetensors
 from icmlora.io.files import read_exactly, read_regular
 
@@ -27,6 +28,4 @@ def check_head(known: AdapterFormat, descriptor: int, size: int) -> None:
     if known.suffix in (None, ".safetensors"):
         safetensors.read_head(descriptor, size)
     elif known.suffix == ".gguf":
-        from icmlora.formats.pairs.gguf_file import read_gguf  # few adapters are GGUF files
-
         read_gguf(read_exactly(descriptor, min(size, safetensors.MAX_HEADER_BYTES), 0), size)

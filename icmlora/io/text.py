@@ -14,6 +14,7 @@ from functools import lru_cache
 from itertools import groupby
 
 from icmlora.errors import DataError
+from registry.filters import parse_size
 from registry.names import escape as escape
 from registry.names import some as some
 
@@ -34,8 +35,6 @@ def human_size(size: int) -> str:
 
 def parse_bytes(text: str) -> int:
     """Return the number of bytes in a text such as `1500`, `64MiB` or `2GB`; raises `DataError`."""
-    from registry.filters import parse_size  # few commands need it
-
     size = parse_size(text.strip())
     if not size:
         raise DataError(f"{escape(text, 40)!r} is not a size", hint="write 1500, 10MB, 10MiB or 10M")

@@ -22,6 +22,7 @@ from icmlora.fleet.context import Context
 from icmlora.fleet.resources.code_source import CodeSource, open_codes
 from registry.errors import RegistryError, StoreUnavailable
 from registry.files import identity
+from registry.storage.locks import Deadline
 
 if TYPE_CHECKING:
     from registry.storage.database import Database
@@ -136,7 +137,6 @@ class ServingStore:
             self._answered.set()
 
     def _open_database(self) -> Database:
-        from registry.storage.locks import Deadline
         from registry.storage.open import open_parts
 
         address, command = self._context.address, self._context.command

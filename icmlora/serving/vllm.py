@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from icmlora.errors import TaskChanged
+from icmlora.io.text import parse_bytes
+from icmlora.serving.folders import AdapterFolders, default_root
 from icmlora.serving.requirements import CHECKED_VERSIONS
 from registry.errors import StoreUnavailable
 from registry.names import address_of
@@ -212,9 +214,7 @@ class Source(NamedTuple):
 
 def open_source(model: str) -> Source:
     """Open the tasks and folders from the environment for an engine with a model."""
-    from icmlora.io.text import parse_bytes
     from icmlora.serving.base import EngineBase
-    from icmlora.serving.folders import AdapterFolders, default_root
     from icmlora.serving.tasks import open_tasks
 
     # An empty variable counts as unset.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from registry import files as fs
 from registry.errors import DamagedStore, NotAStore, RegistryError, StoreFull, StoreTooNew
+from registry.storage.blobs.place import claim_location
 from registry.storage.database import too_old
 from registry.storage.parts import Footprint
 from registry.storage.paths import StorePaths, files_in, make_folders
@@ -115,8 +116,6 @@ def create_store(paths: StorePaths, database: SqliteDatabase, blobs: str | None 
         make_folders(paths)
         make_reserve(paths)
         if blobs is not None:
-            from registry.storage.blobs.place import claim_location
-
             claim_location(paths, blobs)
         database.create()
         fs.failpoint("store-before-format")

@@ -9,6 +9,7 @@ from registry import files as fs
 from registry.errors import NotAStore, RegistryError, StoreNotFound
 from registry.names import Address, DatabaseUrl
 from registry.storage.blobs.local import LocalBackend
+from registry.storage.blobs.place import backends_at, remote_blobs
 from registry.storage.folder import FolderMaintenance, check_format, create_store, prepare_folder
 from registry.storage.locks.flocks import FolderLock
 from registry.storage.parts import StoreParts as StoreParts
@@ -73,8 +74,6 @@ def open_folder(
 
 def _check_free(paths: StorePaths, blobs: str) -> None:
     """Raise unless a new store can have its blobs at an address. Call it before anything is written."""
-    from registry.storage.blobs.place import backends_at
-
     try:
         backends_at(blobs, "")[0].check_free()
     except NotAStore:
@@ -84,7 +83,5 @@ def _check_free(paths: StorePaths, blobs: str) -> None:
 
 def _backends(paths: StorePaths, asked: str | None) -> tuple[BlobBackend, BlobBackend]:
     if paths.place.exists() or asked is not None:
-        from registry.storage.blobs.place import remote_blobs
-
         return remote_blobs(paths, asked)
     return LocalBackend(paths, "blobs"), LocalBackend(paths, "manifests")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from icmlora.base_models.finding.lookup import find_base_model, inspect_base
 from icmlora.errors import AdapterRefused, BaseModelNotFound, Cancelled, DataError, OptionsConflict, located
 from icmlora.fleet.context import Event, Progress, TaskFailed, ignore, reporting
 from icmlora.fleet.params import DtypeName, Param
@@ -203,7 +204,6 @@ def _convert_one(
     )
 
     def find_base() -> FoundBase:
-        from icmlora.base_models.finding.lookup import find_base_model, inspect_base
 
         label = known.inspect(content.config, content.weights).base_model or ""
         try:

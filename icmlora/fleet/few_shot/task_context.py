@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.few_shot.generated import MAX_CONTEXT_TOKENS, MAX_SAMPLES, ContextReport
 from icmlora.fleet.params import Device, Param, TaskName
+from icmlora.formats.peft.peft import CONTEXT_NAMES
 
 if TYPE_CHECKING:
     from icmlora.base_models.examples.context import TaskContext
@@ -56,7 +57,6 @@ def set_context(
 def remove_context(context: Context, task: TaskName) -> bool:
     """Remove the context of a task; return whether it had one."""
     from icmlora.fleet.few_shot.context_choice import with_files  # imports torch
-    from icmlora.formats.peft.peft import CONTEXT_NAMES
 
     with context.open() as store:
         had = any(extra.file in CONTEXT_NAMES for extra in store.task(task).final.extras)

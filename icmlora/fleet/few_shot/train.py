@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from icmlora.fleet.context import Context, reporting, use_case
+from icmlora.fleet.failures import one_of_several
 from icmlora.fleet.params import RARE, BaseModelName, Device, Param
 from icmlora.fleet.train.report import TrainReport
 from icmlora.fleet.train.train import Seed
@@ -38,7 +39,6 @@ def train_few_shot(
         GeneratorError: The training diverged; nothing changed.
     """
     from icmlora.fewshot.meta_training import MetaConfig  # imports torch, as those below do
-    from icmlora.fleet.failures import one_of_several
     from icmlora.fleet.few_shot.start import train_start
     from icmlora.fleet.train.run import base_models_with_tasks
     from icmlora.io.devices import resolve_device

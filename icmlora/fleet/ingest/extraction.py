@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from icmlora.base_models.catalogue import modality_of
 from icmlora.errors import AdapterRefused, BaseModelMismatch, BaseModelNotFound, BaseModelUnsuited, Cancelled, DataError
 from icmlora.fleet.context import Context, TaskFailed, locate_base
 from icmlora.fleet.failures import skipped_base
+from icmlora.fleet.vectors.vectors import VectorReport, extract_vectors
 from icmlora.formats.catalogue import format_named
 
 if TYPE_CHECKING:
@@ -32,8 +34,6 @@ def note_missing_vectors(store: Store | None, report: IngestReport) -> dict[str,
 
 def _can_run(store: Store, label: str) -> bool | None:
     """Return whether icm can run a base model; None if it is not on this machine."""
-    from icmlora.base_models.catalogue import modality_of
-
     try:
         modality_of(locate_base(store, label))
     except BaseModelNotFound:
@@ -45,8 +45,6 @@ def _can_run(store: Store, label: str) -> bool | None:
 
 def extract(context: Context, report: IngestReport, tasks: Mapping[str, str], device: str) -> None:
     """Extract the vectors of tasks, and report failures: the adapters are in the store already."""
-    from icmlora.fleet.vectors.vectors import VectorReport, extract_vectors  # imports torch
-
     try:
         report.vectors = extract_vectors(context, list(tasks), device=device)
     except (BaseModelMismatch, DataError, AdapterRefused) as error:  # of the only task

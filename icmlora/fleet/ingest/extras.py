@@ -12,9 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from icmlora.base_models.examples.context import TaskContext
+from icmlora.base_models.finding.tensors import BaseTensors
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.bases.joins import KnownBases
 from icmlora.fleet.ingest.files import PreparedTask, Refusal
+from icmlora.formats.base_references import pack_references, reference_to
 from icmlora.formats.extras import pack, tensor_files
 from icmlora.formats.peft.peft import CONTEXT_NAMES
 from icmlora.io.files import read_regular
@@ -91,8 +94,6 @@ class ExtrasKeeper:
         if self._store is not None and task.kept and self._store.blobs.exists(final.weights):
             tensors = raw_tensors(self._store.blobs.read(final.weights), task.kept)
             if equal := self._equal(tensors, task.task.base_model):
-                from icmlora.formats.base_references import pack_references
-
                 record, size = pack_references(equal), sum(len(tensors.pop(name).data) for name in equal)
                 self._waiting.append(record)
                 extras.append(Extra(blob=File(digest_of(record), len(record)), size=size))
@@ -111,8 +112,6 @@ class ExtrasKeeper:
         found = self._bases.copy_of(base_model)
         if found is None:
             return {}
-        from icmlora.base_models.finding.tensors import BaseTensors
-        from icmlora.formats.base_references import reference_to
 
         try:
             base = BaseTensors(found)
@@ -138,7 +137,6 @@ def _with_usable_context(companions: Mapping[str, Path], problems: list[Refusal]
     files = {name: companions[name] for name in CONTEXT_NAMES & companions.keys()}
     if not files:
         return companions
-    from icmlora.base_models.examples.context import TaskContext  # few adapters have one
 
     try:
         TaskContext.read({name: read_regular(path, max_bytes=_MAX_COMPANION) for name, path in files.items()})

@@ -17,10 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+from icmlora.base_models.finding.labels import typed_label
 from icmlora.errors import AdapterRefused, OptionsConflict, UnsafeInput
 from icmlora.fleet.context import Context, Event, Progress, StageBegun, reporting, use_case
+from icmlora.fleet.ingest.extraction import extract
 from icmlora.fleet.ingest.report import IngestReport, InputProblem, OnConflict
 from icmlora.fleet.params import Device, DryRun, Param
+from icmlora.formats.discovery.discovery import find_tasks, name_tasks, no_adapter
+from icmlora.formats.discovery.naming import NameTemplate
 from registry.errors import SourceRefused
 from registry.names import source_label
 
@@ -100,11 +104,7 @@ def ingest(
     """
     if name is not None and name_from is not None:
         raise OptionsConflict("--name and --name-from cannot be used together")
-    from icmlora.base_models.finding.labels import typed_label  # `icm --help` needs none of these
-    from icmlora.fleet.ingest.extraction import extract
     from icmlora.fleet.ingest.ingestion import Ingestion
-    from icmlora.formats.discovery.discovery import find_tasks, name_tasks, no_adapter
-    from icmlora.formats.discovery.naming import NameTemplate
 
     roots, folder = [Path(path) for path in paths], None if initial is None else Path(initial).resolve()
     found = find_tasks(roots, texts=texts, read_bin=read_bin, initial=folder)

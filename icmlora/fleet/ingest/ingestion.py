@@ -30,6 +30,7 @@ from icmlora.formats.discovery.discovery import Discovery, name_tasks
 from icmlora.formats.discovery.found import FoundTask
 from icmlora.formats.discovery.naming import NameTemplate
 from icmlora.formats.discovery.pickled import PickleReader, converted
+from icmlora.formats.pairs.gguf import architecture_of
 from icmlora.io.files import read_regular
 from icmlora.io.safetensors import ITEM_BYTES, MAX_FILE_BYTES
 from registry.errors import DamagedStore, MissingBlob, StoreNotFound, TaskConflict
@@ -179,8 +180,6 @@ class Ingestion:
             )
             return Refusal(error, item.found.folder)
         if final.format.name == "gguf" and item.task.base_model != UNKNOWN_BASE:
-            from icmlora.formats.pairs.gguf import architecture_of
-
             try:
                 architecture = architecture_of(read_regular(final.weights, max_bytes=MAX_FILE_BYTES))
                 self._bases.check_gguf(item.task.base_model, architecture)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from icmlora.errors import DataError
 from icmlora.fleet.context import Context, use_case
+from icmlora.fleet.map.picture import draw_map
 from icmlora.fleet.params import BaseModelName, Param, ReplacePlot
 from icmlora.io.staging import check_absent, writing_file
 from registry.manifests import View
@@ -70,8 +71,6 @@ def map_fleet(
         base_model, tasks = tasks_of_one_base(store, base_model)
         found = map_of(store, base_model, tasks, view, clusters)
     if picture is not None:
-        from icmlora.fleet.map.picture import draw_map
-
         with writing_file(picture, force=force) as stream:
             stream.write(draw_map(found.map, base_model, view).encode())
     return found

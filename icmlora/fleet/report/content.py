@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from icmlora.base_models.examples.prompts import read_prompts
 from icmlora.errors import IcmLoraError
 from icmlora.fleet.context import Context
 from icmlora.fleet.failures import BaseUnavailable, Failed, FailureLog
@@ -100,7 +101,6 @@ def make_outputs(
     device: str,
 ) -> list[TaskOutputs | TaskPictures]:
     """Generate outputs for the chosen tasks. Failures are recorded in the report."""
-    from icmlora.base_models.examples.prompts import read_prompts
     from icmlora.base_models.running.pipeline import Drawing
     from icmlora.fleet.report.outputs import task_outputs
     from icmlora.fleet.report.pictures import Studio, TaskPictures

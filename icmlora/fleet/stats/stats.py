@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.params import Param, ReplacePlot
 from icmlora.fleet.stats.bill import BaseModelBill, Bill, TaskBill
+from icmlora.fleet.stats.bill_picture import check_plot, plot_bill
 from registry.errors import DamagedStore
 from registry.filters import Selection, parse_filter
 
@@ -46,8 +47,6 @@ def stats(
         OutputExists: The file exists and `force` is not given.
     """
     if plot is not None:
-        from icmlora.fleet.stats.bill_picture import check_plot, plot_bill
-
         check_plot(Path(plot), force=force)
     with context.open(read_only=True) as store:
         found = bill_of(store)

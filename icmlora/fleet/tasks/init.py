@@ -11,6 +11,8 @@ from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.params import Param
 from registry.errors import StoreNotFound
 from registry.names import DatabaseUrl
+from registry.storage.blobs.place import recover_location
+from registry.storage.paths import StorePaths, make_folders
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,7 @@ def _recover(context: Context, blobs: str | None) -> InitReport:
 
         recover_server(context.address, blobs, command=context.command, deadline=deadline)
     else:
-        from registry.storage.blobs.place import recover_location
         from registry.storage.folder import prepare_folder
-        from registry.storage.paths import StorePaths, make_folders
 
         paths = StorePaths(context.address)
         prepare_folder(paths)

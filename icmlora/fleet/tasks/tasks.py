@@ -8,10 +8,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from icmlora.base_models.examples.chat_template import ChatTemplate
 from icmlora.errors import DataError, IcmLoraError
 from icmlora.fleet.context import Context, base_name, check_base_model, use_case
+from icmlora.fleet.evict.placeholders import Placeholders
 from icmlora.fleet.params import BaseModelName, Filters, Limit, NamedTasks, Param, Sort, TaskName
+from icmlora.formats.catalogue import format_named
+from icmlora.formats.file_header import HEADER
 from icmlora.formats.tensor_hash import same_tensors, tensors_digest
+from icmlora.io.safetensors import peek_bytes
+from icmlora.io.strict_json import parse_object
 from registry.errors import DamagedStore, GeneratorNotFound, LastCopy, LostRace, TaskConflict
 from registry.filters import FIELDS, FilterField, Selection, parse_filter, parse_sort
 from registry.manifests import Generator, Task
@@ -258,16 +264,11 @@ def show_task(context: Context, task: TaskName) -> TaskDetails:
 
 def header_of(store: Store, task: Task) -> Mapping[str, str]:
     """Return the notes of the trainer in the header of an image adapter; none for another kind."""
-    from icmlora.formats.catalogue import format_named  # imports all formats
-
     final = task.final
     if not format_named(final.format).is_for_images:
         return {}
     from icmlora.fleet.resources.decoding import base_tensors
     from icmlora.formats.extras import unpack_tensors
-    from icmlora.formats.file_header import HEADER
-    from icmlora.io.safetensors import peek_bytes
-    from icmlora.io.strict_json import parse_object
 
     try:
         if not final.is_evicted:
@@ -283,8 +284,6 @@ def header_of(store: Store, task: Task) -> Mapping[str, str]:
 @use_case
 def plan_removal(context: Context, tasks: Sequence[str]) -> list[Removal]:
     """Return what `remove` would delete with these `tasks`; nothing changes."""
-    from icmlora.fleet.evict.placeholders import Placeholders
-
     planned: list[Removal] = []
     with context.open(read_only=True) as store:
         folders = Placeholders(store, dry_run=True)
@@ -334,7 +333,6 @@ def _task_to_remove(store: Store, name: str) -> Task:
 
 
 def _own_template(store: Store, task: Task) -> str | None:
-    from icmlora.base_models.examples.chat_template import ChatTemplate
     from icmlora.fleet.resources.texts import adapter_template
 
     try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from icmlora.errors import BaseModelMismatch, BaseModelNotFound, DataError
 from icmlora.fleet.context import Context, Event, locate_base, use_case
+from icmlora.fleet.failures import FAILURES, as_error
 from icmlora.fleet.params import DryRun, Param, Tasks, age
 from registry.errors import DamagedStore
 from registry.findings import Finding, Rebuilt
@@ -118,7 +119,6 @@ def _misfits(store: Store, base_model: str, tasks: Sequence[Task]) -> Iterator[F
 def _wrong_error(store: Store, task: Task, code: Code, recorded: float) -> str | None:
     """Decode a code whose original is there; return the problem if its error is not the recorded one."""
     from icmlora.adapter.metrics import squared_error
-    from icmlora.fleet.failures import FAILURES, as_error
     from icmlora.fleet.resources.decoding import decode_code
     from icmlora.fleet.resources.loading import read_original
     from icmlora.generator.codec.generator_file import GeneratorFile

@@ -6,9 +6,11 @@ from contextlib import ExitStack
 from typing import Annotated
 
 from icmlora.fleet.context import Context, reporting, use_case
+from icmlora.fleet.failures import one_of_several
 from icmlora.fleet.params import BaseModelName, Device, Keep, MaxError, Param, Quality, Refine, Workers
 from icmlora.fleet.train.report import TrainReport
 from icmlora.training import config
+from icmlora.training.ranks import joined
 
 _MODEL = "Model"
 
@@ -91,13 +93,11 @@ def train(
         DataError: There is nothing to train on.
         GeneratorError: The training diverged, or no task could be encoded.
     """
-    from icmlora.fleet.failures import one_of_several  # imports torch, as those below do
-    from icmlora.fleet.resources.workers import check_place
+    from icmlora.fleet.resources.workers import check_place  # imports torch, as those below do
     from icmlora.fleet.train.finish import finish
     from icmlora.fleet.train.generator import train_base
     from icmlora.fleet.train.run import TrainOptions, base_models_with_tasks, help_train
     from icmlora.generator.codec.limits import Limits
-    from icmlora.training.ranks import joined
 
     limits = Limits(quality=quality, keep=keep, max_error=max_error, refine=refine)
     if workers is not None:  # a typing error is reported now, not after hours

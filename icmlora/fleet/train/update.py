@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from icmlora.fleet.context import Context, reporting, use_case
+from icmlora.fleet.failures import one_of_several
 from icmlora.fleet.params import BaseModelName, Device, Keep, MaxError, Quality, Refine, Workers
 from icmlora.fleet.train.report import TrainReport
 from icmlora.fleet.train.train import Evaluate, LearningRate, Resume, Seed, Steps
@@ -36,8 +37,7 @@ def update(
         DataError: The store has no tasks, or a base model has no generator yet.
         GeneratorError: The training diverged; nothing changed.
     """
-    from icmlora.fleet.failures import one_of_several  # imports torch, as those below do
-    from icmlora.fleet.resources.workers import check_place
+    from icmlora.fleet.resources.workers import check_place  # imports torch, as those below do
     from icmlora.fleet.train.finish import finish
     from icmlora.fleet.train.growth import update_base
     from icmlora.fleet.train.run import TrainOptions, base_models_with_tasks

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 from icmlora.fleet.context import Context, Event, Shard, reporting, use_case
+from icmlora.fleet.failures import FailureLog
 from icmlora.fleet.params import Device, Param, ShardOf, Tasks, Workers
 from icmlora.fleet.results import Report
 from registry.errors import TaskNotFound
@@ -73,8 +74,7 @@ def extract_vectors(
         BaseModelNotFound: None of the base models is on this machine. Otherwise the report names the missing ones.
         BaseModelMismatch: The only adapter does not fit its base model.
     """
-    from icmlora.fleet.failures import FailureLog  # imports torch, as the next two do
-    from icmlora.fleet.resources.workers import check_place, worker_pool
+    from icmlora.fleet.resources.workers import check_place, worker_pool  # imports torch
     from icmlora.fleet.vectors.extraction import extract_tasks
 
     check_place(device, workers)

@@ -32,6 +32,8 @@ from icmlora.formats.format import (
     Texts,
     without_suffix,
 )
+from icmlora.formats.images.single_file_names import sort_file
+from icmlora.io.safetensors import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,9 +124,6 @@ class SingleFileFormat(AdapterFormat):
 
     def look(self, weights: bytes) -> tuple[SortedFile, Mapping[str, str]]:
         """Return the sorted tensors of an adapter from its header alone, and its metadata; raises as `inspect` does."""
-        from icmlora.formats.images.single_file_names import sort_file
-        from icmlora.io.safetensors import read_header
-
         header = read_header(weights)
         return sort_file(header, self._naming), header.metadata
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from icmlora.errors import AdapterRefused, UnsafeInput
 from icmlora.formats.format import ConfigFacts
 from icmlora.formats.peft.name_patterns import NamePattern, PatternRefused, Steps, parse_pattern
+from icmlora.formats.refusals import refuse_unsupported
 from icmlora.io.strict_json import parse_object
 from registry.names import escape, is_module_name
 
@@ -55,8 +56,6 @@ class AdapterConfig:
     @classmethod
     def parse(cls, data: bytes) -> AdapterConfig:
         """Read a configuration; refuse it unless it is a plain LoRA's."""
-        from icmlora.formats.refusals import refuse_unsupported  # needed only for reading
-
         refuse_unsupported(fields_of(data))
         return cls.read(data)
 

@@ -23,6 +23,7 @@ from math import prod
 from icmlora.adapter.layout import ModuleShape
 from icmlora.errors import AdapterRefused
 from icmlora.formats.peft.config import PREFIX, usual_names
+from icmlora.formats.refusals import refuse_tensor
 from icmlora.io.safetensors import TensorHeader, TensorInfo
 from registry.names import is_module_name, natural_key, some
 
@@ -106,8 +107,6 @@ def _parse_key(name: str) -> tuple[str, str, str] | None:
     """Return module and half of a factor and the name of its adapter, or None for an extra."""
     match = _HALF.fullmatch(name)
     if match is None:
-        from icmlora.formats.refusals import refuse_tensor  # needed only for reading
-
         refuse_tensor(name)
         return None
     module = unwrapped(match["module"])

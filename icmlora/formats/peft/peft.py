@@ -25,6 +25,7 @@ from icmlora.formats.format import (
     Template,
     Texts,
 )
+from icmlora.formats.peft.config import read_facts
 
 if TYPE_CHECKING:
     from icmlora.adapter.model import Adapter
@@ -68,8 +69,6 @@ class PeftFormat(FolderFormat):
 
     def read_config(self, config: bytes) -> ConfigFacts:
         """Read `adapter_config.json`."""
-        from icmlora.formats.peft.config import read_facts
-
         return read_facts(config)
 
     def inspect(

@@ -20,6 +20,7 @@ from uuid import uuid4
 
 from registry import files as fs
 from registry.manifests import is_digest
+from registry.storage.blobs.backend import BlobInfo
 from registry.storage.paths import Namespace, StorePaths, files_in
 
 if TYPE_CHECKING:
@@ -181,8 +182,6 @@ def _holds(path: Path, data: fs.Bytes) -> bool:
 
 def _blobs_in(folder: Path) -> list[BlobInfo]:
     """Return the blobs of a folder, by digest."""
-    from registry.storage.blobs.backend import BlobInfo
-
     first = folder.name
     return [
         BlobInfo(name, status.st_size, status.st_mtime)

@@ -17,6 +17,7 @@ from uuid import uuid4
 from registry import files as fs
 from registry.errors import DamagedStore, NotAStore, RegistryError
 from registry.storage.blobs.backend import BlobBackend
+from registry.storage.blobs.shared import SharedBackend
 
 if TYPE_CHECKING:
     from registry.storage.paths import StorePaths
@@ -111,8 +112,6 @@ def backends_at(address: str, owner: str) -> tuple[RemoteBackend, RemoteBackend]
         NotAStore: It is no address.
     """
     if not _OBJECTS.match(address):
-        from registry.storage.blobs.shared import SharedBackend
-
         if not Path(address).is_absolute():
             hint = "use s3://BUCKET/PREFIX, or the absolute path of a folder that every machine can reach"
             raise NotAStore(f"{address!r} cannot hold the files of a store", hint=hint)
