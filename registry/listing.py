@@ -52,20 +52,17 @@ def selected(selection: Selection, names_of: Mapping[str, Sequence[str]], *colum
     if selection.base_model is not None:
         conditions.append(REFS.c.base == selection.base_model)
     if selection.endings:
-        conditions.append(_ends_with(selection.endings))
+        key, by_length = REFS.c.key, defaultdict[int, list[str]](list)
+        for ending in selection.endings:
+            by_length[len(ending)].append(ending)
+        conditions.append(
+            or_(*(func.substr(key, func.length(key) - size + 1).in_(some) for size, some in by_length.items()))
+        )
     query = select(*(columns or ROW)).where(IS_TASK, *conditions)
     if selection.sort is not None:
         value = _COLUMNS[selection.sort.field.name]
         query = query.order_by(value.is_(None), value.desc() if selection.sort.descending else value)
     return query.order_by(REFS.c.key).limit(selection.limit)
-
-
-def _ends_with(endings: Sequence[str]) -> ColumnElement[bool]:
-    """Return the condition that a name ends with one of these; the index of names alone answers it."""
-    key, by_length = REFS.c.key, defaultdict[int, list[str]](list)
-    for ending in endings:
-        by_length[len(ending)].append(ending)
-    return or_(*(func.substr(key, func.length(key) - size + 1).in_(some) for size, some in by_length.items()))
 
 
 def _condition(one: Filter, names_of: Mapping[str, Sequence[str]]) -> ColumnElement[bool]:

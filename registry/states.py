@@ -77,7 +77,10 @@ class StateStore:
         """
         found = self.find(name)
         if found is None:
-            raise TaskNotFound(name, self._similar(name))
+            names = {known.lower(): known for known in self.names()}
+            raise TaskNotFound(
+                name, tuple(names[match] for match in difflib.get_close_matches(name.lower(), names, n=3))
+            )
         return found
 
     def find(self, name: str) -> Task | None:
@@ -433,11 +436,6 @@ class StateStore:
 
     def _read_shared(self, kind: type[Part], file: File) -> Mapping[str, Any]:
         return read_shared(kind, self.blobs.read(file))
-
-    def _similar(self, name: str) -> tuple[str, ...]:
-        """Return the names that are closest to one that does not exist."""
-        names = {known.lower(): known for known in self.names()}
-        return tuple(names[match] for match in difflib.get_close_matches(name.lower(), names, n=3))
 
     def _moment(self) -> int:
         """Return a number above every state's, and different from any simultaneous publication's.

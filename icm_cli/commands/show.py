@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from icmlora.adapter.metrics import GroupError
     from icmlora.fleet.tasks.tasks import TaskDetails
-    from registry.manifests import Code, Measurement, StoredAdapter, Task
+    from registry.manifests import Measurement, StoredAdapter, Task
 
 ErrorsOpt = Annotated[
     bool,
@@ -49,7 +49,14 @@ def show(session: Session, call: Call[TaskDetails], errors: ErrorsOpt = False) -
     _print_measurements(session, details)
     if groups:
         session.out.line()
-        _print_errors(session, groups)
+        total = sum(group.parameters for group in groups)
+        fields: list[Field[GroupError]] = [
+            Field("modules", lambda group: group.group),
+            Field("count", lambda group: str(group.modules), right=True),
+            Field("share of parameters", lambda group: human_percent(group.parameters / total), right=True),
+            *(Field(f"error of {source}", partial(_error, source), right=True) for source in groups[0].errors),
+        ]
+        session.out.listing(fields, groups)
     if session.out.verbosity:
         session.out.line()
         for key, text in sorted(details.header.items()):
@@ -60,6 +67,8 @@ def show(session: Session, call: Call[TaskDetails], errors: ErrorsOpt = False) -
 
 def _summary(details: TaskDetails) -> list[tuple[str, str]]:
     task, final = details.task, details.task.final
+    tags = [("tags", ", ".join(task.tags))] if task.tags else []
+    found = ", ".join(f"{neighbour.task} {neighbour.distance:.3f}" for neighbour in details.nearest)
     return [
         ("task", task.name),
         *([] if task.version == 1 else [("version", str(task.version))]),
@@ -71,20 +80,15 @@ def _summary(details: TaskDetails) -> list[tuple[str, str]]:
         ("original", _original(task)),
         *_kept(task),
         *header_notes(details.header).items(),
-        *_marks(task),
+        *(tags if task.note is None else [*tags, ("note", " ".join(task.note.split()))]),
         ("samples", "yes" if task.samples else "no"),
         ("held-out text", "yes" if task.eval_data else "no"),
         *_template(details),
         ("vectors", counted(len(task.vectors), "vector")),
-        *_nearest(details),
+        *([("nearest tasks", found)] if found else []),
         *_coded(details),
         ("ingested", task.created_at),
     ]
-
-
-def _marks(task: Task) -> list[tuple[str, str]]:
-    tags = [("tags", ", ".join(task.tags))] if task.tags else []
-    return tags if task.note is None else [*tags, ("note", " ".join(task.note.split()))]
 
 
 def _template(details: TaskDetails) -> list[tuple[str, str]]:
@@ -92,11 +96,6 @@ def _template(details: TaskDetails) -> list[tuple[str, str]]:
         return []
     owner = "of the adapter" if details.has_own_template else "of the base model"
     return [("chat template", f"{owner}, {details.template[:12]}")]
-
-
-def _nearest(details: TaskDetails) -> list[tuple[str, str]]:
-    found = ", ".join(f"{neighbour.task} {neighbour.distance:.3f}" for neighbour in details.nearest)
-    return [("nearest tasks", found)] if found else []
 
 
 def _coded(details: TaskDetails) -> list[tuple[str, str]]:
@@ -200,17 +199,6 @@ def _metric(name: str, one: Measurement) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
-def _print_errors(session: Session, groups: Sequence[GroupError]) -> None:
-    total = sum(group.parameters for group in groups)
-    fields: list[Field[GroupError]] = [
-        Field("modules", lambda group: group.group),
-        Field("count", lambda group: str(group.modules), right=True),
-        Field("share of parameters", lambda group: human_percent(group.parameters / total), right=True),
-        *(Field(f"error of {source}", partial(_error, source), right=True) for source in groups[0].errors),
-    ]
-    session.out.listing(fields, groups)
-
-
 def _error(source: str, group: GroupError) -> str:
     return f"{group.errors[source]:.3f}"
 
@@ -244,13 +232,11 @@ def _as_json(details: TaskDetails) -> dict[str, object]:
         "nearest": [as_fields(neighbour) for neighbour in details.nearest],
         "generator": None if generator is None else {"version": generator.version, "digest": generator.blob},
         "initial_seed": None if details.initial is None else details.initial.seed,
-        "code": None if task.code is None else _code_json(task.code),
+        "code": None
+        if task.code is None
+        else {**as_fields(task.code, "more", "claim"), "size": task.code.size, "claimed": claim_json(task.code.claim)},
         "evaluations": [_measurement_json(task, one) for one in task.measured],
     }
-
-
-def _code_json(code: Code) -> dict[str, object]:
-    return {**as_fields(code, "more", "claim"), "size": code.size, "claimed": claim_json(code.claim)}
 
 
 def _adapter_json(adapter: StoredAdapter, is_final: bool, same_as_final: bool) -> dict[str, object]:

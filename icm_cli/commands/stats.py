@@ -57,7 +57,12 @@ def stats(session: Session, call: Call[Bill]) -> None:
         out.listing(_fields(_TASK_FIELDS, found), found.each)
     if found.fleets:
         out.line()
-    out.record(_disk(found))
+    usage = found.usage
+    lines = [*disk_lines(usage), ("reserve and lock files", usage.overhead), ("on disk", usage.total)]
+    always = {"originals (final adapters)", "on disk"}
+    shown = [(name, human_size(size)) for name, size in lines if size or name in always]
+    gone = [("originals evicted", f"{found.evicted} of {found.tasks}")] if found.evicted else []
+    out.record([*shown[:1], *gone, *shown[1:]])
     out.line()
     out.line(_verdict(found))
     for line in shortfalls(found.missed_limits):
@@ -71,15 +76,6 @@ def stats(session: Session, call: Call[Bill]) -> None:
 def _fields(fields: Sequence[Field[R]], found: Bill) -> list[Field[R]]:
     """Return the columns of a table, without the one for extras if there are none."""
     return [field for field in fields if field.title != "extras" or found.usage.extras]
-
-
-def _disk(found: Bill) -> list[tuple[str, str]]:
-    usage = found.usage
-    lines = [*disk_lines(usage), ("reserve and lock files", usage.overhead), ("on disk", usage.total)]
-    always = {"originals (final adapters)", "on disk"}
-    shown = [(name, human_size(size)) for name, size in lines if size or name in always]
-    gone = [("originals evicted", f"{found.evicted} of {found.tasks}")] if found.evicted else []
-    return [*shown[:1], *gone, *shown[1:]]
 
 
 def _verdict(found: Bill) -> str:

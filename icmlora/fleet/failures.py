@@ -37,18 +37,13 @@ def as_error(error: Exception, base: BaseModel | None = None, *, less: str | Non
     if isinstance(error, IcmError):
         return error
     if ran_out(error):
-        return out_of_memory(error, _helps(base, less, on_card=is_on_card(error)))
+        found = [] if less is None else [less]
+        if base is not None and base.load_in is None and not isinstance(base.modality, CustomModality):
+            found.append(f"run `icm base add {base.label} PATH --load-in nf4` to load the base model in 4 bits")
+        found.append("use --device cpu" if is_on_card(error) else "use a machine with more memory")
+        return out_of_memory(error, ", or ".join(found))
     first = next(iter(str(error).strip().splitlines()), "")
     return BaseModelMismatch(f"its base model failed on it: {type(error).__name__}: {first}")
-
-
-def _helps(base: BaseModel | None, less: str | None, *, on_card: bool) -> str:
-    """Say which options take less memory, those first that cost least."""
-    found = [] if less is None else [less]
-    if base is not None and base.load_in is None and not isinstance(base.modality, CustomModality):
-        found.append(f"run `icm base add {base.label} PATH --load-in nf4` to load the base model in 4 bits")
-    found.append("use --device cpu" if on_card else "use a machine with more memory")
-    return ", or ".join(found)
 
 
 @dataclass(frozen=True)

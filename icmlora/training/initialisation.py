@@ -116,12 +116,6 @@ def _set_norms(net: CVAE, fleet: AdapterSource, tasks: Iterable[int]) -> None:
     mean = total / count.clamp_min(1)
     variance = (squares / count.clamp_min(1) - mean.square()).clamp_min(0)
     pooled = (variance * count).sum(1) / count.sum(1).clamp_min(1)  # (K, S)
-    net.norm_mean.copy_(_filled(total, count))
-    net.norm_spread.copy_(torch.where(pooled > 1e-6, pooled.sqrt(), _DEFAULT_SPREAD).log2())
-
-
-def _filled(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Return the mean of each cell (K, L, S), or a guess where no final adapter has one."""
     # The guess is the mean of that slot over the kind's other layers, else the previous slot's, else the overall mean.
     # Without it the norm would be 2^0, far above what adapters have.
     seen, slots = count.sum(1), total.sum(1) / count.sum(1).clamp_min(1)  # (K, S)
@@ -129,4 +123,5 @@ def _filled(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
     for slot in range(slots.shape[1]):
         guess = torch.where(seen[:, slot] > 0, slots[:, slot], guess)
         slots[:, slot] = guess
-    return torch.where(count > 0, total / count.clamp_min(1), slots[:, None, :])
+    net.norm_mean.copy_(torch.where(count > 0, total / count.clamp_min(1), slots[:, None, :]))
+    net.norm_spread.copy_(torch.where(pooled > 1e-6, pooled.sqrt(), _DEFAULT_SPREAD).log2())

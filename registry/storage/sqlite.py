@@ -68,7 +68,13 @@ class SqliteDatabase(Database):
         engine = _engine(self.path, self.read_only, create)
         with engine.execution_options(icm_begin=statement, icm_deadline=self.deadline).begin() as connection:
             if not create and not self._is_checked:
-                self._check(connection)
+                (application,) = connection.exec_driver_sql("PRAGMA application_id").one()
+                (number,) = connection.exec_driver_sql("PRAGMA user_version").one()
+                if application == _OLD_APPLICATION_ID:
+                    raise too_old(self.path.parent)
+                if (application, number) != (APPLICATION_ID, FORMAT):  # although FORMAT declares this format
+                    fact = f"{self.path} is not a database of icm, or its head is damaged"
+                    raise DamagedStore(fact, path=self.path, hint=REPAIR_HINT)
                 self._is_checked = True
             yield connection
 
@@ -136,16 +142,6 @@ class SqliteDatabase(Database):
 
     def close(self) -> None:
         """Do nothing: connections are closed after each transaction."""
-
-    def _check(self, connection: Connection) -> None:
-        """Raise unless the file is a database of this program's format."""
-        (application,) = connection.exec_driver_sql("PRAGMA application_id").one()
-        (number,) = connection.exec_driver_sql("PRAGMA user_version").one()
-        if application == _OLD_APPLICATION_ID:
-            raise too_old(self.path.parent)
-        if (application, number) != (APPLICATION_ID, FORMAT):  # although FORMAT declares this format
-            fact = f"{self.path} is not a database of icm, or its head is damaged"
-            raise DamagedStore(fact, path=self.path, hint=REPAIR_HINT)
 
     def _translated_cause(self, error: BaseException) -> RegistryError | None:
         if not isinstance(error, sqlite3.Error):

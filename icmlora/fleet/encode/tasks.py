@@ -59,7 +59,11 @@ def encode_in(
                             context.on_event(report.done[-1])
                             on_progress(task.name)
                     finally:
-                        report.replaced_bytes += _replaced_bytes(store, label, replaced)
+                        before, after = [old for old, _ in replaced], [new for _, new in replaced]
+                        used = set[str]()
+                        if {old.generator for old in before if old is not None} - {new.generator for new in after}:
+                            used = {str(row.generator) for row in store.rows(Selection(base_model=label))}
+                        report.replaced_bytes += replaced_bytes(before, after, used)
     return report
 
 
@@ -94,12 +98,3 @@ def _record(
         return TaskEncoded(name, "changed", reason=reason)
     replaced.append((seen.code, code))
     return replace(result, new=None)
-
-
-def _replaced_bytes(store: Store, base_model: str, codes: Sequence[tuple[Code | None, Code]]) -> int:
-    """Return the bytes that are not needed after codes were replaced by others."""
-    before, after = [old for old, _ in codes], [new for _, new in codes]
-    used = set[str]()
-    if {old.generator for old in before if old is not None} - {new.generator for new in after}:
-        used = {str(row.generator) for row in store.rows(Selection(base_model=base_model))}
-    return replaced_bytes(before, after, used)

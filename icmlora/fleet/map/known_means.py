@@ -97,7 +97,8 @@ def known_means(context: Context, store: Store, task: Task, view: View) -> Known
     if own is None:
         return None
     extractor = comparison_key(own.extractor)
-    path = _place(context, task.base_model, view, extractor)
+    what = json.dumps([_FORMAT, absolute(context.address), task.base_model, view, extractor])
+    path = context.cache / "means" / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.npz"
     kept, stamp = KnownMeans.read(path), _stamp(store)
     if kept is None or kept.stamp != stamp:
         found, is_complete = _updated(store, task.base_model, view, extractor, kept, stamp)
@@ -111,12 +112,6 @@ def known_means(context: Context, store: Store, task: Task, view: View) -> Known
 def _stamp(store: Store) -> str:
     meta = store.parts.database.meta()
     return f"{meta.store} {meta.changes} {meta.seq}"
-
-
-def _place(context: Context, base_model: str, view: View, extractor: str) -> Path:
-    """Return the path of the file of one store, base model, view and extractor."""
-    what = json.dumps([_FORMAT, absolute(context.address), base_model, view, extractor])
-    return context.cache / "means" / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.npz"
 
 
 def _updated(

@@ -127,7 +127,11 @@ class Comparison:
     def _read_all(self) -> tuple[list[int], npt.NDArray[np.float32], npt.NDArray[np.float64]]:
         """Read every adapter once; return the places of those with a dW of their own, their sketches and norms."""
         tasks, report = self._tasks, self._report
-        first = [place for place, task in enumerate(tasks) if self._is_first(place, _files(task.final))]
+        first = [
+            place
+            for place, task in enumerate(tasks)
+            if self._is_first(place, "\n".join((task.final.weights, task.final.config, task.final.initial or "")))
+        ]
         report.compared += len(tasks)
         report.tensors_only += [task.name for task in tasks if task.final.original_only is not None]
         evicted = [tasks[place] for place in first if tasks[place].final.is_evicted]
@@ -238,11 +242,6 @@ class _Sketched:
     norm: float = 0.0  # of dW; 0 without a dW of its own
     identity: str | None = None  # equal for adapters whose tensors are equal and mean the same
     error: str | None = None
-
-
-def _files(final: StoredAdapter) -> str:
-    """Return the same text for adapters whose files are the same."""
-    return "\n".join((final.weights, final.config, final.initial or ""))
 
 
 def _extras(final: StoredAdapter) -> set[str]:

@@ -206,7 +206,14 @@ def _collect(folder: Folder, root: Path, runs: defaultdict[Path, _Run], refused:
     adapters = [replace(adapter, pickle=folder.pickle) for adapter in found]
     homes = [run_folder(one.place, levels) if one.run is None else (one.run, one.step) for one in adapters]
     for adapter, (home, step) in zip(adapters, homes, strict=True):
-        _add(adapter, home, step, root, runs)
+        run = runs[home]
+        run.root = root
+        first = run.adapters.setdefault(step, adapter)
+        if first.files != adapter.files and not _is_copy(first, adapter):
+            # `checkpoint-5` next to `epoch_5`, or `checkpoint-05`.
+            apart = runs[adapter.place]
+            apart.root, apart.part = root, adapter.place.name
+            apart.adapters[step] = adapter
     away = _collect_placeholders(folder, {adapter.place for adapter in adapters}, levels, root, runs, refused)
     kept = {path for adapter in adapters for path in adapter.files}
     # Do not refuse a copy as a pickle or in shards next to a folder's adapter.
@@ -229,17 +236,6 @@ def _collect(folder: Folder, root: Path, runs: defaultdict[Path, _Run], refused:
             for path in others
             if path not in met and not is_placeholder(path.name) and not is_passed_over(path.name)
         )
-
-
-def _add(adapter: FoundAdapter, home: Path, step: int | None, root: Path, runs: defaultdict[Path, _Run]) -> None:
-    run = runs[home]
-    run.root = root
-    first = run.adapters.setdefault(step, adapter)
-    if first.files != adapter.files and not _is_copy(first, adapter):
-        # `checkpoint-5` next to `epoch_5`, or `checkpoint-05`.
-        apart = runs[adapter.place]
-        apart.root, apart.part = root, adapter.place.name
-        apart.adapters[step] = adapter
 
 
 def _collect_placeholders(

@@ -168,6 +168,11 @@ def parse_placeholder(data: bytes) -> Placeholder:
     _checked(value, "icm_placeholder", lambda one: type(one) is int and one == VERSION)
     _checked(value, "about", lambda one: _is_text(one, _MAX_ABOUT))
     adapter = _keys(value["adapter"], {"config", "final", "format", "weights"}, "adapter")
+    found = _checked(value, "files", lambda some: isinstance(some, list) and 1 <= len(some) <= MAX_FILES)
+    files = tuple(map(_file, found))
+    names, parts = [file.name for file in files], [file.part for file in files]
+    _checked({"files": names}, "files", lambda some: some == sorted(set(some)))
+    _checked({"files": parts}, "files", lambda some: some.count("weights") == 1 and some.count("config") <= 1)
     return Placeholder(
         task=_checked(value, "task", lambda one: isinstance(one, str) and task_name_problem(one) is None),
         store=_checked(value, "store", lambda one: _is_text(one, _MAX_PATH)),
@@ -175,22 +180,13 @@ def parse_placeholder(data: bytes) -> Placeholder:
         is_final=_checked(adapter, "final", lambda one: type(one) is bool),
         weights=_checked(adapter, "weights", _is_digest),
         config=_checked(adapter, "config", _is_digest),
-        files=_files(value),
+        files=files,
         code=None if value["code"] is None else _code(value["code"]),
     )
 
 
 def _stamp(stamp: FileStamp) -> dict[str, object]:
     return {"sha256": stamp.digest, "size": stamp.size}
-
-
-def _files(value: dict[str, Any]) -> tuple[ReplacedFile, ...]:
-    found = _checked(value, "files", lambda some: isinstance(some, list) and 1 <= len(some) <= MAX_FILES)
-    files = tuple(map(_file, found))
-    names, parts = [file.name for file in files], [file.part for file in files]
-    _checked({"files": names}, "files", lambda some: some == sorted(set(some)))
-    _checked({"files": parts}, "files", lambda some: some.count("weights") == 1 and some.count("config") <= 1)
-    return files
 
 
 def _file(value: object) -> ReplacedFile:

@@ -135,7 +135,12 @@ def _split(name: str) -> tuple[str, str]:
 
 def _delta(stem: str, parts: _Parts) -> Tensor:
     """Return dW of a module: (out, in[, k, k]), or (out, in * k * k) if the kernel is unknown."""
-    made = _functional()
+    try:
+        from lycoris.functional import locon, loha, lokr
+    except ImportError as error:
+        hint = "install the extra: pip install 'icm-lora[diffusion]'"
+        raise DataError("reading LoHa and LoKr needs lycoris-lora, which is not installed", hint=hint) from error
+    made = {"locon": locon, "loha": loha, "lokr": lokr}
     _check_size(stem, parts)
     try:
         if "diff" in parts:
@@ -219,15 +224,6 @@ def _largest(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
             vh = v.mT
     root = s[:rank].sqrt()
     return root[:, None] * vh[:rank], u[:, :rank] * root
-
-
-def _functional() -> Mapping[str, Any]:
-    try:
-        from lycoris.functional import locon, loha, lokr
-    except ImportError as error:
-        hint = "install the extra: pip install 'icm-lora[diffusion]'"
-        raise DataError("reading LoHa and LoKr needs lycoris-lora, which is not installed", hint=hint) from error
-    return {"locon": locon, "loha": loha, "lokr": lokr}
 
 
 _PARTS = frozenset(

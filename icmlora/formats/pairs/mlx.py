@@ -96,7 +96,10 @@ class MlxConfig:
         parameters = fields.get("lora_parameters") or {}
         if not isinstance(parameters, dict):
             raise _wrong("lora_parameters", parameters)
-        return cls(_label(fields), kind, _rank(parameters), _scale(parameters))
+        rank = parameters.get("rank")
+        if rank is not None and (type(rank) is not int or not 0 < rank <= MAX_RANK):
+            raise _wrong("rank", rank)
+        return cls(_label(fields), kind, rank, _scale(parameters))
 
 
 class MlxFormat(FolderFormat):
@@ -177,7 +180,11 @@ class MlxFormat(FolderFormat):
             dtype=dtype,
             rank=rank,
         )
-        return AdapterBytes(encode(tensors | dict(extras), _metadata_of(form)), config)
+        found = form.own.get("metadata", {})
+        is_text = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
+        if form.own.keys() - {"metadata"} or not is_text:
+            raise bad_note()
+        return AdapterBytes(encode(tensors | dict(extras), dict(found)), config)
 
 
 def _is_pefts(config: Path) -> bool:
@@ -228,13 +235,6 @@ def _label(fields: Mapping[str, Any]) -> str | None:
     return label
 
 
-def _rank(parameters: Mapping[str, Any]) -> int | None:
-    rank = parameters.get("rank")
-    if rank is not None and (type(rank) is not int or not 0 < rank <= MAX_RANK):
-        raise _wrong("rank", rank)
-    return rank
-
-
 def _scale(parameters: Mapping[str, Any]) -> float:
     scale = parameters.get("scale")
     if scale is None and "alpha" in parameters:
@@ -245,14 +245,6 @@ def _scale(parameters: Mapping[str, Any]) -> float:
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= _MAX_SCALE:
         raise _wrong("scale", scale)
     return float(scale)
-
-
-def _metadata_of(form: PairForm) -> dict[str, str]:
-    found = form.own.get("metadata", {})
-    is_text = isinstance(found, dict) and all(isinstance(value, str) for value in found.values())
-    if form.own.keys() - {"metadata"} or not is_text:
-        raise bad_note()
-    return dict(found)
 
 
 def _wrong(key: str, value: object) -> AdapterRefused:

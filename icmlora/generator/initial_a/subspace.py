@@ -141,17 +141,13 @@ def initial_subspace(initial: InitialA | None, config: GeneratorConfig, sensitiv
         rows = torch.from_numpy(np.stack([factor for _, factor in modules]))  # (modules, r, in)
         rows.mul_(torch.exp2(sensitivity.inputs[kind][layers])[:, None])
         subspace.ranks[kind][layers] = rank
-        subspace.bases[kind][layers, :rank] = _orthonormal(rows)
+        # Orthonormal rows by the QR decomposition whose R has a positive diagonal: it is unique, so every machine gets
+        # the same rows up to rounding.
+        q, r = torch.linalg.qr(rows.double().mT)
+        sign = torch.where(r.diagonal(dim1=1, dim2=2) < 0, -1.0, 1.0)  # (modules, r)
+        result: torch.Tensor = (q.mT * sign[:, :, None]).float()
+        subspace.bases[kind][layers, :rank] = result
     return subspace
-
-
-def _orthonormal(rows: torch.Tensor) -> torch.Tensor:
-    """Make rows (modules, r, in), r < in, orthonormal by the QR decomposition whose R has a positive diagonal."""
-    # That decomposition is unique, so every machine gets the same rows up to rounding.
-    q, r = torch.linalg.qr(rows.double().mT)
-    sign = torch.where(r.diagonal(dim1=1, dim2=2) < 0, -1.0, 1.0)  # (modules, r)
-    result: torch.Tensor = (q.mT * sign[:, :, None]).float()
-    return result
 
 
 def _by_layer(layer: torch.Tensor, rows: torch.Tensor, layers: int) -> list[tuple[int, torch.Tensor]]:

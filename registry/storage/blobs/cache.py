@@ -72,7 +72,10 @@ class BlobCache:
         """Keep the bytes of a blob, which the caller has verified; do nothing where that cannot be done."""
         path = self._path(digest)
         with suppress(OSError):
-            self._make_folders()
+            if not (self.folder / _DIGITS[-1]).is_dir():
+                self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                for digit in _DIGITS:
+                    fs.make_dir(self.folder / digit)
             temporary = path.with_name(f"{uuid4().hex}.tmp")
             try:
                 with self._created(temporary, len(data)) as descriptor:
@@ -95,12 +98,6 @@ class BlobCache:
 
     def _path(self, digest: str) -> Path:
         return self.folder / digest[0] / digest
-
-    def _make_folders(self) -> None:
-        if not (self.folder / _DIGITS[-1]).is_dir():
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for digit in _DIGITS:
-                fs.make_dir(self.folder / digit)
 
     @contextmanager
     def _created(self, path: Path, size: int) -> Iterator[int]:

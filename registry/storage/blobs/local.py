@@ -78,7 +78,12 @@ class LocalBackend:
         """Yield every file that is named by a digest and is in the folder of its first digit."""
         for folder in sorted(self._folder_of_files.iterdir()) if self._folder_of_files.is_dir() else ():
             if folder.is_dir():
-                yield from _blobs_in(folder)
+                first = folder.name
+                yield from [
+                    BlobInfo(name, status.st_size, status.st_mtime)
+                    for name, status in fs.listed(folder)
+                    if name[0] == first and is_digest(name)
+                ]
 
     def delete(self, digest: str, *, newest: float = math.inf) -> int:
         """Remove a file."""
@@ -178,13 +183,3 @@ def _holds(path: Path, data: fs.Bytes) -> bool:
             return all(file.read(_CHUNK) == bytes(view[at : at + _CHUNK]) for at in range(0, len(data), _CHUNK))
     except FileNotFoundError:
         return False
-
-
-def _blobs_in(folder: Path) -> list[BlobInfo]:
-    """Return the blobs of a folder, by digest."""
-    first = folder.name
-    return [
-        BlobInfo(name, status.st_size, status.st_mtime)
-        for name, status in fs.listed(folder)
-        if name[0] == first and is_digest(name)
-    ]

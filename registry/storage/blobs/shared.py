@@ -66,7 +66,14 @@ class SharedBackend(LocalBackend):
             if not (self._folder / "owner").exists():
                 self._refuse_foreign()
                 make_folders(self._paths)
-                self._write_owner()
+                # Write whose folder this is, unless another process has.
+                temporary = self._paths.tmp / uuid4().hex
+                fs.write_file(temporary, self._owner.encode(), _MODE)
+                try:
+                    fs.rename_new(temporary, self._folder / "owner")
+                except FileExistsError:
+                    fs.unlink(temporary)
+                fs.fsync_dir(self._folder)
         self._check_owner()
 
     def now(self) -> float:
@@ -131,16 +138,6 @@ class SharedBackend(LocalBackend):
         if foreign := {entry.name for entry in self._folder.iterdir()} - ours:
             hint = "use an empty or new folder"
             raise NotAStore(f"{self._folder} holds {min(foreign)!r}", path=self._folder, hint=hint)
-
-    def _write_owner(self) -> None:
-        """Write whose folder this is, unless another process has."""
-        temporary = self._paths.tmp / uuid4().hex
-        fs.write_file(temporary, self._owner.encode(), _MODE)
-        try:
-            fs.rename_new(temporary, self._folder / "owner")
-        except FileExistsError:
-            fs.unlink(temporary)
-        fs.fsync_dir(self._folder)
 
     def owner(self) -> str:
         """Return the number of the store whose folder this is."""
