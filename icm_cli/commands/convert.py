@@ -16,7 +16,7 @@ from icmlora.fleet.context import TaskFailed
 from icmlora.fleet.convert import convert as use_case
 from icmlora.fleet.convert.convert import AdapterConverted
 from icmlora.fleet.params import Param
-from icmlora.fleet.write.format_pairs import written_from
+from icmlora.fleet.write.format_pairs import OutputFormat, written_from
 from icmlora.formats import catalogue
 from icmlora.io.text import counted, human_size
 
@@ -38,7 +38,7 @@ def convert(
     session: Session,
     source: Annotated[Path | None, use_case.SRC] = None,
     destination: Annotated[Path | None, use_case.DST] = None,
-    adapter_format: use_case.Format = None,
+    adapter_format: OutputFormat = None,
     rank: use_case.Rank = None,
     size: use_case.FileSize = None,
     dtype: use_case.Dtype = None,

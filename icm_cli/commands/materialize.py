@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from icmlora.fleet.write.materialize import MaterializeReport
 
 _EXACTLY = ", byte for byte"
-_PROGRAMS = {"gguf": "llama.cpp", "mlx": "MLX-LM", "peft": "PEFT", "comfyui": "ComfyUI", "xlabs": "XLabs"}
 _FROM = {
     "original": f"its original{_EXACTLY}",
     "code": "its code",
@@ -48,8 +47,7 @@ def materialize(session: Session, call: Call[MaterializeReport], bundle: BundleF
     if done.recognized is not None:
         origin = f"the code of {done.recognized}, the task recognized from its vectors"
     if done.converted:
-        name = done.adapter_format
-        origin = f"{origin.removesuffix(_EXACTLY)}, converted for {_PROGRAMS.get(name, name)}"
+        origin = f"{origin.removesuffix(_EXACTLY)}, converted to {done.adapter_format}"
     out.note(f"wrote {task} from {origin}{figures}")
     if done.left_out:
         out.note(f"skipped extra files, which only --format peft writes: {', '.join(done.left_out)}")

@@ -18,7 +18,7 @@ from icmlora.errors import AdapterRefused, BaseModelNotFound, Cancelled, DataErr
 from icmlora.fleet.context import Event, Progress, TaskFailed, ignore, reporting
 from icmlora.fleet.params import DtypeName, Param
 from icmlora.fleet.results import Report
-from icmlora.fleet.write.format_pairs import SourceAdapter, check_pair, format_to_write
+from icmlora.fleet.write.format_pairs import OutputFormat, SourceAdapter, check_pair, format_to_write
 from icmlora.formats import catalogue
 from icmlora.formats.discovery.discovery import find_adapters
 from icmlora.formats.discovery.tree import Folder
@@ -36,15 +36,6 @@ _MAX_CONFIG_BYTES, _MAX_COMPANION_BYTES = 1 << 20, 4 << 30
 
 SRC = Param("Folder or file of an adapter, or a folder of several adapters.", "SRC")
 DST = Param("Output folder or file, depending on the format. For several adapters: their parent folder.", "DST")
-Format = Annotated[
-    str | None,
-    Param(
-        "Output format: peft, mlx (for MLX-LM), gguf (one file for llama.cpp), diffusers, kohya, comfyui, xlabs "
-        "or lycoris. See --list-formats for valid conversions. Default: the format of SRC.",
-        "--format NAME",
-        completes="format",
-    ),
-]
 Rank = Annotated[
     int | None,
     Param(
@@ -99,7 +90,7 @@ def convert(
     source: Annotated[str | Path, SRC],
     destination: Annotated[str | Path, DST],
     *,
-    adapter_format: Format = None,
+    adapter_format: OutputFormat = None,
     rank: Rank = None,
     size: FileSize = None,
     dtype: Dtype = None,

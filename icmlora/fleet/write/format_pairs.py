@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from icmlora.base_models.finding.lookup import FoundBase, read_config
 from icmlora.errors import AdapterRefused, BaseModelNotFound, BaseModelUnsuited, DataError, located
+from icmlora.fleet.params import Param
 from icmlora.formats import catalogue
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, AdapterFormat, AdapterSummary
@@ -49,6 +50,18 @@ class SourceAdapter:
         """Facts about it; raises as `AdapterFormat.inspect` does."""
         content = self.content
         return self.format.inspect(content.config, content.weights, path=self.path, initial=self.initial)
+
+
+OutputFormat = Annotated[
+    str | None,
+    Param(
+        f"Output format: {', '.join(known.name for known in catalogue.FORMATS)}. `icm convert --list-formats` "
+        "describes them and lists the possible conversions. Default: the adapter's own format.",
+        "--format NAME",
+        parse=lambda name: format_to_write(name).name,
+        completes="format",
+    ),
+]
 
 
 def format_to_write(name: str) -> AdapterFormat:

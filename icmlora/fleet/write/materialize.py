@@ -19,7 +19,7 @@ from icmlora.fleet.context import Context, use_case
 from icmlora.fleet.params import DtypeName, Force, NamedTasks, Param, TaskName
 from icmlora.fleet.resources.adapter_row import original_files
 from icmlora.fleet.resources.code_source import Decoded, open_codes
-from icmlora.fleet.write.format_pairs import SourceAdapter, check_pair, convert_content, format_to_write
+from icmlora.fleet.write.format_pairs import OutputFormat, SourceAdapter, check_pair, convert_content, format_to_write
 from icmlora.fleet.write.sources import ResolvedSource, Source, resolve_source
 from icmlora.formats.catalogue import format_named
 from icmlora.formats.format import AdapterBytes, check_target, write_adapter_files
@@ -95,17 +95,7 @@ def materialize(
     ],
     *,
     source: SourceOf = "auto",
-    adapter_format: Annotated[
-        str | None,
-        Param(
-            "peft: a PEFT folder. mlx: a folder for MLX-LM. gguf: a file for llama.cpp. For image adapters: diffusers, "
-            "kohya, comfyui, xlabs or lycoris, one file each. `icm convert --list-formats` lists possible conversions. "
-            "Default: the adapter's own format.",
-            "--format NAME",
-            parse=lambda name: format_to_write(name).name,
-            completes="format",
-        ),
-    ] = None,
+    adapter_format: OutputFormat = None,
     seed: Seed = None,
     dtype: Dtype = None,
     pad_rank: PadRank = None,
