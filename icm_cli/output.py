@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Generic, TextIO, TypeVar
 from icm_cli.config import switched_on
 from icm_cli.errors import Failure, UsageProblem
 from icm_cli.progress import PlainProgress, ProgressDisplay, RichProgress
-from icm_cli.table import GAP, laid_out
-from icm_cli.table import Column as Column
+from icm_cli.table import GAP, Column as Column, laid_out
 from icmlora.io.text import escape, escape_lines, width
 
 if TYPE_CHECKING:

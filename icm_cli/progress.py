@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Self
 from icmlora.io.text import escape, human_duration
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as RichBar
-    from rich.progress import TaskID
+    from rich.progress import Progress as RichBar, TaskID
 
 _DEFAULT_INTERVAL = 10.0  # seconds between plain lines
 
@@ -73,8 +72,7 @@ class RichProgress(ProgressDisplay):
     def __enter__(self) -> Self:
         """Draw the bar."""
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as RichBar
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress as RichBar, TextColumn, TimeRemainingColumn
 
         # Notes contain untrusted names, so no column may interpret markup.
 

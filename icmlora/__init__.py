@@ -17,236 +17,143 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from icmlora.errors import (
-    AdapterRefused,
-    BaseModelMismatch,
-    BaseModelNotFound,
-    BaseModelUnsuited,
-    BundleError,
-    Cancelled,
-    CodeError,
-    DataError,
-    DeviceUnavailable,
-    GeneratorError,
-    IcmLoraError,
-    NotCovered,
-    NotRecognized,
-    OptionsConflict,
-    OtherFormat,
-    OutputExists,
-    UnsafeInput,
+    AdapterRefused as AdapterRefused,
+    BaseModelMismatch as BaseModelMismatch,
+    BaseModelNotFound as BaseModelNotFound,
+    BaseModelUnsuited as BaseModelUnsuited,
+    BundleError as BundleError,
+    Cancelled as Cancelled,
+    CodeError as CodeError,
+    DataError as DataError,
+    DeviceUnavailable as DeviceUnavailable,
+    GeneratorError as GeneratorError,
+    IcmLoraError as IcmLoraError,
+    NotCovered as NotCovered,
+    NotRecognized as NotRecognized,
+    OptionsConflict as OptionsConflict,
+    OtherFormat as OtherFormat,
+    OutputExists as OutputExists,
+    UnsafeInput as UnsafeInput,
 )
 from registry.errors import (
-    BaseModelConflict,
-    DamagedStore,
-    GeneratorConflict,
-    IcmError,
-    InvalidFilter,
-    InvalidName,
-    LastCopy,
-    NotAStore,
-    RegistryError,
-    StoreLocked,
-    StoreNotFound,
-    StoreUnavailable,
-    TaskConflict,
-    TaskNotFound,
+    BaseModelConflict as BaseModelConflict,
+    DamagedStore as DamagedStore,
+    GeneratorConflict as GeneratorConflict,
+    IcmError as IcmError,
+    InvalidFilter as InvalidFilter,
+    InvalidName as InvalidName,
+    LastCopy as LastCopy,
+    NotAStore as NotAStore,
+    RegistryError as RegistryError,
+    StoreLocked as StoreLocked,
+    StoreNotFound as StoreNotFound,
+    StoreUnavailable as StoreUnavailable,
+    TaskConflict as TaskConflict,
+    TaskNotFound as TaskNotFound,
 )
 
-if TYPE_CHECKING:
-    from icmlora.adapter.metrics import GroupError
-    from icmlora.adapter.model import Adapter, LoraModule
-    from icmlora.base_models.examples.context import TaskContext
-    from icmlora.base_models.kinds.custom_model import CustomModel, base_model_loader
-    from icmlora.base_models.modality import Metric
-    from icmlora.fewshot.guard import AblationReport
-    from icmlora.fleet.api import Fleet
-    from icmlora.fleet.bases.base_models import KnownBase
-    from icmlora.fleet.bases.labels import Joined, Separated
-    from icmlora.fleet.bundles.bundles import Bundle
-    from icmlora.fleet.bundles.export import ExportReport
-    from icmlora.fleet.bundles.import_ import ImportReport
-    from icmlora.fleet.context import Event, Progress
-    from icmlora.fleet.convert.convert import convert
-    from icmlora.fleet.encode.report import EncodeReport
-    from icmlora.fleet.evict.restore import RestoreReport
-    from icmlora.fleet.evict.types import EvictReport
-    from icmlora.fleet.few_shot.generated import ContextReport, Generated
-    from icmlora.fleet.ingest.report import IngestReport
-    from icmlora.fleet.map.task_map import MapReport
-    from icmlora.fleet.measure.report import EvaluateReport, Measurable
-    from icmlora.fleet.report.summary import ReportSummary
-    from icmlora.fleet.stats.bill import Bill
-    from icmlora.fleet.tasks.copies import CopyReport
-    from icmlora.fleet.tasks.described import DescribedTask
-    from icmlora.fleet.tasks.doctor import Check
-    from icmlora.fleet.tasks.duplicate_pairs import DuplicatesReport
-    from icmlora.fleet.tasks.generators import GeneratorVersion, RolledBack
-    from icmlora.fleet.tasks.init import InitReport
-    from icmlora.fleet.tasks.tasks import EditReport, Removal, RemoveReport, TaskDetails
-    from icmlora.fleet.train.report import TrainReport
-    from icmlora.fleet.vectors.recognize import RecognizeReport
-    from icmlora.fleet.vectors.vectors import VectorReport
-    from icmlora.fleet.write.cards import MergedPart
-    from icmlora.fleet.write.materialize import MaterializeReport
-    from icmlora.fleet.write.merge import Merged
-    from icmlora.fleet.write.sources import TooLossy
-    from icmlora.formats.discovery.folder import load_adapter, save_adapter
-    from icmlora.serving.attach import attach
-    from registry.findings import Finding, Rebuilt
-    from registry.manifests import Generator, Task
-    from registry.names import DatabaseUrl
-    from registry.reachability import PruneReport
+if TYPE_CHECKING:  # the same names, for type checkers
+    from icmlora.adapter.metrics import GroupError as GroupError
+    from icmlora.adapter.model import Adapter as Adapter, LoraModule as LoraModule
+    from icmlora.base_models.examples.context import TaskContext as TaskContext
+    from icmlora.base_models.kinds.custom_model import (
+        CustomModel as CustomModel,
+        base_model_loader as base_model_loader,
+    )
+    from icmlora.base_models.modality import Metric as Metric
+    from icmlora.fewshot.guard import AblationReport as AblationReport
+    from icmlora.fleet.api import Fleet as Fleet
+    from icmlora.fleet.bases.base_models import KnownBase as KnownBase
+    from icmlora.fleet.bases.labels import Joined as Joined, Separated as Separated
+    from icmlora.fleet.bundles.bundles import Bundle as Bundle
+    from icmlora.fleet.bundles.export import ExportReport as ExportReport
+    from icmlora.fleet.bundles.import_ import ImportReport as ImportReport
+    from icmlora.fleet.context import Event as Event, Progress as Progress
+    from icmlora.fleet.convert.convert import convert as convert
+    from icmlora.fleet.encode.report import EncodeReport as EncodeReport
+    from icmlora.fleet.evict.restore import RestoreReport as RestoreReport
+    from icmlora.fleet.evict.types import EvictReport as EvictReport
+    from icmlora.fleet.few_shot.generated import ContextReport as ContextReport, Generated as Generated
+    from icmlora.fleet.ingest.report import IngestReport as IngestReport
+    from icmlora.fleet.map.task_map import MapReport as MapReport
+    from icmlora.fleet.measure.report import EvaluateReport as EvaluateReport, Measurable as Measurable
+    from icmlora.fleet.report.summary import ReportSummary as ReportSummary
+    from icmlora.fleet.stats.bill import Bill as Bill
+    from icmlora.fleet.tasks.copies import CopyReport as CopyReport
+    from icmlora.fleet.tasks.described import DescribedTask as DescribedTask
+    from icmlora.fleet.tasks.doctor import Check as Check
+    from icmlora.fleet.tasks.duplicate_pairs import DuplicatesReport as DuplicatesReport
+    from icmlora.fleet.tasks.generators import GeneratorVersion as GeneratorVersion, RolledBack as RolledBack
+    from icmlora.fleet.tasks.init import InitReport as InitReport
+    from icmlora.fleet.tasks.tasks import (
+        EditReport as EditReport,
+        Removal as Removal,
+        RemoveReport as RemoveReport,
+        TaskDetails as TaskDetails,
+    )
+    from icmlora.fleet.train.report import TrainReport as TrainReport
+    from icmlora.fleet.vectors.recognize import RecognizeReport as RecognizeReport
+    from icmlora.fleet.vectors.vectors import VectorReport as VectorReport
+    from icmlora.fleet.write.cards import MergedPart as MergedPart
+    from icmlora.fleet.write.materialize import MaterializeReport as MaterializeReport
+    from icmlora.fleet.write.merge import Merged as Merged
+    from icmlora.fleet.write.sources import TooLossy as TooLossy
+    from icmlora.formats.discovery.folder import load_adapter as load_adapter, save_adapter as save_adapter
+    from icmlora.serving.attach import attach as attach
+    from registry.findings import Finding as Finding, Rebuilt as Rebuilt
+    from registry.manifests import Generator as Generator, Task as Task
+    from registry.names import DatabaseUrl as DatabaseUrl
+    from registry.reachability import PruneReport as PruneReport
+    from registry.tables import TaskRow as TaskRow
 
-__all__ = [
-    "AblationReport",
-    "Adapter",
-    "AdapterRefused",
-    "BaseModelConflict",
-    "BaseModelMismatch",
-    "BaseModelNotFound",
-    "BaseModelUnsuited",
-    "Bill",
-    "Bundle",
-    "BundleError",
-    "Cancelled",
-    "Check",
-    "CodeError",
-    "ContextReport",
-    "CopyReport",
-    "CustomModel",
-    "DamagedStore",
-    "DataError",
-    "DatabaseUrl",
-    "DescribedTask",
-    "DeviceUnavailable",
-    "DuplicatesReport",
-    "EditReport",
-    "EncodeReport",
-    "EvaluateReport",
-    "Event",
-    "EvictReport",
-    "ExportReport",
-    "Finding",
-    "Fleet",
-    "Generated",
-    "Generator",
-    "GeneratorConflict",
-    "GeneratorError",
-    "GeneratorVersion",
-    "GroupError",
-    "IcmError",
-    "IcmLoraError",
-    "ImportReport",
-    "IngestReport",
-    "InitReport",
-    "InvalidFilter",
-    "InvalidName",
-    "Joined",
-    "KnownBase",
-    "LastCopy",
-    "LoraModule",
-    "MapReport",
-    "MaterializeReport",
-    "Measurable",
-    "Merged",
-    "MergedPart",
-    "Metric",
-    "NotAStore",
-    "NotCovered",
-    "NotRecognized",
-    "OptionsConflict",
-    "OtherFormat",
-    "OutputExists",
-    "Progress",
-    "PruneReport",
-    "Rebuilt",
-    "RecognizeReport",
-    "RegistryError",
-    "Removal",
-    "RemoveReport",
-    "ReportSummary",
-    "RestoreReport",
-    "RolledBack",
-    "Separated",
-    "StoreLocked",
-    "StoreNotFound",
-    "StoreUnavailable",
-    "Task",
-    "TaskConflict",
-    "TaskContext",
-    "TaskDetails",
-    "TaskNotFound",
-    "TaskRow",
-    "TooLossy",
-    "TrainReport",
-    "UnsafeInput",
-    "VectorReport",
-    "attach",
-    "base_model_loader",
-    "convert",
-    "load_adapter",
-    "save_adapter",
-]
-
-_HOMES = {
-    "Adapter": "icmlora.adapter.model",
-    "Bill": "icmlora.fleet.stats.bill",
-    "Bundle": "icmlora.fleet.bundles.bundles",
-    "Check": "icmlora.fleet.tasks.doctor",
-    "ContextReport": "icmlora.fleet.few_shot.generated",
-    "CopyReport": "icmlora.fleet.tasks.copies",
-    "CustomModel": "icmlora.base_models.kinds.custom_model",
-    "DatabaseUrl": "registry.names",
-    "DescribedTask": "icmlora.fleet.tasks.described",
-    "DuplicatesReport": "icmlora.fleet.tasks.duplicate_pairs",
-    "EditReport": "icmlora.fleet.tasks.tasks",
-    "EncodeReport": "icmlora.fleet.encode.report",
-    "EvaluateReport": "icmlora.fleet.measure.report",
-    "Event": "icmlora.fleet.context",
-    "EvictReport": "icmlora.fleet.evict.types",
-    "ExportReport": "icmlora.fleet.bundles.export",
-    "Finding": "registry.findings",
-    "Fleet": "icmlora.fleet.api",
-    "Generated": "icmlora.fleet.few_shot.generated",
-    "Generator": "registry.manifests",
-    "GeneratorVersion": "icmlora.fleet.tasks.generators",
-    "GroupError": "icmlora.adapter.metrics",
-    "AblationReport": "icmlora.fewshot.guard",
-    "ImportReport": "icmlora.fleet.bundles.import_",
-    "IngestReport": "icmlora.fleet.ingest.report",
-    "InitReport": "icmlora.fleet.tasks.init",
-    "Joined": "icmlora.fleet.bases.labels",
-    "KnownBase": "icmlora.fleet.bases.base_models",
-    "LoraModule": "icmlora.adapter.model",
-    "MapReport": "icmlora.fleet.map.task_map",
-    "MaterializeReport": "icmlora.fleet.write.materialize",
-    "Merged": "icmlora.fleet.write.merge",
-    "MergedPart": "icmlora.fleet.write.cards",
-    "Measurable": "icmlora.fleet.measure.report",
-    "Metric": "icmlora.base_models.modality",
-    "Progress": "icmlora.fleet.context",
-    "PruneReport": "registry.reachability",
-    "Rebuilt": "registry.findings",
-    "RecognizeReport": "icmlora.fleet.vectors.recognize",
-    "Removal": "icmlora.fleet.tasks.tasks",
-    "RemoveReport": "icmlora.fleet.tasks.tasks",
-    "ReportSummary": "icmlora.fleet.report.summary",
-    "RestoreReport": "icmlora.fleet.evict.restore",
-    "RolledBack": "icmlora.fleet.tasks.generators",
-    "Separated": "icmlora.fleet.bases.labels",
-    "Task": "registry.manifests",
-    "TaskContext": "icmlora.base_models.examples.context",
-    "TaskDetails": "icmlora.fleet.tasks.tasks",
-    "TaskRow": "registry.tables",
-    "TooLossy": "icmlora.fleet.write.sources",
-    "TrainReport": "icmlora.fleet.train.report",
-    "VectorReport": "icmlora.fleet.vectors.vectors",
-    "attach": "icmlora.serving.attach",
-    "base_model_loader": "icmlora.base_models.kinds.custom_model",
-    "convert": "icmlora.fleet.convert.convert",
-    "load_adapter": "icmlora.formats.discovery.folder",
-    "save_adapter": "icmlora.formats.discovery.folder",
+_LAZY = {
+    "icmlora.adapter.metrics": "GroupError",
+    "icmlora.adapter.model": "Adapter LoraModule",
+    "icmlora.base_models.examples.context": "TaskContext",
+    "icmlora.base_models.kinds.custom_model": "CustomModel base_model_loader",
+    "icmlora.base_models.modality": "Metric",
+    "icmlora.fewshot.guard": "AblationReport",
+    "icmlora.fleet.api": "Fleet",
+    "icmlora.fleet.bases.base_models": "KnownBase",
+    "icmlora.fleet.bases.labels": "Joined Separated",
+    "icmlora.fleet.bundles.bundles": "Bundle",
+    "icmlora.fleet.bundles.export": "ExportReport",
+    "icmlora.fleet.bundles.import_": "ImportReport",
+    "icmlora.fleet.context": "Event Progress",
+    "icmlora.fleet.convert.convert": "convert",
+    "icmlora.fleet.encode.report": "EncodeReport",
+    "icmlora.fleet.evict.restore": "RestoreReport",
+    "icmlora.fleet.evict.types": "EvictReport",
+    "icmlora.fleet.few_shot.generated": "ContextReport Generated",
+    "icmlora.fleet.ingest.report": "IngestReport",
+    "icmlora.fleet.map.task_map": "MapReport",
+    "icmlora.fleet.measure.report": "EvaluateReport Measurable",
+    "icmlora.fleet.report.summary": "ReportSummary",
+    "icmlora.fleet.stats.bill": "Bill",
+    "icmlora.fleet.tasks.copies": "CopyReport",
+    "icmlora.fleet.tasks.described": "DescribedTask",
+    "icmlora.fleet.tasks.doctor": "Check",
+    "icmlora.fleet.tasks.duplicate_pairs": "DuplicatesReport",
+    "icmlora.fleet.tasks.generators": "GeneratorVersion RolledBack",
+    "icmlora.fleet.tasks.init": "InitReport",
+    "icmlora.fleet.tasks.tasks": "EditReport Removal RemoveReport TaskDetails",
+    "icmlora.fleet.train.report": "TrainReport",
+    "icmlora.fleet.vectors.recognize": "RecognizeReport",
+    "icmlora.fleet.vectors.vectors": "VectorReport",
+    "icmlora.fleet.write.cards": "MergedPart",
+    "icmlora.fleet.write.materialize": "MaterializeReport",
+    "icmlora.fleet.write.merge": "Merged",
+    "icmlora.fleet.write.sources": "TooLossy",
+    "icmlora.formats.discovery.folder": "load_adapter save_adapter",
+    "icmlora.serving.attach": "attach",
+    "registry.findings": "Finding Rebuilt",
+    "registry.manifests": "Generator Task",
+    "registry.names": "DatabaseUrl",
+    "registry.reachability": "PruneReport",
+    "registry.tables": "TaskRow",
 }
+_HOMES = {name: module for module, names in _LAZY.items() for name in names.split()}
+__all__ = sorted([*_HOMES, *(name for name, value in vars().items() if isinstance(value, type))])  # and the errors
 
 
 def __getattr__(name: str) -> object:

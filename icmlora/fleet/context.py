@@ -23,8 +23,7 @@ from icmlora.errors import Cancelled, DataError, InvalidShard
 from icmlora.fleet.params import params_of
 from registry.errors import DamagedStore
 from registry.filters import Selection
-from registry.names import Address
-from registry.names import address_of as address_of
+from registry.names import Address, address_of as address_of
 from registry.storage.locks import Deadline
 
 if TYPE_CHECKING:

@@ -15,8 +15,7 @@ from itertools import groupby
 
 from icmlora.errors import DataError
 from registry.filters import parse_size
-from registry.names import escape as escape
-from registry.names import some as some
+from registry.names import escape as escape, some as some
 
 _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB")
 

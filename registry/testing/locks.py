@@ -14,8 +14,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from uuid import uuid4
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
+from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from registry.errors import StoreLocked

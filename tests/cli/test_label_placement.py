@@ -1,7 +1,6 @@
 """Labels are clear of each other, of points and of the frame."""
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.fleet.map.label_placement import Box, place_labels
 

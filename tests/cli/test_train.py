@@ -18,8 +18,7 @@ from icmlora.fleet.context import Event
 from icmlora.fleet.encode.report import TaskEncoded
 from icmlora.fleet.measure.report import TaskEvaluated
 from icmlora.fleet.resources.adapter_source import StoreAdapterSource
-from icmlora.fleet.train import generator as publishing
-from icmlora.fleet.train import run as training
+from icmlora.fleet.train import generator as publishing, run as training
 from icmlora.training.effect import Effect, EffectLoss
 from registry.store import Store
 from tests.cli.coded import current

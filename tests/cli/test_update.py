@@ -13,8 +13,7 @@ import pytest
 from icm_cli.errors import ExitCode
 from icmlora.adapter.model import Adapter
 from icmlora.fleet.api import Fleet
-from icmlora.fleet.train import candidates as candidates
-from icmlora.fleet.train import run as training
+from icmlora.fleet.train import candidates as candidates, run as training
 from icmlora.fleet.train.candidates import Candidate, UpdateCandidates
 from icmlora.generator.codec.generator_file import GeneratorFile
 from registry.store import Store

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from icmlora.bundle import file as bundle
-from icmlora.bundle import index as bundle_index
+from icmlora.bundle import file as bundle, index as bundle_index
 from icmlora.formats.peft.config import MAX_CONFIG_BYTES
 from icmlora.io.safetensors import MAX_FILE_BYTES
 from registry.manifests import Extra, Vector

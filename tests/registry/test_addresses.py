@@ -6,8 +6,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from registry.errors import NotAStore
 from registry.names import DatabaseUrl, absolute, address_of

@@ -7,8 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from registry import files as fs
 from registry.errors import RegistryError, SourceChanged, SourceRefused, StoreFull, StoreIOError, StoreReadOnly

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from registry.errors import InvalidFilter
 from registry.filters import FIELDS, Filter, parse_filter, parse_size, parse_sort

@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from registry.errors import DamagedStore, NotAStore, StoreTooNew, StoreTooOld
 from registry.manifests import is_digest

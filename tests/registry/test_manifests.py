@@ -7,8 +7,7 @@ from dataclasses import replace
 from hashlib import sha256
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from registry.encoding import decode, encode, files_of, packed, read, read_shared, unpacked, written
 from registry.errors import DamagedStore

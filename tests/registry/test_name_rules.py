@@ -6,8 +6,7 @@ import string
 import unicodedata
 
 import pytest
-from hypothesis import assume, given
-from hypothesis import strategies as st
+from hypothesis import assume, given, strategies as st
 
 from registry.errors import InvalidName
 from registry.names import MAX_NAME, check_name, escape, is_module_name, natural_key, task_name_problem

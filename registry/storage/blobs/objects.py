@@ -24,8 +24,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from configparser import ConfigParser
-from configparser import Error as ConfigError
+from configparser import ConfigParser, Error as ConfigError
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial

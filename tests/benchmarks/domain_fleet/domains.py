@@ -11,8 +11,7 @@ from tests.benchmarks.domain_fleet.cutting import dictionary, entries, gathered,
 from tests.benchmarks.domain_fleet.rdata import strings
 from tests.benchmarks.domain_fleet.wiki import articles
 from tests.benchmarks.example_fleet.packages import Packages
-from tests.benchmarks.example_fleet.texts import TEXTS as EXAMPLE
-from tests.benchmarks.example_fleet.texts import Text, files, sections
+from tests.benchmarks.example_fleet.texts import TEXTS as EXAMPLE, Text, files, sections
 
 NOTHING = r"^$"
 

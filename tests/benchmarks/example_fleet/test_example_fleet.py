@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tests.benchmarks.example_fleet.build_text import pieces, split
 from tests.benchmarks.example_fleet.table import losses, table

@@ -16,8 +16,7 @@ from icmlora.generator.files.network_file import generator_to_bytes
 from tests.benchmarks.scale.large import LAYERS, RANK, make_adapter, make_network, shapes, spectra_of
 from tests.benchmarks.scale.small import measure_tasks, trained_codec
 from tests.cli.tiny_fleet import write_lora
-from tests.icmlora.small_fleet import make_adapter as make_small
-from tests.icmlora.small_fleet import same
+from tests.icmlora.small_fleet import make_adapter as make_small, same
 
 SPECTRA = [2.0 ** -torch.arange(float(RANK)), 3.0 * 1.5 ** -torch.arange(float(RANK))]
 

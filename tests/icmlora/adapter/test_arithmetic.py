@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.adapter import arithmetic as arithmetic
 from icmlora.adapter.arithmetic import mean_adapter, plus, times, truncated, with_modules

@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.adapter.arithmetic import mean_adapter, plus, times, truncated, with_modules
 from icmlora.adapter.canonical import canonicalize

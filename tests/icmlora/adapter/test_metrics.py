@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.adapter.metrics import distance, dw_norm, errors_by_group, squared_error
 from icmlora.adapter.model import Adapter

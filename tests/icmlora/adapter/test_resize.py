@@ -7,8 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.adapter.metrics import errors_by_group, squared_error
 from icmlora.adapter.model import Adapter, LoraModule

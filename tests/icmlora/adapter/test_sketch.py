@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.adapter.arithmetic import plus, times, truncated, with_modules
 from icmlora.adapter.metrics import distance, dw_norm

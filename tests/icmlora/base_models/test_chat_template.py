@@ -6,8 +6,7 @@ import hashlib
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.base_models.examples.chat_template import CHATML, MAX_TEMPLATE, ChatTemplate, Rendered, scored_tokens
 from icmlora.base_models.examples.chats import Chat, chat_of

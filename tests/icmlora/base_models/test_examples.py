@@ -8,8 +8,7 @@ import hashlib
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.base_models.examples.examples import Example, parse_examples
 from icmlora.base_models.reading import EvaluationData

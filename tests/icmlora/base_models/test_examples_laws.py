@@ -7,8 +7,7 @@ import json
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.base_models.examples.examples import Example, parse_examples, plain, spread
 from icmlora.base_models.reading import EvaluationData

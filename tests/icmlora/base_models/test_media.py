@@ -8,8 +8,7 @@ import zlib
 from contextlib import suppress
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from PIL import Image
 
 from icmlora.base_models.examples import media

@@ -6,8 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.bundle.file import MAGIC, bundle_digest, open_bundle, write_bundle
 from icmlora.errors import BundleError, IcmLoraError, OtherFormat, OutputExists, UnsafeInput

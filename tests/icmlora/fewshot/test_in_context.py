@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.base_models.examples.context import SEPARATOR
 from icmlora.base_models.kinds.likelihood import Scored

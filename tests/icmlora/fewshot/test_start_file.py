@@ -8,8 +8,7 @@ import zlib
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.adapter.model import Adapter
 from icmlora.errors import GeneratorError, IcmLoraError

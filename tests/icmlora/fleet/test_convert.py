@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -24,8 +23,7 @@ from tests.icmlora.fleet.kept_tasks import write_loha
 from tests.icmlora.fleet.test_converting import assert_equal, wanted, written
 from tests.icmlora.formats.image_deltas import dw_by_diffusers, dw_of
 from tests.icmlora.formats.image_files import diffusers_file, kohya_file
-from tests.icmlora.formats.single_files import convolution, write
-from tests.icmlora.formats.single_files import kohya as kohya_tensors
+from tests.icmlora.formats.single_files import convolution, kohya as kohya_tensors, write
 from tests.icmlora.formats.tiny_pipelines import tiny_sd15
 from tests.icmlora.formats.toy_format import ToyFormat
 from tests.icmlora.tiny_base import write_tiny_base

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.fleet.ingest.known_tasks import KnownTasks
 from icmlora.fleet.ingest.record import record

@@ -9,8 +9,7 @@ from typing import NoReturn
 import pytest
 import torch
 import zstandard
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.errors import DataError
 from icmlora.formats.extras import pack, tensor_files, unpack, unpack_tensors

@@ -6,16 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.errors import AdapterRefused
 from icmlora.formats.discovery.discovery import Discovery, find_adapters
 from icmlora.formats.discovery.folder import load_adapter, save_adapter
 from icmlora.formats.discovery.task_names import best_step, naming_folder, step_of
 from registry.names import task_name_problem
-from tests.icmlora.adapter_files import adapter as in_memory
-from tests.icmlora.adapter_files import config, factors, key, write_adapter
+from tests.icmlora.adapter_files import adapter as in_memory, config, factors, key, write_adapter
 from tests.icmlora.small_fleet import make_adapter
 
 # By task: its steps, and whether it has an adapter of its own.

@@ -10,8 +10,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.errors import AdapterRefused, UnsafeInput
 from icmlora.formats.pairs.gguf_file import GgufValue, encode_gguf_file, encode_values, parse_values, read_gguf

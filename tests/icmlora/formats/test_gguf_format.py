@@ -9,8 +9,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.adapter.metrics import squared_error
 from icmlora.errors import AdapterRefused

@@ -16,8 +16,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from icmlora.adapter.metrics import squared_error

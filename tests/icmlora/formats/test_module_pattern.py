@@ -7,8 +7,7 @@ import time
 import warnings
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 
 from icmlora.formats.peft.name_patterns import ModulePattern, NameExpression, PatternRefused, Steps, parse_pattern
 

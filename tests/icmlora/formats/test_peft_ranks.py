@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load
 
@@ -19,8 +18,7 @@ from icmlora.adapter.resize import RankedSlots
 from icmlora.formats.format import AdapterBytes, Template
 from icmlora.formats.peft.peft import PEFT
 from tests.icmlora.adapter_files import Q0, V0, adapter, config, factors, key, weights
-from tests.icmlora.formats.test_peft_experts import BOTH, Convolutions, made_by_peft
-from tests.icmlora.formats.test_peft_experts import read as read_files
+from tests.icmlora.formats.test_peft_experts import BOTH, Convolutions, made_by_peft, read as read_files
 from tests.icmlora.formats.test_peft_forms import FORMS, PEFT_MADE, by_peft, conv, original
 from tests.icmlora.tiny_base import tiny_model
 

@@ -10,8 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.errors import CodeError
 from icmlora.generator.codec.code import MAGIC, CodeHead, ParsedCode

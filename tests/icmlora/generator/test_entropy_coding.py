@@ -7,8 +7,7 @@ import hashlib
 import constriction
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.errors import CodeError
 from icmlora.generator.files.entropy_coding import LIMIT, IntegerReader, Integers, IntegerWriter, clip

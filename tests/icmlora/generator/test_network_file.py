@@ -11,8 +11,7 @@ import zlib
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.errors import GeneratorError
 from icmlora.generator.files.container import add_checksum

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.errors import CodeError, GeneratorError
 from icmlora.generator.files.network_file import parameters_to_words, words_to_parameters

@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.adapter.model import Adapter
 from icmlora.generator.codec.quantizer import Norms, TokenQuantizer, centred, log2_norms, norm_of

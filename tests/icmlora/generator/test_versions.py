@@ -12,8 +12,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.errors import CodeError, GeneratorError, NotCovered
 from icmlora.generator.codec.encoding import encode_adapter

@@ -6,8 +6,7 @@ import tracemalloc
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.errors import AdapterRefused
 from icmlora.io.finite import check_finite, is_zero

@@ -9,8 +9,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.errors import AdapterRefused, UnsafeInput
 from icmlora.formats.peft.peft import PEFT

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.errors import DataError
 from icmlora.task_vectors.vector import Extractor, TaskVector, VectorSettings, split_samples

@@ -6,8 +6,7 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.errors import GeneratorError
 from icmlora.training.config import SMALL_FLEET, TrainConfig, is_small, steps_for

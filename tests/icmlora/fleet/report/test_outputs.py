@@ -1,7 +1,6 @@
 """Where two texts differ."""
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.fleet.report.outputs import differing
 

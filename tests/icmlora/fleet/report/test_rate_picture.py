@@ -1,8 +1,7 @@
 """The rate picture: what it shows of a fleet, and that everything is inside of it."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.fleet.report.rate_picture import RatePicture
 from tests.icmlora.fleet.report.made_up import Made, page_of

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.metrics import dw_norm, squared_error

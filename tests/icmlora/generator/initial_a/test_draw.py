@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.generator.initial_a.draw import InitialA, InitialModule, UniformStream, initial_factors

@@ -9,8 +9,7 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from icmlora.serving.folders import AdapterFolders
 from icmlora.serving.gateway.settings import GatewaySettings
