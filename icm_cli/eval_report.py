@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from icmlora.fleet.context import Event
     from icmlora.fleet.measure.measure import SourceResult
-    from icmlora.fleet.measure.report import EvaluateReport, TaskEvaluated
+    from icmlora.fleet.measure.report import EvaluateReport
     from registry.manifests import Source
 
 MEASURE_REST = "run `icm eval` to measure the rest"

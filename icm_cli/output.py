@@ -26,7 +26,6 @@ from icm_cli.table import GAP, Column as Column, laid_out
 from icmlora.io.text import escape, escape_lines, width
 
 if TYPE_CHECKING:
-    from icm_cli.progress import ProgressDisplay
 
 R = TypeVar("R")
 

@@ -11,7 +11,6 @@ from icm_cli.errors import ExitCode, Interrupted
 from icm_cli.output import Field
 from icm_cli.text import as_fields
 from icmlora.fleet.context import TaskFailed
-from icmlora.fleet.failures import BaseModelFailed
 from icmlora.io.text import counted, some
 
 if TYPE_CHECKING:
@@ -24,6 +23,8 @@ T = TypeVar("T")
 
 def print_event(session: Session, event: Event) -> None:
     """Print an event: a JSON line if it has a type, and a warning if something failed."""
+    from icmlora.fleet.failures import BaseModelFailed  # imports the kinds of base models
+
     if isinstance(event, TaskFailed | BaseModelFailed):
         subject = {"task": event.task} if isinstance(event, TaskFailed) else {"base_model": event.base_model}
         name = next(iter(subject.values()))

@@ -23,7 +23,7 @@ from icmlora.fleet.context import Context, Progress, StageBegun, TaskDamaged, Wa
 from icmlora.io.text import counted, some
 
 if TYPE_CHECKING:  # commands without a store, such as --help, do not import the library
-    from icmlora.fleet.context import Context, Event
+    from icmlora.fleet.context import Event
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
 """Ctrl-C, and the signal that batch systems and containers send before SIGKILL."""

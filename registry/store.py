@@ -17,13 +17,9 @@ from typing import TYPE_CHECKING, Self
 
 from registry.manifests import Task
 from registry.names import DatabaseUrl, address_of
-from registry.reachability import free, prune
 from registry.states import OnDamage, StateStore
-from registry.storage.blobs.cache import BlobCache
 from registry.storage.locks import Deadline
 from registry.storage.open import open_parts
-from registry.usage import measure
-from registry.verify import rebuild, repair, verify
 
 if TYPE_CHECKING:
     from registry.findings import Finding, Rebuilt
@@ -76,6 +72,8 @@ class Store(StateStore):
             parts = parts._replace(blobs=backends[0], manifests=backends[1])
         copies = None
         if parts.blobs.is_remote and cache is not None:
+            from registry.storage.blobs.cache import BlobCache  # most stores have local blobs
+
             copies = BlobCache(cache)
         return cls(address, parts, cache=copies, on_damage=on_damage)
 
@@ -92,6 +90,8 @@ class Store(StateStore):
 
         None if another process uses the store for too long: the next `prune` deletes them.
         """
+        from registry.reachability import free
+
         return free(self, files, names)
 
     def prune(
@@ -104,21 +104,31 @@ class Store(StateStore):
         Raises:
             DamagedStore: The database disagrees with the manifests; nothing was deleted.
         """
+        from registry.reachability import prune
+
         return prune(self, grace=grace, empty_quarantine=empty_quarantine, dry_run=dry_run)
 
     def usage(self) -> Usage:
         """Return the bytes on disk by use."""
+        from registry.usage import measure
+
         return measure(self)
 
     def verify(self, *, read_data: bool = False, names: Sequence[str] = ()) -> Iterator[Finding]:
         """Yield the findings; `read_data` also hashes every blob, `names` checks only these tasks."""
+        from registry.verify import verify
+
         return verify(self, read_data=read_data, names=names)
 
     def repair(self, finding: Finding) -> str | None:
         """Correct one flipped bit of the damaged file of a finding, or move it to quarantine; return the result."""
+        from registry.verify import repair
+
         with self.exclusive():
             return repair(self, finding)
 
     def rebuild(self) -> Rebuilt:
         """Write the database again from the manifests."""
+        from registry.verify import rebuild
+
         return rebuild(self)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from icm_cli.command import Call, command
 from icm_cli.session import Session
 from icm_cli.text import as_fields, claim_json, claim_text
-from icmlora.fleet.bundles.bundles import Bundle
 from icmlora.fleet.measure.metric_result import measured_in
 from icmlora.fleet.params import BundleFile
 from icmlora.fleet.write import materialize as use_cases
@@ -31,6 +30,8 @@ def materialize(session: Session, call: Call[MaterializeReport], bundle: BundleF
         if call["source"] == "auto" and done.source == "code":
             out.note(f"the original of {task} was evicted; used {_FROM[done.source]} instead")
     else:
+        from icmlora.fleet.bundles.bundles import Bundle
+
         done = call.use_case(Bundle(bundle), **call.values)
     fields = as_fields(done, "directory", "adapter_format", "converted", "claim")
     given = {"output": str(done.directory), "format": done.adapter_format, "claimed": claim_json(done.claim)}

@@ -18,7 +18,6 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Concatenate, ParamSpec, Protocol, TypeVar
 
-from icmlora.base_models.finding.locations import find_located, locations
 from icmlora.errors import Cancelled, DataError, InvalidShard
 from icmlora.fleet.params import params_of
 from registry.errors import DamagedStore
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from icmlora.generator.codec.generator_file import GeneratorFile
     from registry.errors import IcmError
     from registry.manifests import Task
-    from registry.storage.locks import Deadline
     from registry.store import Store
 
 
@@ -281,6 +279,8 @@ def check_base_model(base_model: str | None, known: Collection[str], *, named: b
 def locate_base(store: Store, label: str) -> FoundBase:
     """Find a base model without loading it; raises `BaseModelNotFound`."""
     base = store.base_model(label)
+    from icmlora.base_models.finding.locations import find_located  # imports the kinds of base models
+
     return replace(find_located(base.names), task_type=_task_type(store, base.name))
 
 
@@ -297,6 +297,8 @@ def _task_type(store: Store, base_model: str) -> str | None:
 
 def has_loaders() -> bool:
     """Return whether a base model has a loader, which may read samples of any form."""
+    from icmlora.base_models.finding.locations import locations
+
     return any(known.loader is not None for known in locations().values())
 
 

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
 
     from icmlora.serving.base import EngineBase
-    from icmlora.serving.folders import AdapterFolders
     from icmlora.serving.tasks import ServedTask, ServedTasks
 
 NAME = "icm"

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from icmlora.adapter.layout import ModuleShape
 from icmlora.adapter.model import Adapter
-from icmlora.base_models.examples.context import TaskContext
 from icmlora.base_models.finding.tensors import BaseTensors, needed_tensors
 from icmlora.errors import CodeError, DataError
 from icmlora.fleet.context import locate_base
@@ -99,6 +98,8 @@ def files_of_code(store: Store, generator_file: GeneratorFile, task: Task) -> Ad
 
 def read_context(read: Callable[[str], bytes], final: StoredAdapter) -> TaskContext | None:
     """Read the context for the prompts of a task; None if it has none. Raises `DataError` if it is damaged."""
+    from icmlora.base_models.examples.context import TaskContext  # parsers, which most adapters do not need
+
     return TaskContext.read(read_companions(read, final, CONTEXT_NAMES))
 
 

@@ -24,7 +24,7 @@ from registry.storage.blobs.backend import BlobInfo
 from registry.storage.paths import Namespace, StorePaths, files_in
 
 if TYPE_CHECKING:
-    from registry.storage.blobs.backend import BlobInfo, Leftover
+    from registry.storage.blobs.backend import Leftover
 
 _CHUNK = 1 << 20
 _MODE = 0o444  # immutable, and it shows

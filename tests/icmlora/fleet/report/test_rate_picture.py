@@ -65,7 +65,7 @@ def test_every_dot_mark_and_label_is_inside(fleet: list[tuple[int, int, float, f
 
 def test_more_bytes_are_farther_right_and_more_gain_is_higher() -> None:
     low, high = drawn([Made("small", code=10_000, gain=0.9), Made("large", code=90_000, gain=0.99)]).codes
-    rows = {dot.told.split(":")[0]: dot for dot in (low, high)}
+    rows = {dot.tooltip.split(":")[0]: dot for dot in (low, high)}
     assert rows["small"].x < rows["large"].x
     assert rows["small"].y > rows["large"].y
 
