@@ -17,15 +17,13 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Generic, TextIO, TypeVar
+from typing import Generic, TextIO, TypeVar
 
 from icm_cli.config import switched_on
 from icm_cli.errors import Failure, UsageProblem
 from icm_cli.progress import PlainProgress, ProgressDisplay, RichProgress
 from icm_cli.table import GAP, Column as Column, laid_out
 from icmlora.io.text import escape, escape_lines, width
-
-if TYPE_CHECKING:
 
 R = TypeVar("R")
 
