@@ -18,7 +18,7 @@ from sqlalchemy import insert, select, update
 from registry.encoding import encode, files_of, unpacked
 from registry.errors import DamagedStore, MissingBlob, StoreIOError
 from registry.findings import OF_FILES, Finding, Kind, Rebuilt
-from registry.manifests import Generator, Removed, Run, State, Task
+from registry.manifests import File, Generator, Removed, Run, State, Task
 from registry.reachability import FoundState, Name, Walk, is_named, leftovers, walk
 from registry.storage.blobs.content import Blobs
 from registry.tables import HISTORY, META, REFS, index_of, key_of, version_of
@@ -183,17 +183,24 @@ def repair(store: StateStore, finding: Finding) -> str | None:
     files, digest = store.manifests if finding.is_manifest else store.blobs, finding.digest
     if digest is None or finding.kind not in OF_FILES or not files.exists(digest):
         return None
-    if files.is_intact(digest) and not (finding.is_manifest and not _can_be_read(store, digest)):
-        return None
-    return _repaired(files, digest)
+    if not files.is_intact(digest):
+        return _repaired(files, digest)
+    return _repaired_inside(store, digest) if finding.is_manifest else None
 
 
-def _can_be_read(store: StateStore, digest: str) -> bool:
+def _repaired_inside(store: StateStore, digest: str) -> str | None:
+    """Repair the documents that an intact manifest shares with others; move a file that is no manifest."""
     try:
-        store.state(digest)
-    except DamagedStore:
-        return False
-    return True
+        damaged = _damaged_documents(store, digest)
+    except (DamagedStore, KeyError, TypeError, ValueError, AttributeError):
+        return f"moved to {store.manifests.quarantine(digest)}"
+    return "; ".join(_repaired(store.blobs, file) for file in damaged) or None
+
+
+def _damaged_documents(store: StateStore, digest: str) -> list[File]:
+    files = files_of(unpacked(store.manifests.read(digest)))
+    documents = dict.fromkeys(file for use, file in files if use == "manifests")
+    return [file for file in documents if store.blobs.exists(file) and not store.blobs.is_intact(file)]
 
 
 def _repaired(files: Blobs, digest: str) -> str:
@@ -283,9 +290,8 @@ def _state(store: StateStore, digest: str) -> State:
     except DamagedStore:
         if not store.manifests.is_intact(digest):
             _correct(store.manifests, digest)
-        for _, file in files_of(unpacked(store.manifests.read(digest))):
-            if store.blobs.exists(file) and file.size <= MAX_REPAIRED_BYTES and not store.blobs.is_intact(file):
-                _correct(store.blobs, file)
+        for file in _damaged_documents(store, digest):
+            _correct(store.blobs, file)
         return store.state(digest)
 
 

@@ -72,7 +72,7 @@ def test_a_wrong_command_line_is_refused(icm: Icm, loras: Path, tmp_path: Path, 
 
 def test_an_unknown_format_is_answered_with_those_there_are(icm: Icm, loras: Path, tmp_path: Path) -> None:
     ran = icm("convert", loras, tmp_path / "out", "--format", "zip")
-    assert ran.code == ExitCode.FAILED
+    assert ran.code == ExitCode.USAGE
     assert "peft" in ran.err
     assert "gguf" in ran.err
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from registry.encoding import encode
+from registry.encoding import encode, files_of, unpacked
 from registry.errors import DamagedStore, RegistryError, StoreTooNew, TaskNotFound
 from registry.findings import Finding
 from registry.manifests import Removed, Run, Task
@@ -209,6 +209,19 @@ class TestRepair:
         (finding,) = store.verify()
         assert (finding.kind, finding.tasks, finding.is_manifest) == ("digest", ("rust",), True)
         assert self.repair(store) == ["corrected"]
+        assert (kinds(store, read_data=True), store.task("rust")) == ([], rust)
+
+    @pytest.mark.parametrize(("change", "result"), [(flip, "corrected"), (flip_two, "moved")])
+    def test_a_damaged_document_is_repaired_and_the_manifests_that_share_it_stay(
+        self, store: Store, rust: Task, change: Callable[[bytes], bytes], result: str
+    ) -> None:
+        data = store.manifests.read(str(rust.manifest))
+        (document,) = {str(file) for use, file in files_of(unpacked(data)) if use == "manifests"}
+        right = store.blobs.read(document)
+        overwrite(store, document, change)
+        store._shared.cache_clear()  # type: ignore[attr-defined]
+        assert self.repair(store) == [result]
+        store.blobs.put(right)
         assert (kinds(store, read_data=True), store.task("rust")) == ([], rust)
 
     def test_other_damage_is_moved_and_kept(self, store: Store, rust: Task) -> None:
