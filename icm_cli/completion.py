@@ -27,7 +27,7 @@ def _quietly(complete: Callable[[str], Iterable[str]]) -> Callable[[str], list[s
 @_quietly
 def complete_task(incomplete: str) -> Iterable[str]:
     """Return task names that start with the typed text."""
-    from icmlora.fleet.tasks.tasks import list_tasks
+    from icmlora.fleet.tasks.listing import list_tasks
 
     # The filter runs in the database, so a large fleet is not read into this process.
     return [row.name for row in list_tasks(_context(), filters=[f"name~{incomplete}"] if incomplete else [])]
@@ -48,7 +48,7 @@ def complete_tag(incomplete: str) -> Iterable[str]:
 @_quietly
 def complete_filter(incomplete: str) -> Iterable[str]:
     """Return fields with their operators, and after an operator the values in the store."""
-    from icmlora.fleet.tasks.tasks import filter_fields
+    from icmlora.fleet.tasks.listing import filter_fields
 
     for field in filter_fields():
         operators = sorted(field.operators, key=len, reverse=True)  # `>=` before `>`
@@ -62,7 +62,7 @@ def complete_filter(incomplete: str) -> Iterable[str]:
 @_quietly
 def complete_sort(incomplete: str) -> Iterable[str]:
     """Return the sort fields, ascending and descending."""
-    from icmlora.fleet.tasks.tasks import filter_fields
+    from icmlora.fleet.tasks.listing import filter_fields
 
     for field in filter_fields():
         if field.can_be_sorted:
@@ -80,7 +80,7 @@ def complete_format(incomplete: str) -> Iterable[str]:
 def _values(field: str) -> Iterable[str]:
     """Return the values of a field in the store, or none for fields with too many values."""
     from icmlora.fleet.bases.base_models import list_base_models
-    from icmlora.fleet.tasks.tasks import list_tags, list_tasks
+    from icmlora.fleet.tasks.listing import list_tags, list_tasks
 
     match field:
         case "name":

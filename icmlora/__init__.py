@@ -81,16 +81,12 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from icmlora.fleet.stats.bill import Bill as Bill
     from icmlora.fleet.tasks.copies import CopyReport as CopyReport
     from icmlora.fleet.tasks.described import DescribedTask as DescribedTask
+    from icmlora.fleet.tasks.details import TaskDetails as TaskDetails
     from icmlora.fleet.tasks.doctor import Check as Check
     from icmlora.fleet.tasks.duplicate_pairs import DuplicatesReport as DuplicatesReport
+    from icmlora.fleet.tasks.editing import EditReport as EditReport, Removal as Removal, RemoveReport as RemoveReport
     from icmlora.fleet.tasks.generators import GeneratorVersion as GeneratorVersion, RolledBack as RolledBack
     from icmlora.fleet.tasks.init import InitReport as InitReport
-    from icmlora.fleet.tasks.tasks import (
-        EditReport as EditReport,
-        Removal as Removal,
-        RemoveReport as RemoveReport,
-        TaskDetails as TaskDetails,
-    )
     from icmlora.fleet.train.report import TrainReport as TrainReport
     from icmlora.fleet.vectors.recognize import RecognizeReport as RecognizeReport
     from icmlora.fleet.vectors.vectors import VectorReport as VectorReport
@@ -136,7 +132,8 @@ _LAZY = {
     "icmlora.fleet.tasks.duplicate_pairs": "DuplicatesReport",
     "icmlora.fleet.tasks.generators": "GeneratorVersion RolledBack",
     "icmlora.fleet.tasks.init": "InitReport",
-    "icmlora.fleet.tasks.tasks": "EditReport Removal RemoveReport TaskDetails",
+    "icmlora.fleet.tasks.details": "TaskDetails",
+    "icmlora.fleet.tasks.editing": "EditReport Removal RemoveReport",
     "icmlora.fleet.train.report": "TrainReport",
     "icmlora.fleet.vectors.recognize": "RecognizeReport",
     "icmlora.fleet.vectors.vectors": "VectorReport",

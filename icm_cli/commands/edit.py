@@ -9,7 +9,7 @@ from icm_cli.errors import UsageProblem
 from icm_cli.output import Field
 from icm_cli.session import Session
 from icmlora.fleet.params import Param
-from icmlora.fleet.tasks.tasks import EditReport, edit_tasks
+from icmlora.fleet.tasks.editing import EditReport, edit_tasks
 
 if TYPE_CHECKING:
     from registry.manifests import Task

@@ -14,7 +14,7 @@ from icm_cli.text import claim_json, claim_text, coded_size, errors_json
 from icmlora.fleet.measure.metric_result import gain_text, relative_error
 from icmlora.fleet.params import BundleFile, Param
 from icmlora.fleet.rows import claim_of, limits_of, was_never_here
-from icmlora.fleet.tasks.tasks import count_tasks, list_tags, list_tasks
+from icmlora.fleet.tasks.listing import count_tasks, list_tags, list_tasks
 from icmlora.io.text import counted, human_size, in_ranges
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from icm_cli.command import Call, command
 from icm_cli.options import YesOpt
 from icm_cli.session import Session
 from icmlora.fleet.params import DryRun
-from icmlora.fleet.tasks.tasks import RemoveReport, plan_removal, remove_tasks
+from icmlora.fleet.tasks.editing import RemoveReport, plan_removal, remove_tasks
 from icmlora.io.text import counted, human_size
 
 

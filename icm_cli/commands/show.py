@@ -14,7 +14,7 @@ from icm_cli.text import SOURCES, as_fields, claim_json, claim_text, figure, gro
 from icmlora.fleet.measure.metric_result import MetricResult, gain_text, measured_in
 from icmlora.fleet.params import Param
 from icmlora.fleet.stats.bill_text import limits_text
-from icmlora.fleet.tasks.tasks import show_task
+from icmlora.fleet.tasks.details import show_task
 from icmlora.formats.file_header import header_notes
 from icmlora.io.text import counted, escape, human_percent, human_size, in_ranges
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from icmlora.adapter.metrics import GroupError
-    from icmlora.fleet.tasks.tasks import TaskDetails
+    from icmlora.fleet.tasks.details import TaskDetails
     from registry.manifests import Measurement, StoredAdapter, Task
 
 ErrorsOpt = Annotated[

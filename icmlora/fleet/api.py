@@ -32,19 +32,14 @@ from icmlora.fleet.report.report import write_report
 from icmlora.fleet.stats.stats import stats
 from icmlora.fleet.tasks.copies import copy_tasks
 from icmlora.fleet.tasks.described import find_described
+from icmlora.fleet.tasks.details import show_task
 from icmlora.fleet.tasks.doctor import examine
 from icmlora.fleet.tasks.duplicates import find_duplicates
+from icmlora.fleet.tasks.editing import edit_tasks, plan_removal, remove_tasks
 from icmlora.fleet.tasks.generators import list_generators, rollback
 from icmlora.fleet.tasks.init import init
+from icmlora.fleet.tasks.listing import list_tags, list_tasks
 from icmlora.fleet.tasks.log import list_versions
-from icmlora.fleet.tasks.tasks import (
-    edit_tasks,
-    list_tags,
-    list_tasks,
-    plan_removal,
-    remove_tasks,
-    show_task,
-)
 from icmlora.fleet.tasks.verify import prune, rebuild_database, repair_files, verify
 from icmlora.fleet.train.train import train
 from icmlora.fleet.train.update import update

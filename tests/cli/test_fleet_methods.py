@@ -124,7 +124,7 @@ def test_the_cache_folder_is_asked_for_only_when_it_is_needed(stored: Path, tmp_
 def test_importing_the_library_and_listing_tasks_imports_no_torch(stored: Path, tmp_path: Path) -> None:
     code = (
         "from pathlib import Path; from icmlora.fleet.context import Context; "
-        "from icmlora.fleet.tasks.tasks import list_tasks; "
+        "from icmlora.fleet.tasks.listing import list_tasks; "
         f"print(len(list_tasks(Context(Path({str(tmp_path / 'store')!r})))))"
     )
     assert not {"torch", "numpy", "transformers", "typer", "rich"} & modules_after(code)

@@ -7,7 +7,7 @@ from typing import Any
 
 from icmlora import Fleet
 from icmlora.errors import AdapterRefused
-from icmlora.fleet.tasks.tasks import TaskDetails
+from icmlora.fleet.tasks.details import TaskDetails
 from registry.errors import IcmError, StoreNotFound
 from registry.tables import TaskRow
 from tests.compat.case import Case

@@ -29,7 +29,7 @@ from icmlora.fleet.failures import FAILURES, BaseUnavailable, Failed, as_error
 from icmlora.fleet.measure.module_errors import errors_of
 from icmlora.fleet.resources.decoding import decode_code, read_form
 from icmlora.fleet.resources.loading import ModelCache, read_original
-from icmlora.fleet.tasks.tasks import header_of
+from icmlora.fleet.tasks.details import header_of
 from icmlora.formats.file_header import frequent_tags, trigger_words
 from registry.manifests import Task
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from icmlora.errors import DataError
 from icmlora.fleet.context import Context, use_case
-from icmlora.fleet.tasks.tasks import of_base_model
+from icmlora.fleet.tasks.listing import of_base_model
 from registry.errors import DamagedStore
 from registry.filters import Selection
 
