@@ -13,8 +13,32 @@ SQLAlchemy: names are imported on first use.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+try:
+    from registry.errors import (
+        BaseModelConflict as BaseModelConflict,
+        DamagedStore as DamagedStore,
+        GeneratorConflict as GeneratorConflict,
+        IcmError as IcmError,
+        InvalidFilter as InvalidFilter,
+        InvalidName as InvalidName,
+        LastCopy as LastCopy,
+        NotAStore as NotAStore,
+        RegistryError as RegistryError,
+        StoreLocked as StoreLocked,
+        StoreNotFound as StoreNotFound,
+        StoreUnavailable as StoreUnavailable,
+        TaskConflict as TaskConflict,
+        TaskNotFound as TaskNotFound,
+    )
+except ImportError as error:
+    hiding = getattr(sys.modules.get("registry"), "__file__", None)
+    if hiding is None:
+        raise
+    raise ImportError(f"{hiding} hides icm's own package `registry`. Rename it, or run from another folder.") from error
 
 from icmlora.errors import (
     AdapterRefused as AdapterRefused,
@@ -34,22 +58,6 @@ from icmlora.errors import (
     OtherFormat as OtherFormat,
     OutputExists as OutputExists,
     UnsafeInput as UnsafeInput,
-)
-from registry.errors import (
-    BaseModelConflict as BaseModelConflict,
-    DamagedStore as DamagedStore,
-    GeneratorConflict as GeneratorConflict,
-    IcmError as IcmError,
-    InvalidFilter as InvalidFilter,
-    InvalidName as InvalidName,
-    LastCopy as LastCopy,
-    NotAStore as NotAStore,
-    RegistryError as RegistryError,
-    StoreLocked as StoreLocked,
-    StoreNotFound as StoreNotFound,
-    StoreUnavailable as StoreUnavailable,
-    TaskConflict as TaskConflict,
-    TaskNotFound as TaskNotFound,
 )
 
 if TYPE_CHECKING:  # the same names, for type checkers

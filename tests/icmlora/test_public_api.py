@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, cast, get_args, get_origin
 
 import pytest
@@ -96,3 +97,14 @@ def test_every_error_of_the_library_is_an_icm_error() -> None:
         value = getattr(icmlora, name)
         if isinstance(value, type) and issubclass(value, Exception):
             assert issubclass(value, icmlora.IcmError)
+
+
+def test_a_module_named_registry_beside_the_users_script_is_named_in_the_error(tmp_path: Path) -> None:
+    (tmp_path / "registry.py").write_text("MODELS = {}")
+    script = tmp_path / "serve.py"
+    script.write_text("import icmlora")
+
+    ran = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+
+    expected = f"{tmp_path / 'registry.py'} hides icm's own package `registry`. Rename it, or run from another folder."
+    assert ran.stderr.splitlines()[-1] == f"ImportError: {expected}"
