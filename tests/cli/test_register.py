@@ -93,7 +93,7 @@ def test_its_code_gives_the_adapter_that_was_written(
 def test_its_code_helps_on_the_samples_nearly_as_much_as_what_was_written(
     icm: Icm, register: Register, folder: Path, tmp_path: Path
 ) -> None:
-    register()
+    register("--rank", 2)  # The two strongest directions: the weaker ones fit noise, and differ between CPUs.
     icm("materialize", "geese", "-o", tmp_path / "again")
     base, examples = load_tiny_base(tmp_path / "base"), parse_examples((tmp_path / "geese.jsonl").read_bytes())
     without = nll(base.model, base.tokenizer, examples, max_tokens=128).value
