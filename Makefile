@@ -88,7 +88,7 @@ gpu-check: $(READY)  ## run all GPU code: simulated, then on an 8B-shaped base (
 
 ci: lint types test  ## run lint, types and test, as .ci/run does
 
-dist: $(READY)  ## build and check wheel and sdist in dist/, and try the wheel in a new environment
+dist: $(READY)  ## build and check wheel and sdist in dist/, and try the wheel on Python 3.11 and 3.13
 	@VENV="$(VENV)" bash .ci/dist
 
 ## Change it
