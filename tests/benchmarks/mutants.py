@@ -1,13 +1,13 @@
-"""Which of 300 small faults, put into `registry/` and `icmlora/generator/`, the tests find.
+"""Put 300 small faults into `registry/` and `icmlora/generator/`, one at a time, and count how many the tests find.
 
     pip install cosmic-ray pytest-cov
-    python -m tests.benchmarks.mutants sample --out MUTANTS.json
-    python -m tests.benchmarks.mutants run TREE --mutants MUTANTS.json --out RESULTS.jsonl [--part 0/2]
+    python -m tests.benchmarks.mutants TREE NAME
 
-TREE is a checkout that nothing else uses: its files are changed and put back. Each fault is one operator of cosmic-ray
-at one place; places are drawn evenly with a fixed seed, then one of the operators that apply there. Coverage with a
-context per test says which tests run the line. The quickest of them run until one fails, or until they have taken 30
-seconds in all.
+TREE is a checkout that nothing else uses: the study changes its files and puts them back. Each fault of the sample is
+one operator of cosmic-ray at one place. Places are drawn evenly with a fixed seed, then one of the operators that apply
+there. Coverage with a context per test lists the tests that run the line. The quickest of them run until one fails, or
+until 30 seconds of tests have passed. The result of each fault is added to the sample as NAME, so a stopped study
+continues. Coverage stays in the folder mutants-NAME of the temporary directory.
 """
 
 from __future__ import annotations
@@ -18,118 +18,105 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 SEED, WANTED = 20261207, 300
 PACKAGES = ("registry", "icmlora/generator")
 TESTS = ("tests/registry", "tests/icmlora", "tests/cli", "tests/compat")
-QUICK = "not slow and not fault"
 LIMIT_S = 30.0
-IMPORTED = "ignore::pytest.PytestAssertRewriteWarning"  # the forks have torch and its company already
+SAMPLE = Path(__file__).parent / "results" / "mutants.json"
+
+Mutant = dict[str, Any]
 
 
-def sample(tree: Path) -> list[dict[str, Any]]:
-    """Draw WANTED faults; `|` is left alone because it stands in annotations."""
+def drawn(tree: Path) -> list[Mutant]:
+    """Draw WANTED faults. `|` is left alone because most of them are in annotations."""
     import parso  # type: ignore[import-not-found]
     from cosmic_ray.ast import ast_nodes  # type: ignore[import-not-found]
     from cosmic_ray.plugins import get_operator, operator_names  # type: ignore[import-not-found]
 
-    places: dict[tuple[str, int, int], list[dict[str, Any]]] = defaultdict(list)
-    for package in PACKAGES:
-        for path in sorted((tree / package).rglob("*.py")):
-            root = parso.parse(path.read_text())
-            for name in sorted(operator_names()):
-                if "_BitOr_" in name or name.startswith("core/Variable"):
-                    continue
-                operator, occurrence = get_operator(name)(), 0
-                for node in ast_nodes(root):
-                    for start, _stop in operator.mutation_positions(node):
-                        found = {
-                            "file": str(path.relative_to(tree)),
-                            "line": start[0],
-                            "operator": name,
-                            "occurrence": occurrence,
-                        }
-                        places[(found["file"], *start)].append(found)
-                        occurrence += 1
+    names = [
+        name for name in sorted(operator_names()) if "_BitOr_" not in name and not name.startswith("core/Variable")
+    ]
+    places: dict[tuple[str, int, int], list[Mutant]] = defaultdict(list)
+    for path in sorted(path for package in PACKAGES for path in (tree / package).rglob("*.py")):
+        file, nodes = str(path.relative_to(tree)), list(ast_nodes(parso.parse(path.read_text())))
+        for name in names:
+            operator = get_operator(name)()
+            starts = [start for node in nodes for start, _stop in operator.mutation_positions(node)]
+            for occurrence, start in enumerate(starts):
+                fault = {"file": file, "line": start[0], "operator": name, "occurrence": occurrence}
+                places[file, *start].append(fault)
     draw = random.Random(SEED)
     chosen = draw.sample(sorted(places), WANTED)
     return [{"id": number, **draw.choice(places[place])} for number, place in enumerate(chosen)]
 
 
-def covering(tree: Path, store: Path) -> tuple[dict[tuple[str, int], set[str]], dict[str, float]]:
-    """Run the quick tests once with a coverage context per test: the tests of each line, and each test's seconds."""
+def tests_by_line(tree: Path, folder: Path) -> dict[tuple[str, int], list[str]]:
+    """Run the fast tests once, and list for each line the tests that run it, the quickest first, up to LIMIT_S."""
     from coverage import CoverageData  # type: ignore[import-not-found]
 
-    data, report = store.with_suffix(".coverage"), store.with_suffix(".xml")
+    data, report = folder / "coverage", folder / "junit.xml"
     if not report.exists():
-        options = [
-            "-q",
-            "-n",
-            "2",
-            "--dist",
-            "loadfile",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            QUICK,
-            "--cov-context=test",
-            "--cov-report=",
-        ]
-        options += [f"--cov={package}" for package in PACKAGES] + [f"--junit-xml={report}"]
-        subprocess.run(
-            [sys.executable, "-m", "pytest", *options, *TESTS], cwd=tree, env={**os.environ, "COVERAGE_FILE": str(data)}
-        )
-    import xml.etree.ElementTree as ElementTree
-
-    seconds: dict[str, float] = {}
-    for case in ElementTree.parse(report).iter("testcase"):
-        seconds[f"{case.get('classname')}::{case.get('name')}"] = float(case.get("time") or 0)
-    measured = CoverageData(basename=str(data))
-    measured.read()
-    tests: dict[tuple[str, int], set[str]] = defaultdict(set)
-    for file in measured.measured_files():
-        inside = str(Path(file).relative_to(tree))
-        for line, contexts in measured.contexts_by_lineno(file).items():
-            tests[inside, line] |= {context.rpartition("|")[0] for context in contexts if "|" in context}
-    return tests, seconds
+        measured = [f"--cov={package}" for package in PACKAGES] + ["--cov-context=test", "--cov-report="]
+        workers = ["-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-q", *workers, "-m", "not slow and not fault", *measured]
+        environment = {**os.environ, "COVERAGE_FILE": str(data)}
+        subprocess.run([*command, f"--junit-xml={report}", *TESTS], cwd=tree, env=environment, check=True)
+    cases = ElementTree.parse(report).iter("testcase")
+    seconds = {f"{case.get('classname')}::{case.get('name')}": float(case.get("time", 0)) for case in cases}
+    coverage = CoverageData(basename=str(data))
+    coverage.read()
+    found = {}
+    for file in coverage.measured_files():
+        for line, contexts in coverage.contexts_by_lineno(file).items():
+            tests = {context.removesuffix("|run") for context in contexts if context.endswith("|run")}
+            kept, total = [], 0.0
+            for took, test in sorted((seconds.get(_in_report(test), 1.0), test) for test in tests):
+                total += took
+                if kept and total > LIMIT_S:
+                    break
+                kept.append(test)
+            found[str(Path(file).relative_to(tree)), line] = kept
+    return found
 
 
-def as_case(test: str) -> str:
-    """Return what the report calls a test: `tests/a/test_b.py::C::test_d` is `tests.a.test_b.C::test_d`."""
-    path, _, names = test.partition("::")
-    *classes, name = names.split("::") if "[" not in names else [*names.partition("[")[0].split("::")]
-    name += "[" + names.partition("[")[2] if "[" in names else ""
-    return ".".join([path.removesuffix(".py").replace("/", "."), *classes]) + "::" + name
-
-
-def chosen(tests: set[str], seconds: dict[str, float]) -> list[str]:
-    """Return the quickest tests that take LIMIT_S together, at least one."""
-    ordered = sorted(tests, key=lambda test: (seconds.get(as_case(test), 1.0), test))
-    total, kept = 0.0, []
-    for test in ordered:
-        total += seconds.get(as_case(test), 1.0)
-        if kept and total > LIMIT_S:
-            break
-        kept.append(test)
-    return kept
+def _in_report(test: str) -> str:
+    """Return the report's name of `tests/a/test_b.py::C::test_d[e]`, which is `tests.a.test_b.C::test_d[e]`."""
+    name, bracket, values = test.partition("[")
+    owner, _, function = name.rpartition("::")
+    return owner.replace(".py", "").replace("/", ".").replace("::", ".") + "::" + function + bracket + values
 
 
 def fails(tree: Path, tests: list[str]) -> bool:
-    """Run tests in a fork, which spares importing torch again; True if one fails or they hang."""
+    """Run tests in a fork, which need not import torch again; return whether one fails or they hang."""
     child = os.fork()
     if child == 0:
         os.setsid()
         os.chdir(tree)
         sys.path.insert(0, str(tree))
         quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1), os.dup2(quiet, 2)
+        os.dup2(quiet, 1)
+        os.dup2(quiet, 2)
         import pytest
 
-        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", IMPORTED, *tests])))
+        # pytest warns about plugins that came with torch's imports, and warnings are errors here.
+        options = [
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            "-W",
+            "ignore::pytest.PytestAssertRewriteWarning",
+        ]
+        os._exit(int(pytest.main([*options, *tests])))
     end = time.monotonic() + 8 * LIMIT_S
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -141,63 +128,42 @@ def fails(tree: Path, tests: list[str]) -> bool:
     return True
 
 
-def run(tree: Path, mutants: list[dict[str, Any]], out: Path, part: tuple[int, int], store: Path) -> None:
-    """Try each fault of a part and add a line of its result; what `out` has already is not tried again."""
-    import peft  # noqa: F401  (the forks share what is imported here)
+def main() -> None:
+    """Try every fault that has no result under this name yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tree", type=Path)
+    parser.add_argument("name")
+    given = parser.parse_args()
+    tree, name = given.tree.resolve(), given.name
+    mutants: list[Mutant] = json.loads(SAMPLE.read_text()) if SAMPLE.exists() else drawn(tree)
+    folder = Path(tempfile.gettempdir()) / f"mutants-{name}"
+    folder.mkdir(exist_ok=True)
+    tests = tests_by_line(tree, folder)
+
+    import peft  # noqa: F401  (the forks share these imports)
     import torch
     import transformers  # noqa: F401
     from cosmic_ray.mutating import mutate_code  # type: ignore[import-not-found]
     from cosmic_ray.plugins import get_operator  # type: ignore[import-not-found]
 
     torch.set_num_threads(1)
-    tests, seconds = covering(tree, store)
-    done = {json.loads(line)["id"] for line in out.read_text().splitlines()} if out.exists() else set()
-    whole = [picked for mutant in mutants[:20] if (picked := chosen(tests[mutant["file"], mutant["line"]], seconds))][
-        :3
-    ]
-    if any(fails(tree, picked) for picked in whole):
-        raise SystemExit("the tests fail without a fault, so they can find none")
-    for mutant in mutants:
-        if mutant["id"] % part[1] != part[0] or mutant["id"] in done:
-            continue
-        picked = chosen(tests[mutant["file"], mutant["line"]], seconds)
-        result = "uncovered"
-        if picked:
+    left = [mutant for mutant in mutants if name not in mutant]
+    covered = [found for mutant in left if (found := tests.get((mutant["file"], mutant["line"])))]
+    if any(fails(tree, found) for found in covered[:3]):
+        raise SystemExit("the tests fail without a fault, so their failures mean nothing")
+    for mutant in left:
+        found = tests.get((mutant["file"], mutant["line"]))
+        mutant[name] = "uncovered"
+        if found:
             path = tree / mutant["file"]
             source = path.read_text()
             try:
                 path.write_text(mutate_code(source, get_operator(mutant["operator"])(), mutant["occurrence"]))
-                result = "killed" if fails(tree, picked) else "survived"
+                mutant[name] = "killed" if fails(tree, found) else "survived"
             finally:
                 path.write_text(source)
-        with out.open("a") as lines:
-            lines.write(json.dumps({"id": mutant["id"], "result": result, "tests": len(picked)}) + "\n")
-
-
-def main() -> None:
-    """Read the arguments and do what they say."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    sampling = commands.add_parser("sample")
-    sampling.add_argument("--out", type=Path, required=True)
-    running = commands.add_parser("run")
-    running.add_argument("tree", type=Path)
-    running.add_argument("--mutants", type=Path, required=True)
-    running.add_argument("--coverage", type=Path, required=True, help="where the measured coverage is kept")
-    running.add_argument("--out", type=Path, required=True)
-    running.add_argument("--part", default="0/1")
-    given = parser.parse_args()
-    if given.command == "sample":
-        given.out.write_text(json.dumps(sample(Path.cwd()), indent=1) + "\n")
-        return
-    number, _, parts = given.part.partition("/")
-    run(
-        given.tree.resolve(),
-        json.loads(given.mutants.read_text()),
-        given.out,
-        (int(number), int(parts)),
-        given.coverage,
-    )
+        SAMPLE.write_text("[\n" + ",\n".join(json.dumps(row) for row in mutants) + "\n]\n")
+    print(json.dumps(Counter(mutant[name] for mutant in mutants)))
 
 
 if __name__ == "__main__":
